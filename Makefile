@@ -1,0 +1,37 @@
+# The two commands of the README: `make demo` and `make test`. Both make .venv first if it is not there.
+PYTHON ?= python3
+SEED ?= 0
+PRESET ?= demo
+RUNS ?= runs
+DEVICE ?= auto
+DATA ?=
+CATEGORY ?=
+SET ?=
+BIN := .venv/bin
+
+.PHONY: demo test install export docs clean
+
+install: .venv/installed
+
+.venv/installed: settings.ini setup.py pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: install  ## the whole method on one category: make demo SEED=1, make demo DATA=folder CATEGORY=bottle
+	$(BIN)/grad_demo --data "$(DATA)" --category "$(CATEGORY)" --preset "$(PRESET)" --seed $(SEED) --runs "$(RUNS)" --device "$(DEVICE)" --overrides "$(SET)"
+
+test: install  ## notebooks clean and in sync, notebook tests, pytest
+	$(BIN)/python tests/check_sync.py
+	$(BIN)/nbdev_test --n_workers 2
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q
+
+export: install  ## after editing a notebook: clean the notebooks, write grad_nb/ and README.md
+	$(BIN)/nbdev-clean
+	$(BIN)/nbdev-export
+	$(BIN)/python tests/check_sync.py --write-readme
+
+clean:
+	rm -rf .venv build dist *.egg-info

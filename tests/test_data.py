@@ -1,0 +1,677 @@
+"""Tries to break the readers: damaged files, odd modes, wrong layouts, missing masks."""
+import io
+import json
+import os
+import shutil
+import struct
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from grad_nb.data import (
+    Category,
+    DataError,
+    Defect,
+    Sample,
+    check_category,
+    data_sha256,
+    load_defects,
+    load_images,
+    load_mask,
+    load_masks,
+    read_category,
+    read_image,
+)
+
+
+def noise(height=40, width=50, channels=3, seed=20):
+    "A random picture (height, width, channels) uint8; (height, width) for one channel."
+    shape = (height, width, channels) if channels > 1 else (height, width)
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def save(array, path, mode=None, **options):
+    "Write an array or a PIL image, making the folders."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    im = array if isinstance(array, Image.Image) else Image.fromarray(array)
+    (im.convert(mode) if mode else im).save(path, **options)
+    return path
+
+
+def refused(function, *arguments):
+    "The message of the DataError that a call must raise."
+    with pytest.raises(DataError) as caught: function(*arguments)
+    return str(caught.value)
+
+
+# ---- modes ----------------------------------------------------------------------------------------------------------
+
+def test_rgb_is_exact(tmp_path):
+    x = noise()
+    got = read_image(save(x, tmp_path / "a.png"))
+    assert got.dtype == np.uint8 and got.flags.writeable and (got == x).all()
+
+
+def test_grey_and_one_bit(tmp_path):
+    x = noise(channels=1)
+    assert (read_image(save(x, tmp_path / "l.png")) == x[..., None]).all()
+    bits = x > 127
+    assert (read_image(save(bits, tmp_path / "1.png")) == 255 * bits[..., None]).all()
+
+
+def test_transparent_pixels_are_black(tmp_path):
+    x, alpha = noise(), noise(channels=1, seed=1)
+    alpha[:10] = 0; alpha[10:20] = 255
+    got = read_image(save(np.dstack([x, alpha]), tmp_path / "rgba.png")).astype(float)
+    assert (got[:10] == 0).all() and (got[10:20] == x[10:20]).all()
+    assert abs(got - x * (alpha[..., None] / 255)).max() <= 1
+    grey = read_image(save(np.dstack([x[..., 0], alpha]), tmp_path / "la.png")).astype(float)
+    assert abs(grey - (x[..., 0] * (alpha / 255))[..., None]).max() <= 1
+
+
+def test_transparent_edges_do_not_bleed_when_resized(tmp_path):
+    x = np.full((64, 64, 4), 255, np.uint8); x[:, 32:, 3] = 0  # the right half is hidden white
+    got = read_image(save(x, tmp_path / "a.png"), 32)
+    assert (got[:, 24:] == 0).all() and (got[:, :8] == 255).all()
+
+
+def test_palette_with_and_without_transparency(tmp_path):
+    indices = np.zeros((40, 40), np.uint8); indices[:, 20:] = 1
+    im = Image.fromarray(indices).convert("P"); im.putpalette([200, 10, 20, 30, 40, 250])
+    opaque = read_image(save(im, tmp_path / "p.png"))
+    assert (opaque[:, :20] == (200, 10, 20)).all() and (opaque[:, 20:] == (30, 40, 250)).all()
+    hidden = read_image(save(im, tmp_path / "pt.png", transparency=0))
+    assert (hidden[:, :20] == 0).all() and (hidden[:, 20:] == (30, 40, 250)).all()
+
+
+def test_colour_key_transparency(tmp_path):
+    x = noise(); x[:5] = (1, 2, 3)
+    assert (read_image(save(x, tmp_path / "rgb.png", transparency=(1, 2, 3)))[:5] == 0).all()
+    g = noise(channels=1) // 2; g[:5] = 200
+    got = read_image(save(g, tmp_path / "l.png", transparency=200))
+    assert (got[:5] == 0).all() and (got[5:] == g[5:, :, None]).all()
+
+
+def test_colour_key_of_sixteen_bits(tmp_path):
+    x = np.full((40, 40), 40_000, np.uint16); x[:5] = 50_000
+    got = read_image(save(x, tmp_path / "a.png", transparency=50_000))
+    assert (got[:5] == 0).all() and (got[5:] == 156).all()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path, suffix):
+    x = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    got = read_image(save(x, tmp_path / f"a{suffix}"))
+    assert (got == np.round(x / 257).astype(np.uint8)[..., None]).all()
+    dark = np.full((40, 40), 100, np.uint16)  # a dark 16-bit picture is dark, not 8-bit
+    assert (read_image(save(dark, tmp_path / f"dark{suffix}")) == 0).all()
+
+
+def test_big_endian_sixteen_bits(tmp_path):
+    x = (np.arange(1600, dtype=np.uint16) * 40).reshape(40, 40)
+    im = Image.frombytes("I;16B", (40, 40), x.astype(">u2").tobytes())
+    assert (read_image(save(im, tmp_path / "a.tif")) == np.round(x / 257)[..., None]).all()
+
+
+def test_mode_i_is_sixteen_bit_only_above_255(tmp_path):
+    x = noise(channels=1).astype(np.int32)
+    assert (read_image(save(x, tmp_path / "8.tif")) == x[..., None]).all()
+    assert (read_image(save(x * 257, tmp_path / "16.tif")) == x[..., None]).all()
+    assert "32.tif" in refused(read_image, save(x + 70_000, tmp_path / "32.tif"))
+    assert "neg.tif" in refused(read_image, save(x - 300, tmp_path / "neg.tif"))
+
+
+def test_cmyk(tmp_path):
+    x = np.zeros((40, 40, 4), np.uint8); x[:, :20, 0] = 255  # cyan left, white right
+    im = Image.frombytes("CMYK", (40, 40), x.tobytes())
+    got = read_image(save(im, tmp_path / "a.tif"))
+    assert (got[:, :20] == (0, 255, 255)).all() and (got[:, 20:] == 255).all()
+    jpeg = read_image(save(im, tmp_path / "a.jpg", quality=95))
+    assert abs(jpeg[:, 2:14].astype(int) - (0, 255, 255)).max() < 12
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path, orientation):
+    "Orientation says where the stored row 0 and column 0 lie in the upright picture (EXIF 2.3)."
+    x, exif = noise(40, 60), Image.Exif()
+    exif[0x0112] = orientation
+    upright = {1: x, 2: x[:, ::-1], 3: x[::-1, ::-1], 4: x[::-1], 5: x.transpose(1, 0, 2),
+               6: np.rot90(x, -1), 7: x[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(x, 1)}[orientation]
+    got = read_image(save(x, tmp_path / "a.png", exif=exif))
+    assert got.shape == upright.shape and (got == upright).all()
+
+
+def test_float_says_convert(tmp_path):
+    message = refused(read_image, save(noise(channels=1).astype(np.float32), tmp_path / "a.tif"))
+    assert "a.tif" in message and "floating-point" in message and "convert" in message
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".PNG", ".JPG"])
+def test_every_suffix_is_listed_and_read(tmp_path, suffix):
+    for i in range(4): save(noise(), tmp_path / "c" / f"{i}{suffix}")
+    category = read_category(tmp_path / "c")
+    assert len(category.train) == 4 and load_images(category.train, 34).shape == (4, 34, 34, 3)
+
+
+# ---- size -----------------------------------------------------------------------------------------------------------
+
+def test_smallest_side(tmp_path):
+    assert read_image(save(noise(34, 34), tmp_path / "ok.png")).shape == (34, 34, 3)
+    for h, w in ((33, 90), (90, 33), (1, 1)):
+        message = refused(read_image, save(noise(h, w), tmp_path / "small.png"), 64)
+        assert "small.png" in message and f"{w}x{h}" in message and "34" in message
+
+
+def test_resize_is_square_lanczos_and_antialiased(tmp_path):
+    x = noise(128, 256)
+    got = read_image(save(x, tmp_path / "a.png"), 64)
+    assert (got == np.asarray(Image.fromarray(x).resize((64, 64), Image.Resampling.LANCZOS))).all()
+    stripes = np.zeros((128, 128, 3), np.uint8); stripes[:, ::2] = 255  # must become grey, not stripes or black
+    fine = read_image(save(stripes, tmp_path / "s.png"), 32)[:, 4:-4].astype(int)
+    assert abs(fine - 127).max() < 12
+
+
+def test_own_size_is_untouched(tmp_path):
+    x = noise(64, 64)
+    assert (read_image(save(x, tmp_path / "a.png"), 64) == x).all()
+
+
+# ---- damaged files --------------------------------------------------------------------------------------------------
+
+def test_files_that_are_no_pictures(tmp_path):
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("hello, I am a text file\n" * 50)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link.png").symlink_to(tmp_path / "nothing.png")
+    says = {"empty.png": "0 bytes", "text.png": "is not a", "folder.png": "is a folder", "link.png": "a link to nothing",
+            "absent.png": "does not exist"}
+    for name, word in says.items():
+        message = refused(read_image, tmp_path / name)
+        assert str(tmp_path / name) in message and word in message, message
+    for name in ("a\0b.png", "x" * 300 + ".png"): assert name in refused(read_image, tmp_path / name)  # impossible names
+
+
+def test_a_pipe_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    assert "pipe.png" in refused(read_image, tmp_path / "pipe.png")
+
+
+def test_other_formats_are_refused(tmp_path):
+    "Only the named decoders run: a PostScript file called .png must never reach an interpreter."
+    (tmp_path / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n%%EndComments\nshowpage\n")
+    save(noise(), tmp_path / "gif.png", format="GIF")
+    for name in ("eps.png", "gif.png"): assert "is not a PNG" in refused(read_image, tmp_path / name)
+
+
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".tif", ".webp"])
+def test_truncated(tmp_path, suffix):
+    whole = save(noise(), tmp_path / f"whole{suffix}").read_bytes()
+    for share in (0.01, 0.1, 0.5, 0.8):
+        path = tmp_path / f"cut{suffix}"; path.write_bytes(whole[:max(1, int(len(whole) * share))])
+        assert str(path) in refused(read_image, path)
+
+
+def test_decompression_bomb(tmp_path):
+    def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"0"))
+                                        + chunk(b"IEND", b""))
+    message = refused(read_image, tmp_path / "bomb.png")
+    assert "bomb.png" in message and "too large" in message
+
+
+def test_unreadable_file_and_folder(tmp_path, monkeypatch):
+    "Done by a stub, because an administrator may read everything."
+    for i in range(4): save(noise(), tmp_path / "c/train/good" / f"{i}.png")
+    def denied(*_, **__): raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(Image, "open", denied)
+    assert "0.png may not be read" in refused(read_image, tmp_path / "c/train/good/0.png")
+    monkeypatch.setattr(Path, "iterdir", denied)
+    assert "good cannot be listed" in refused(read_category, tmp_path / "c")
+
+
+MODES = {"1": ".png", "L": ".png", "LA": ".png", "P": ".png", "RGB": ".jpg", "RGBA": ".webp", "CMYK": ".jpg", "I": ".tif",
+         "I;16": ".png", "YCbCr": ".tif", "LAB": ".tif", "RGBX": ".tif"}
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(mode=st.sampled_from(sorted(MODES)), height=st.integers(1, 90), width=st.integers(1, 90),
+       size=st.none() | st.integers(1, 80), seed=st.integers(0, 99))
+def test_any_mode_any_size(tmp_path, mode, height, width, size, seed):
+    x = noise(height, width, seed=seed)
+    if mode == "I;16": im = Image.fromarray(np.ascontiguousarray(x[..., 0]).astype(np.uint16) * 200)
+    elif mode == "LAB": im = Image.frombytes("LAB", (width, height), x.tobytes())
+    elif mode == "RGBX": im = Image.frombytes("RGBX", (width, height), noise(height, width, 4, seed).tobytes())
+    else: im = Image.fromarray(x).convert(mode)
+    path = tmp_path / f"a{MODES[mode]}"; im.save(path)
+    if min(height, width) < 34: assert "34" in refused(read_image, path, size); return
+    got = read_image(path, size)
+    assert got.dtype == np.uint8 and got.shape == ((height, width, 3) if size is None else (size, size, 3))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data", "ignore:Truncated File Read")
+def test_fuzz(tmp_path):
+    "200 damaged files: an array of the right form, or a DataError that names the file; nothing else."
+    rng = np.random.default_rng(5)
+    exif = Image.Exif(); exif[0x0112] = 6
+    smooth = Image.fromarray(noise(5, 6)).resize((60, 50))
+    sources = []
+    for options in (dict(format="PNG", exif=exif), dict(format="JPEG", exif=exif), dict(format="JPEG", progressive=True)):
+        stream = io.BytesIO(); smooth.save(stream, **options); sources.append(stream.getvalue())
+    stream = io.BytesIO(); smooth.quantize(9).save(stream, "PNG", transparency=1); sources.append(stream.getvalue())
+    path, outcomes = tmp_path / "fuzz.img", {"read": 0, "refused": 0}
+    for i in range(200):
+        data = bytearray(sources[i % len(sources)])
+        area = len(data) if i % 3 else min(len(data), 120)  # a third of them only in the header
+        for _ in range(rng.integers(1, 8)): data[rng.integers(area)] = rng.integers(256)
+        if i % 5 == 0: data = data[:rng.integers(1, len(data))]
+        path.write_bytes(data)
+        try: x = read_image(path, 40)
+        except DataError as e: outcomes["refused"] += 1; assert str(path) in str(e)
+        else: outcomes["read"] += 1; assert x.shape == (40, 40, 3) and x.dtype == np.uint8
+    assert min(outcomes.values()) >= 20, outcomes  # both ways were taken
+
+
+# ---- layouts --------------------------------------------------------------------------------------------------------
+
+def make_ad(root, n=5):
+    "A small MVTec AD category: n normals, 2 good and 3 broken test pictures."
+    for i in range(n): save(noise(seed=i), root / f"train/good/{i:03}.png")
+    for i in range(2): save(noise(seed=50 + i), root / f"test/good/{i:03}.png")
+    for i in range(3):
+        save(noise(seed=60 + i), root / f"test/broken/{i:03}.png")
+        mask = np.zeros((40, 50), np.uint8); mask[5:15, 5:10 + i] = 255
+        save(mask, root / f"ground_truth/broken/{i:03}_mask.png")
+    return root
+
+
+CONFIG = [dict(defect_name="missing", pixel_value=255, saturation_threshold=30, relative_saturation=False),
+          dict(defect_name="bent", pixel_value=249, saturation_threshold=0.5, relative_saturation=True),
+          dict(defect_name="huge", pixel_value=248, saturation_threshold=99999, relative_saturation=False)]
+
+
+def make_loco(root, good=2, values=((255,), (249, 248))):
+    "A small LOCO category; `values` gives, per logical anomaly, the value of each of its masks (each 10 x 8 pixels)."
+    for i in range(4): save(noise(seed=i), root / f"train/good/{i:03}.png")
+    for i in range(3): save(noise(seed=20 + i), root / f"validation/good/{i:03}.png")
+    for i in range(good): save(noise(seed=40 + i), root / f"test/good/{i:03}.png")
+    for i, marks in enumerate(values):
+        save(noise(seed=60 + i), root / f"test/logical_anomalies/{i:03}.png")
+        for j, value in enumerate(marks):
+            mask = np.zeros((40, 50), np.uint8); mask[20 * j:20 * j + 10, :8] = value
+            save(mask, root / f"ground_truth/logical_anomalies/{i:03}/{j:03}.png")
+    (root / "defects_config.json").write_text(json.dumps(CONFIG))
+    return root
+
+
+def test_ad_layout(tmp_path):
+    c = read_category(make_ad(tmp_path / "part").parent, "part")
+    assert (c.name, c.layout, c.root, c.notes, c.defects) == ("part", "mvtec_ad", tmp_path / "part", (), ())
+    assert [s.path.name for s in c.train] == [f"{i:03}.png" for i in range(5)] and c.validation == ()
+    assert {(s.label, s.type) for s in c.train} == {(0, "good")}
+    assert [(s.type, s.label, s.path.name) for s in c.test] == [
+        ("broken", 1, "000.png"), ("broken", 1, "001.png"), ("broken", 1, "002.png"),
+        ("good", 0, "000.png"), ("good", 0, "001.png")]
+    assert c.test[1].masks == (tmp_path / "part/ground_truth/broken/001_mask.png",) and c.test[3].masks == ()
+    assert c.counts == dict(train=5, validation=0, test=5, normal=2, anomalous=3, masks=3) and c.has_masks
+    assert "part (mvtec_ad): 5 train" in str(c)
+
+
+def test_name_comes_from_the_folder(tmp_path, monkeypatch):
+    root = make_ad(tmp_path / "part")
+    assert read_category(root).name == "part" == read_category(str(root) + "/").name
+    monkeypatch.chdir(root)
+    assert read_category(".").name == "part"
+    assert read_category("../part/train/..").name == "part"
+
+
+def test_ad_without_test(tmp_path):
+    shutil.rmtree(make_ad(tmp_path / "part") / "test")
+    c = read_category(tmp_path / "part")
+    assert c.layout == "mvtec_ad" and len(c.train) == 5 and c.test == () and not c.has_masks
+
+
+@pytest.mark.parametrize("mark", ["validation/good", "defects_config.json", "test/logical_anomalies", "test/structural_anomalies"])
+def test_each_mark_of_loco(tmp_path, mark):
+    for i in range(4): save(noise(seed=i), tmp_path / f"train/good/{i}.png")
+    assert read_category(tmp_path).layout == "mvtec_ad"
+    if mark.endswith("json"): (tmp_path / mark).write_text("[]")
+    else: (tmp_path / mark).mkdir(parents=True)
+    assert read_category(tmp_path).layout == "mvtec_loco"
+
+
+def test_loco_layout(tmp_path):
+    c = read_category(make_loco(tmp_path / "box"))
+    assert c.layout == "mvtec_loco" and c.notes == ()
+    assert c.counts == dict(train=4, validation=3, test=4, normal=2, anomalous=2, masks=3)
+    assert [len(s.masks) for s in c.test] == [0, 0, 1, 2] and c.test[3].type == "logical_anomalies"
+    assert c.defects[1] == Defect("bent", 249, 0.5, True) and len(c.defects) == 3
+
+
+def test_loco_stand_in(tmp_path):
+    c = read_category(make_loco(tmp_path / "box", good=0))
+    assert c.notes == ("validation/good stands in for test/good, which is absent",) and c.notes[0] in str(c)
+    assert c.validation == () and [(s.label, s.type) for s in c.test[:3]] == [(0, "good")] * 3
+    assert [s.path.parent.parent.name for s in c.test[:3]] == ["validation"] * 3 and len(c.test) == 5
+
+
+def test_nothing_stands_in_when_there_are_no_anomalies(tmp_path):
+    c = read_category(make_loco(tmp_path / "box", good=0, values=()))
+    assert len(c.validation) == 3 and c.test == () and c.notes == ()
+
+
+def test_plain_folder(tmp_path):
+    for i in range(4): save(noise(seed=i), tmp_path / "mine" / f"{i}.jpg")
+    c = read_category(tmp_path, "mine")
+    assert (c.layout, c.name, len(c.train), c.validation, c.test) == ("folder", "mine", 4, (), ())
+
+
+def test_other_files_and_deeper_folders_are_ignored(tmp_path):
+    root = make_ad(tmp_path / "part")
+    for name in ("Thumbs.db", ".DS_Store", "notes.txt", "._000.png", ".hidden.png"): (root / "train/good" / name).write_text("x")
+    save(noise(), root / "train/good/deeper/x.png")
+    (root / "train/good/looks_like.png").mkdir()
+    save(noise(), root / "test/.cache/000.png")
+    c = read_category(root)
+    assert len(c.train) == 5 and len(c.test) == 5
+
+
+def test_links_to_files_are_followed(tmp_path):
+    root = make_ad(tmp_path / "part")
+    elsewhere = save(noise(seed=99), tmp_path / "elsewhere/q.png")
+    (root / "train/good/900.png").symlink_to(elsewhere)
+    c = read_category(root)
+    assert len(c.train) == 6 and (load_images([c.train[-1]], 34) == load_images([elsewhere], 34)).all()
+
+
+def test_a_dead_link_is_not_dropped_in_silence(tmp_path):
+    root = make_ad(tmp_path / "part")
+    (root / "train/good/900.png").symlink_to(tmp_path / "gone.png")
+    assert "900.png" in refused(load_images, read_category(root).train, 34)
+
+
+def test_order_is_by_name_not_by_disk(tmp_path):
+    for name in "dbca": save(noise(), tmp_path / f"{name}.png")
+    assert [s.path.stem for s in read_category(tmp_path).train] == list("abcd")
+
+
+def test_missing_category_lists_the_others(tmp_path):
+    make_ad(tmp_path / "bolt"); make_loco(tmp_path / "box"); (tmp_path / "empty").mkdir()
+    message = refused(read_category, tmp_path, "blot")
+    assert "blot does not exist" in message and "bolt, box" in message and "empty" not in message
+    assert "bolt, box" in refused(read_category, tmp_path / "blot")
+    assert "bolt, box" in refused(read_category, tmp_path)  # the data set, where a category was wanted
+    assert "bolt, box" in refused(read_category, tmp_path, "empty")
+    (tmp_path / "file").write_text("x")
+    assert "file is not a folder" in refused(read_category, tmp_path, "file")
+    assert "does not exist" in refused(read_category, tmp_path / "no/such", "thing")
+
+
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_too_few_normals(tmp_path, n):
+    for i in range(n): save(noise(), tmp_path / f"train/good/{i}.png")
+    (tmp_path / "train/good").mkdir(parents=True, exist_ok=True)
+    message = refused(read_category, tmp_path)
+    assert str(tmp_path / "train" / "good") in message and f"holds {n} normal" in message and "4" in message
+    for i in range(n, 4): save(noise(), tmp_path / f"train/good/{i}.png")
+    assert len(read_category(tmp_path).train) == 4
+
+
+def test_no_ground_truth_at_all(tmp_path):
+    for root in (make_ad(tmp_path / "a"), make_loco(tmp_path / "b")):
+        shutil.rmtree(root / "ground_truth")
+        c = read_category(root)
+        assert c.notes == ("no ground truth: pixel figures are n/a",) and not c.has_masks
+        anomalous = [s for s in c.test if s.label]
+        assert anomalous and all(s.masks == () for s in anomalous)
+        assert str(anomalous[0].path) in refused(load_mask, anomalous[0], 40)
+        assert str(anomalous[0].path) in refused(load_defects, anomalous[0], c)
+
+
+def test_some_masks_missing(tmp_path):
+    root = make_ad(tmp_path / "a")
+    (root / "ground_truth/broken/001_mask.png").unlink()
+    message = refused(read_category, root)
+    assert str(root / "test/broken/001.png") in message and str(root / "ground_truth/broken/001_mask.png") in message
+    root = make_loco(tmp_path / "b")
+    (root / "ground_truth/logical_anomalies/000/000.png").unlink()
+    message = refused(read_category, root)
+    assert str(root / "test/logical_anomalies/000.png") in message and str(root / "ground_truth/logical_anomalies/000") in message
+
+
+def row(**changes): return dict(CONFIG[0]) | changes
+
+
+@pytest.mark.parametrize("text", [
+    "", "{", "3", '"text"', "[1]", '[{"defect_name": "a"}]', '{"defect_name": "a"}', "\xff", "[" * 100_000,
+    json.dumps([row(pixel_value=0)]), json.dumps([row(pixel_value=256)]), json.dumps([row(pixel_value="x")]),
+    json.dumps([row(pixel_value=1.5)]), json.dumps([row(pixel_value=None)]), json.dumps([row(pixel_value=[])]),
+    json.dumps([row(saturation_threshold=0)]), json.dumps([row(saturation_threshold=float("nan"))]),
+    json.dumps([row(saturation_threshold=float("inf"))]), json.dumps([row(saturation_threshold=None)]),
+    json.dumps([row(saturation_threshold=10**400)]),
+    json.dumps([row(relative_saturation="false")]), json.dumps([row(relative_saturation=None)]), json.dumps([row(), row()]),
+])
+def test_broken_defects_config(tmp_path, text):
+    root = make_loco(tmp_path / "box")
+    (root / "defects_config.json").write_bytes(text.encode("latin-1"))
+    assert str(root / "defects_config.json") in refused(read_category, root)
+
+
+# ---- pictures and masks ---------------------------------------------------------------------------------------------
+
+def test_load_images(tmp_path):
+    c = read_category(make_ad(tmp_path / "part"))
+    x = load_images(c.train, 34)
+    assert x.shape == (5, 34, 34, 3) and x.dtype == np.uint8
+    for i, s in enumerate(c.train): assert (x[i] == read_image(s.path, 34)).all()
+    assert (load_images([str(s.path) for s in c.train], 34) == x).all() and load_images([], 34).shape == (0, 34, 34, 3)
+    c.train[2].path.write_bytes(b"")
+    assert str(c.train[2].path) in refused(load_images, c.train, 34)
+
+
+def test_progress_is_shown_only_when_asked(tmp_path, capsys):
+    c = read_category(make_ad(tmp_path / "part"))
+    load_images(c.train, 34); assert capsys.readouterr().err == ""
+    load_images(c.train, 34, progress=True); assert "reading pictures" in capsys.readouterr().err
+    check_category(c, progress=False); assert capsys.readouterr().err == ""
+
+
+def test_mask_is_the_union_of_any_value(tmp_path):
+    c = read_category(make_loco(tmp_path / "box", values=((249, 1),)))
+    s = c.test[-1]
+    union = np.zeros((40, 50), bool); union[:10, :8] = union[20:30, :8] = True
+    want = np.asarray(Image.fromarray(union.astype(np.uint8)).resize((64, 64), Image.Resampling.NEAREST)) > 0
+    got = load_mask(s, 64)
+    assert got.dtype == bool and got.shape == (64, 64) and (got == want).all() and 0 < got.sum() < got.size
+    masks = load_masks(c.test, 64)
+    assert masks.dtype == bool and masks.shape == (3, 64, 64) and not masks[:2].any() and (masks[2] == want).all()
+    assert load_masks([], 64).shape == (0, 64, 64)
+
+
+def test_masks_shrink_by_nearest_neighbour(tmp_path):
+    c = read_category(make_ad(tmp_path / "part"))
+    speckles = noise(channels=1) > 150
+    save(np.uint8(255 * speckles), c.test[0].masks[0])
+    rows, columns = (np.arange(10) + 0.5) * 4, (np.arange(10) + 0.5) * 5
+    assert (load_mask(c.test[0], 10) == speckles[rows.astype(int)][:, columns.astype(int)]).all()
+
+
+def test_a_one_bit_mask_counts_as_255(tmp_path):
+    c = read_category(make_loco(tmp_path / "box"))
+    save(Image.open(c.test[2].masks[0]).convert("1"), c.test[2].masks[0])
+    assert load_defects(c.test[2], c)[0][1] == 30
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "LA", "RGB", "RGBA", "I;16"])
+def test_masks_of_other_modes(tmp_path, mode):
+    c = read_category(make_ad(tmp_path / "part"))
+    where = np.asarray(Image.open(c.test[0].masks[0])) > 0
+    im = Image.fromarray(where.astype(np.uint16) * 300) if mode == "I;16" else Image.fromarray(np.uint8(255 * where)).convert(mode)
+    im.save(c.test[0].masks[0])
+    ((mask, saturation),) = load_defects(c.test[0], c)
+    assert (mask == where).all() and saturation == where.sum()
+
+
+@pytest.mark.parametrize("shape", [(50, 40), (80, 100), (40, 51)])
+def test_mask_of_another_size(tmp_path, shape):
+    c = read_category(make_ad(tmp_path / "part"))
+    s = c.test[0]
+    save(np.full(shape, 255, np.uint8), s.masks[0])
+    for call in (lambda: load_mask(s, 40), lambda: load_defects(s, c)):
+        message = refused(call)
+        assert all(t in message for t in (str(s.path), str(s.masks[0]), "50x40", f"{shape[1]}x{shape[0]}"))
+
+
+def test_mask_of_a_turned_picture(tmp_path):
+    "A mask is compared with the picture as it is read, upright."
+    c, exif = read_category(make_ad(tmp_path / "part")), Image.Exif()
+    exif[0x0112] = 6
+    save(noise(50, 40), c.test[0].path, exif=exif)  # stored 40 wide and 50 high, read 50 wide and 40 high
+    assert read_image(c.test[0].path).shape == (40, 50, 3) and load_mask(c.test[0], 40).any()
+
+
+def test_broken_masks(tmp_path):
+    c = read_category(make_ad(tmp_path / "part"))
+    c.test[0].masks[0].write_bytes(c.test[0].masks[0].read_bytes()[:60])
+    c.test[1].masks[0].unlink()
+    save(np.ones((40, 50), np.float32), c.test[2].masks[0], format="TIFF")
+    for s in c.test[:3]: assert str(s.masks[0]) in refused(load_mask, s, 40)
+
+
+# ---- defects --------------------------------------------------------------------------------------------------------
+
+def test_saturation(tmp_path):
+    c = read_category(make_loco(tmp_path / "box"))
+    ((mask, saturation),) = load_defects(c.test[2], c)
+    assert mask.shape == (40, 50) and mask.dtype == bool and mask.sum() == 80 and mask[:10, :8].all()
+    assert saturation == 30  # pixels
+    (_, bent), (second, huge) = load_defects(c.test[3], c)
+    assert bent == 40 and huge == 80  # half of the area; capped at the area
+    assert second[20:30, :8].all() and second.sum() == 80
+    assert load_defects(c.test[0], c) == []
+
+
+def test_saturation_without_a_table(tmp_path):
+    c = read_category(make_ad(tmp_path / "part"))
+    ((mask, saturation),) = load_defects(c.test[1], c)
+    assert saturation == mask.sum() == 60
+
+
+def test_unknown_mask_value(tmp_path):
+    c = read_category(make_loco(tmp_path / "box", values=((17,),)))
+    message = refused(load_defects, c.test[-1], c)
+    assert str(c.test[-1].masks[0]) in message and "17" in message and "248, 249, 255" in message
+    assert load_mask(c.test[-1], 40).any()  # as an area it is still good
+
+
+def test_two_values_in_one_mask_and_no_value(tmp_path):
+    c = read_category(make_loco(tmp_path / "box"))
+    mask = np.zeros((40, 50), np.uint8); mask[0, 0] = 255; mask[1, 1] = 249
+    save(mask, c.test[2].masks[0])
+    assert "249, 255" in refused(load_defects, c.test[2], c)
+    save(0 * mask, c.test[2].masks[0])
+    assert "no pixel" in refused(load_defects, c.test[2], c)
+
+
+# ---- hash and check -------------------------------------------------------------------------------------------------
+
+def test_hash_does_not_depend_on_the_place(tmp_path, monkeypatch):
+    root = make_loco(tmp_path / "a" / "box")
+    want = data_sha256(read_category(root))
+    shutil.copytree(root, tmp_path / "b" / "other_name")
+    assert data_sha256(read_category(tmp_path / "b" / "other_name")) == want and len(want) == 64
+    monkeypatch.chdir(tmp_path)
+    assert data_sha256(read_category("a", "box")) == want
+    (root / "readme.txt").write_text("not data")
+    assert data_sha256(read_category(root)) == want
+
+
+@pytest.mark.parametrize("name", ["train/good/000.png", "validation/good/001.png", "test/good/000.png", "defects_config.json",
+                                  "test/logical_anomalies/001.png", "ground_truth/logical_anomalies/001/001.png"])
+def test_hash_changes_with_any_byte(tmp_path, name):
+    root = make_loco(tmp_path / "box")
+    before = data_sha256(read_category(root))
+    with open(root / name, "ab") as f: f.write(b" ")
+    assert data_sha256(read_category(root)) != before
+
+
+def test_hash_changes_with_any_name_and_swap(tmp_path):
+    root = make_ad(tmp_path / "part")
+    hashes = {data_sha256(read_category(root))}
+    (root / "train/good/000.png").rename(root / "train/good/00.png")
+    hashes.add(data_sha256(read_category(root)))
+    (root / "train/good/00.png").rename(root / "t"); (root / "train/good/001.png").rename(root / "train/good/00.png")
+    (root / "t").rename(root / "train/good/001.png")
+    hashes.add(data_sha256(read_category(root)))
+    (root / "train/good/004.png").unlink()
+    hashes.add(data_sha256(read_category(root)))
+    assert len(hashes) == 4
+
+
+def test_hash_names_a_file_that_has_gone(tmp_path):
+    c = read_category(make_ad(tmp_path / "part"))
+    c.train[0].path.unlink()
+    assert str(c.train[0].path) in refused(data_sha256, c)
+
+
+def test_check_lists_all_problems(tmp_path):
+    root = make_loco(tmp_path / "box", values=((255,), (249, 248), (17,), (255,), (255,)))
+    c = read_category(root)
+    assert [p for p, _ in check_category(c, progress=False)] == [c.test[4].masks[0]]
+    c.train[1].path.write_bytes(b"")
+    save(noise(20, 20), c.validation[0].path)
+    c.test[0].path.write_text("text")
+    save(np.full((41, 50), 255, np.uint8), c.test[3].masks[1])
+    c.test[5].path.write_bytes(b"x"); c.test[5].masks[0].write_bytes(b"y")  # both are reported
+    save(np.zeros((40, 50), np.uint8), c.test[6].masks[0])
+    problems = check_category(c, progress=False)
+    assert [p for p, _ in problems] == [c.train[1].path, c.validation[0].path, c.test[0].path, c.test[3].masks[1],
+                                        c.test[4].masks[0], c.test[5].path, c.test[5].masks[0], c.test[6].masks[0]]
+    assert all(str(path) in text for path, text in problems)
+
+
+def test_records_are_frozen(tmp_path):
+    c = read_category(make_ad(tmp_path / "part"))
+    for record, field in ((c, "train"), (c.train[0], "label"), (Defect("a", 1, 1.0, True), "name")):
+        with pytest.raises(AttributeError): setattr(record, field, None)
+    assert isinstance(c, Category) and hash(c) == hash(replace(c)) and Sample(Path("a"), 0, "good").masks == ()
+
+
+# ---- the real data --------------------------------------------------------------------------------------------------
+
+def real(folder, *names):
+    "A real category, or a skip."
+    if not folder.joinpath(*names).is_dir(): pytest.skip(f"{'/'.join(names)} is not among the real data")
+    return read_category(folder.joinpath(*names[:-1]), names[-1])
+
+
+def test_bottle(real_data):
+    c = real(real_data, "mvtec_ad", "bottle")
+    assert (c.layout, len(c.train), len(c.validation), len(c.test), c.notes) == ("mvtec_ad", 209, 0, 83, ())
+    assert c.counts["masks"] == c.counts["anomalous"] == 63 and c.has_masks
+    masks = load_masks(c.test, 64)
+    assert [bool(m.any()) for m in masks] == [bool(s.label) for s in c.test]
+    assert load_images(c.test[:3], 64).std() > 10
+
+
+def test_juice_bottle(real_data):
+    c = real(real_data, "mvtec_loco", "juice_bottle")
+    if (c.root / "test/good").is_dir(): pytest.skip("this is the whole juice_bottle, the test is for the part without test/good")
+    assert c.layout == "mvtec_loco" and len(c.train) == 335 and len(c.validation) == 0 and len(c.defects) == 18
+    assert [s.type for s in c.test] == ["good"] * 54 + ["logical_anomalies"] * 142
+    assert c.notes == ("validation/good stands in for test/good, which is absent",)
+    for s in c.test[54:60]:
+        for mask, saturation in load_defects(s, c): assert 0 < saturation <= mask.sum() == load_mask(s, mask.shape[0]).sum()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [("mvtec_ad", "bottle"), ("mvtec_loco", "juice_bottle")])
+def test_real_data_have_no_problems(real_data, names):
+    assert check_category(real(real_data, *names), progress=False) == []
