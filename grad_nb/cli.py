@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRAYS_SEED', 'plain_errors', 'template', 'template_parameters', 'check_parameters', 'Task', 'plan', 'run_notebook',
-           'grad_demo', 'run_phase', 'grad_data', 'grad_fit', 'grad_predict']
+           'grad_demo', 'run_phase', 'grad_data', 'grad_fit', 'grad_predict', 'grad_export', 'grad_bench']
 
-# %% ../nbs/16_cli.ipynb #62b6c1a4
+# %% ../nbs/16_cli.ipynb #f922f516
 import ast
 import csv
 import functools
@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from fastcore.script import call_parse, store_true
 from tqdm import tqdm
@@ -28,7 +29,7 @@ from .config import augmentation, override, preset
 from .data import DataError, check_category, read_category
 from .grad import GRAD
 from .pipeline import Run, detect_key, evaluate_stage, generate_key, open_run, parse_overrides, result_table, stage_done
-from .store import read_json
+from .store import bf16_supported, pick_device, read_json, versions, write_json
 from .trays import make_trays
 
 # %% ../nbs/16_cli.ipynb #01f8125f
@@ -243,3 +244,48 @@ def grad_predict(
         writer = csv.DictWriter(sys.stdout, ["path", "score", "anomalous"])
         writer.writeheader(); writer.writerows(rows)
     if fail_on_anomaly and result.labels.any(): sys.exit(1)
+
+# %% ../nbs/16_cli.ipynb #3c98d629
+@call_parse
+@plain_errors
+def grad_export(
+    model: str,  # file that grad_fit wrote
+    onnx: str = "model.onnx",  # file to write
+):
+    "Write a model as one ONNX file, and compare it with the model on three random pictures."
+    from grad_nb.export import OnnxScorer, largest_difference, to_onnx
+    fitted = GRAD.load(model, "cpu")
+    try: to_onnx(fitted, onnx)
+    except ImportError as e: raise RuntimeError(str(e)) from None
+    size = fitted.preset.generator.size
+    print(f"{onnx}: {Path(onnx).stat().st_size / 1e6:.1f} MB, pictures of {size} x {size} pixels as bytes, threshold {fitted.offset_:.3f}")
+    pictures = np.random.default_rng(0).integers(0, 256, (3, size, size, 3), dtype=np.uint8)
+    try: print(f"largest difference to the model, scores and maps: {largest_difference(fitted, OnnxScorer(onnx), pictures):.1e}")
+    except ImportError as e: print(f"not compared: {e}")
+
+
+@call_parse
+@plain_errors
+def grad_bench(
+    device: str = "auto",  # "auto", "cpu" or "cuda"
+    batch: int = 1,  # pictures judged together
+    runs: int = 30,  # timed runs of each row
+    threads: int = 0,  # threads of CPU work, 0 = torch's default
+    preset: str = "fast",  # whose training and sampling steps are timed: "paper", "fast" or "demo"
+    quick: store_true = False,  # the detectors only, and at most five runs
+    json_file: str = "",  # also write the rows, with their protocol, here
+):
+    "Time the detectors in float32 and bf16, and a step of every training and sampling; random weights."
+    from grad_nb.benchmark import bench_detectors, bench_stages
+    where, runs = pick_device(device), min(runs, 5) if quick else runs
+    precisions = (False, True) if bf16_supported(where) else (False,)
+    found = {"versions": versions(), "preset": preset, "stages": [] if quick else bench_stages(_preset(preset), device=where, threads=threads),
+             "detectors": [row for bf16 in precisions for row in bench_detectors(device=where, batch=batch, bf16=bf16, threads=threads, runs=runs)]}
+    for name in ("detectors", "stages"):
+        if found[name]: print(f"{name}: random weights, milliseconds, {found[name][0]['device']}\n{_bench_table(found[name])}\n")
+    if json_file: write_json(json_file, found)
+
+
+def _bench_table(rows: list[dict]) -> str:
+    "The rows of a benchmark as text; the device stands above them."
+    return pd.DataFrame(rows).drop(columns="device").round(2).to_string(index=False, na_rep="-")

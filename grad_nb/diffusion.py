@@ -23,7 +23,7 @@ def alpha_bars(
     "The cumulative products alpha_bar of the linear schedule (DDPM; T from the appendix)."
     return torch.cumprod(1 - torch.linspace(beta_first, beta_last, T, dtype=torch.float64), 0)
 
-# %% ../nbs/04_diffusion.ipynb #fa5915ae
+# %% ../nbs/04_diffusion.ipynb #8eda6a72
 def global_noise(
     n: int,  # number of pictures
     sigma_g: float,  # its standard deviation, on the scale of pictures in [-1, 1]
@@ -41,8 +41,8 @@ def q_sample(
     eps_g: Tensor | float = 0.0,  # (B, 3, 1, 1) global noise
 ) -> Tensor:  # (B, 3, H, W) the noised pictures x_t
     "The forward process in one step, with the global noise (Algorithm 1, line 6)."
-    a = alpha_bar[t].to(x_0.dtype)[:, None, None, None]
-    return a.sqrt() * x_0 + (1 - a).sqrt() * eps_1 + eps_g
+    a = alpha_bar[t][:, None, None, None]
+    return a.sqrt().to(x_0.dtype) * x_0 + (1 - a).sqrt().to(x_0.dtype) * eps_1 + eps_g
 
 # %% ../nbs/04_diffusion.ipynb #722734fa
 def posterior_variance(
@@ -68,7 +68,7 @@ def reverse_step(
     mean = (alpha_bar_s**0.5 * (1 - alpha) * x_0 + alpha**0.5 * (1 - alpha_bar_s) * x_t) / (1 - alpha_bar_t)
     return mean + posterior_variance(alpha_bar_t, alpha_bar_s) ** 0.5 * z
 
-# %% ../nbs/04_diffusion.ipynb #c7a1422e
+# %% ../nbs/04_diffusion.ipynb #06df5957
 def timesteps(
     T: int,  # number of diffusion steps
     steps: int,  # how many of them to visit, 1..T
@@ -90,7 +90,7 @@ def sample(
     progress: bool = False,  # show a progress bar
 ) -> Tensor:  # (n, 3, size, size) in [-1, 1] if clipped
     "Pictures from noise: Algorithm 2, or a stride through it."
-    times = timesteps(len(alpha_bar), steps or len(alpha_bar))
+    times = timesteps(len(alpha_bar), len(alpha_bar) if steps is None else steps)
     x = torch.randn(n, 3, size, size, generator=generator, device=generator.device)
     for t, s in zip(tqdm(times, "sampling", disable=not progress, leave=False), times[1:] + [None]):
         eps_hat = model(with_coords(x), torch.full((n,), t, device=x.device)).to(x.dtype)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPSET', 'resize_matrix', 'float32_below', 'Scorer', 'metadata', 'to_onnx', 'OnnxScorer', 'largest_difference']
 
-# %% ../nbs/14_export.ipynb #2e869433
+# %% ../nbs/14_export.ipynb #2ba4f6d4
 import contextlib
 import copy
 import importlib
@@ -23,7 +23,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from .coords import coord_map
-from .evaluation import blur_matrix, upsampling_matrix
+from .evaluation import HALF_DOWN, blur_matrix, upsampling_matrix
 from .grad import GRAD
 from .store import atomic_path, versions
 
@@ -43,7 +43,7 @@ def float32_below(
     near = np.float32(value)
     return float(near if float(near) <= value else np.nextafter(near, np.float32(-math.inf)))
 
-# %% ../nbs/14_export.ipynb #b0a59241
+# %% ../nbs/14_export.ipynb #520740fb
 class Scorer(nn.Module):
     "The whole way from bytes to verdicts, as `GRAD.predict` goes it, in one module without Python around it."
 
@@ -71,7 +71,7 @@ class Scorer(nn.Module):
     ) -> Tensor:  # (B, h, h): its logits, standardised if there are several detectors
         "One detector's view: resize, round to bytes, scale to [-1, 1], add the coordinates, detect."
         resize, coords, (mean, std) = getattr(self, f"resize_{i}"), getattr(self, f"coords_{i}"), self.stats[i]
-        if self.inputs[i] != self.size: x = (resize @ (x @ resize.T)).round()
+        if self.inputs[i] != self.size: x = (resize @ (x @ resize.T) - HALF_DOWN).round()
         x = torch.cat([x / 127.5 - 1, coords.expand(x.shape[0], -1, -1, -1)], 1)
         logits = self.detectors[i](x)[:, 0]
         return (logits - mean) / std if len(self.inputs) > 1 else logits

@@ -7,7 +7,7 @@ __all__ = ['PixelNorm', 'Pointwise', 'time_embedding', 'fourier_coords', 'Block'
            'bounding_box', 'to_model', 'to_bytes', 'denoising_loss', 'draw_pictures', 'new_patchdiff',
            'train_patchdiff', 'generate', 'save_patchdiff', 'load_patchdiff']
 
-# %% ../nbs/05_patchdiff.ipynb #2ca47ce4
+# %% ../nbs/05_patchdiff.ipynb #d7dbafac
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +22,8 @@ from tqdm import tqdm
 from .config import GeneratorConfig, to_dict
 from .coords import coord_map, with_coords
 from .diffusion import alpha_bars, global_noise, q_sample, sample
-from .store import (array_sha256, autocast, fingerprint, read_tensors, run_steps, stage_generator, stage_seed,
-                           write_tensors)
+from .store import (array_sha256, autocast, fingerprint, read_tensors, run_steps, seeded_weights,
+                           stage_generator, write_tensors)
 
 # %% ../nbs/05_patchdiff.ipynb #88e3cc44
 class PixelNorm(nn.Module):
@@ -211,15 +211,14 @@ def draw_pictures(
     return (torch.stack([p[:, r, c] for p, (r, c) in zip(x, cuts)]).contiguous(memory_format=torch.channels_last),
             torch.stack([coords[:, r, c] for r, c in cuts]))
 
-# %% ../nbs/05_patchdiff.ipynb #9c4b8d5c
+# %% ../nbs/05_patchdiff.ipynb #515fbade
 def new_patchdiff(
     level: int,  # side of the receptive field, pixels
     config: GeneratorConfig,  # width and Fourier octaves
     seed: int = 0,  # of the run
 ) -> PatchDiff:  # on the CPU, untrained
     "A PatchDiff whose first weights depend on the seed and the level alone."
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stage_seed(seed, f"patchdiff-init-{level}"))
+    with seeded_weights(seed, f"patchdiff-init-{level}"):
         return PatchDiff(level, config.width, config.fourier)
 
 
@@ -232,8 +231,9 @@ def train_patchdiff(
     checkpoint: str | Path | None = None,  # file to save the state in and to resume from
     progress: bool = True,  # show a progress bar
 ) -> tuple[PatchDiff, pd.DataFrame]:  # the trained model and its loss at every step
-    "Train one PatchDiff (Algorithm 1); resumes from `checkpoint` if that is of this very training."
-    key = fingerprint("patchdiff", level, to_dict(config), seed, array_sha256(pictures))
+    "Train one PatchDiff (Algorithm 1); resumes from `checkpoint` if that is of this very training. `ValueError` for pictures of another size."
+    if pictures.shape[1:] != (config.size, config.size, 3): raise ValueError(f"pictures are {pictures.shape[1:]}, but the generator learns {(config.size, config.size, 3)}")
+    key = fingerprint("patchdiff", level, to_dict(config), seed, torch.device(device).type, array_sha256(pictures))
     data = torch.from_numpy(np.ascontiguousarray(pictures)).to(device)
     coords, alpha_bar = coord_map(*data.shape[1:3], device=device), alpha_bars(config.T).to(device)
     model = new_patchdiff(level, config, seed).to(device, memory_format=torch.channels_last)

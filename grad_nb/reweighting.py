@@ -74,7 +74,7 @@ def reweighted_bce(
     "The reweighted binary cross-entropy L_RBCE (Eq. 3, with Eq. 4 inside the weights)."
     return (w_pos * F.softplus(logits_pos)).sum() + (w_neg * F.softplus(-logits_neg)).sum()
 
-# %% ../nbs/08_reweighting.ipynb #bdd85b2d
+# %% ../nbs/08_reweighting.ipynb #1540ea0a
 class MemoryBank:
     "A queue of the latest features: the oldest leave first."
 
@@ -89,19 +89,19 @@ class MemoryBank:
     ) -> None:
         "Append features; keep the latest `size`."
         z = z.detach().float()[-self.size :]
-        kept = self.features[max(0, len(self.features) + len(z) - self.size) :] if len(self.features) else z[:0]
-        self.features = torch.cat([kept, z])
+        kept = self.or_else(z[:0])
+        self.features = torch.cat([kept, z])[-self.size :]
 
     def or_else(self,
         z: Tensor,  # (N, D) features of the current step
     ) -> Tensor:  # (M, D)
         "What the bank holds, or the current features while it is empty."
-        return self.features if len(self.features) else z.detach().float()
+        return self.features.to(z.device) if len(self.features) else z.detach().float()
 
     def state_dict(self) -> dict[str, Tensor]:
         "The bank's content, for a checkpoint."
         return {"features": self.features}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        "Put the content back, on the device where it is or will be used."
+        "Put the content back; it moves to the device of the features that it is compared with."
         self.features = state["features"]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['atomic_path', 'write_json', 'read_json', 'write_array', 'read_array', 'write_tensors', 'read_tensors', 'stage_seed',
-           'stage_generator', 'save_checkpoint', 'load_checkpoint', 'fingerprint', 'file_sha256', 'array_sha256',
-           'versions', 'device_name', 'pick_device', 'bf16_supported', 'autocast', 'run_steps']
+           'seeded_weights', 'stage_generator', 'save_checkpoint', 'load_checkpoint', 'fingerprint', 'file_sha256',
+           'array_sha256', 'versions', 'device_name', 'pick_device', 'bf16_supported', 'autocast', 'run_steps']
 
 # %% ../nbs/00b_store.ipynb #a90f3053
 import hashlib
@@ -45,7 +45,7 @@ def atomic_path(
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../nbs/00b_store.ipynb #0d7f20c7
+# %% ../nbs/00b_store.ipynb #533c1616
 def _plain(value: Any) -> Any:
     "`value` with NumPy scalars, paths and tuples made plain, and NaN or infinity made None."
     if isinstance(value, Mapping): return {str(k): _plain(v) for k, v in value.items()}
@@ -85,10 +85,12 @@ def read_array(
     path: str | Path,  # a file that `write_array` made
 ) -> np.ndarray:  # a read-only memory map
     "Open an array without loading it; `ValueError` names the file if it is not one."
-    try: return np.load(path, mmap_mode="r", allow_pickle=False)
+    try: found = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as e:
         if isinstance(e, FileNotFoundError): raise
         raise ValueError(f"{path} is not an array that can be read ({e}); delete it and run the stage again") from None
+    if not isinstance(found, np.ndarray): raise ValueError(f"{path} is not an array but an archive; delete it and run the stage again")
+    return found
 
 # %% ../nbs/00b_store.ipynb #7d83d681
 def write_tensors(
@@ -112,13 +114,25 @@ def read_tensors(
     except (SafetensorError, json.JSONDecodeError) as e:
         raise ValueError(f"{path} is not a whole safetensors file ({e}); delete it and make it again") from None
 
-# %% ../nbs/00b_store.ipynb #94d54ac4
+# %% ../nbs/00b_store.ipynb #985c9aae
 def stage_seed(
     seed: int,  # the run's seed
     stage: str,  # the name of the stage, for instance "sample-9"
 ) -> int:  # 63 bits, the same on every machine
     "A seed for one stage of a run."
     return int.from_bytes(hashlib.sha256(f"{seed}/{stage}".encode()).digest()[:8], "little") >> 1
+
+
+@contextmanager
+def seeded_weights(
+    seed: int,  # the run's seed
+    stage: str,  # the name of the stage
+) -> Iterator[None]:
+    "Inside the `with`, fresh layers on the CPU get weights of their own seed; afterwards torch's global generator is as it was."
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(stage_seed(seed, stage))
+    try: yield
+    finally: torch.default_generator.set_state(before)
 
 
 def stage_generator(
@@ -248,16 +262,19 @@ def autocast(
     kind = torch.device(device).type
     return torch.autocast(kind if kind in ("cpu", "cuda") else "cpu", torch.bfloat16, enabled=on and bf16_supported(device))
 
-# %% ../nbs/00b_store.ipynb #5f9cc126
+# %% ../nbs/00b_store.ipynb #14efb578
 def _state_of(part: Any) -> Any:
     "The state of a module, optimiser, schedule or random generator."
     return part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
 
 
 def _restore(part: Any, state: Any) -> None:
-    "Put a state back."
-    if isinstance(part, torch.Generator): part.set_state(state)
-    else: part.load_state_dict(state)
+    "Put a state back; an optimiser's moments get the memory layout of their weights again, which a file does not keep."
+    if isinstance(part, torch.Generator): return part.set_state(state)
+    part.load_state_dict(state)
+    for weight, moments in getattr(part, "state", {}).items():
+        for name, value in moments.items():
+            if value.ndim and value.shape == weight.shape: moments[name] = torch.empty_like(weight).copy_(value)
 
 
 def run_steps(
@@ -277,8 +294,14 @@ def run_steps(
         rows, done = list(saved.pop("rows").unbind()), saved.pop("done")
         for name, value in saved.items(): _restore(state[name], value)
     for i in (bar := tqdm(range(done, steps), label, initial=done, total=steps, disable=not progress)):
-        rows.append(step(i))
-        if progress and (i + 1) % 50 == 0: bar.set_postfix({names[0]: f"{torch.stack(rows[-50:])[:, 0].mean().item():.4f}"})
+        rows.append(step(i).double())
+        if progress and (i + 1) % 50 == 0: bar.set_postfix({names[0]: f"{_together(rows[-50:])[:, 0].mean().item():.4f}"})
         if checkpoint and (i + 1) % every == 0 and i + 1 < steps:
-            save_checkpoint(checkpoint, key, rows=torch.stack(rows), done=i + 1, **{k: _state_of(v) for k, v in state.items()})
-    return pd.DataFrame(torch.stack(rows).double().cpu().numpy() if rows else [], columns=list(names))
+            save_checkpoint(checkpoint, key, rows=_together(rows), done=i + 1, **{k: _state_of(v) for k, v in state.items()})
+    return pd.DataFrame(_together(rows).numpy() if rows else [], columns=list(names))
+
+
+def _together(rows: list[Tensor]) -> Tensor:
+    "Rows as one tensor on the CPU; those of a resumed training are there already, the new ones may be on a GPU."
+    new = next((i for i, row in enumerate(rows) if row.device.type != "cpu"), len(rows))
+    return torch.cat([torch.stack(part).cpu() for part in (rows[:new], rows[new:]) if part])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIGURES', 'training_steps', 'Learner', 'weights', 'batch_losses', 'train_detector']
 
-# %% ../nbs/10_training.ipynb #51f61164
+# %% ../nbs/10_training.ipynb #9a77589a
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from .config import Augmentation, DetectorConfig, to_dict
 from .detector import Decoder, Detector
-from .patches import Batch, Pictures, draw_batch
+from .patches import Batch, draw_batch
 from .regularizers import decoding_loss, feature_loss, gradient_penalty, noised, one_patch_each
 from .reweighting import MemoryBank, effective_sample_size, negative_weight, reweighted_bce, tail_weight
-from .store import array_sha256, autocast, fingerprint, run_steps, stage_generator, stage_seed
+from .store import array_sha256, autocast, fingerprint, run_steps, seeded_weights, stage_generator
 
 # %% ../nbs/10_training.ipynb #1f204c16
 def training_steps(
@@ -29,7 +29,7 @@ def training_steps(
     "Steps of a training: `steps` if it is set, else epochs of N / 4 steps (appendix)."
     return config.steps or max(1, round(config.epochs * n_normal / config.pictures))
 
-# %% ../nbs/10_training.ipynb #75320ca7
+# %% ../nbs/10_training.ipynb #2e53a3c3
 class Learner:
     "A detector in training, with everything that its training changes."
 
@@ -41,8 +41,7 @@ class Learner:
         device: str | torch.device = "cpu",  # where to train
     ):
         self.config, self.device, self.steps = config, torch.device(device), steps
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stage_seed(seed, f"{stage}-init"))
+        with seeded_weights(seed, f"{stage}-init"):
             self.detector = Detector(config.width)
             self.decoder = Decoder(self.detector.head.in_channels)
         for net in (self.detector, self.decoder): net.to(self.device, memory_format=torch.channels_last)
@@ -102,13 +101,13 @@ def _regularisation(learner: Learner, batch: Batch, x: Tensor, features: Tensor)
     if config.alpha_2: parts["grad"] = gradient_penalty(learner.detector, one_patch_each(batch.positives, generator), config.penalise)
     return parts
 
-# %% ../nbs/10_training.ipynb #08a73092
+# %% ../nbs/10_training.ipynb #83c28f09
 FIGURES = ("loss", "rbce", "feat", "grad", "ess_pos", "ess_neg")  # what is written down at every step
 
 
 def train_detector(
-    normal: Pictures,  # (N, size, size, 3) uint8 normal pictures
-    contrastive: Sequence[Pictures],  # k sets (M, size, size, 3) uint8, one per PatchDiff level
+    normal: np.ndarray,  # (N, size, size, 3) uint8 normal pictures
+    contrastive: Sequence[np.ndarray],  # k sets (M, size, size, 3) uint8, one per PatchDiff level; memory maps will do
     config: DetectorConfig,  # settings
     augmentation: Augmentation,  # of the category
     seed: int = 0,  # of the run
@@ -120,7 +119,7 @@ def train_detector(
     "Train one patch-level detector (Eq. 7); resumes from `checkpoint` if that is of this very training."
     steps = training_steps(config, len(normal))
     learner = Learner(config, steps, seed, stage, device)
-    key = fingerprint("detector", stage, to_dict(config), to_dict(augmentation), seed, [array_sha256(p) for p in (normal, *contrastive)])
+    key = fingerprint("detector", stage, to_dict(config), to_dict(augmentation), seed, learner.device.type, [array_sha256(p) for p in (normal, *contrastive)])
     if learner.device.type == "cuda": normal, *contrastive = (torch.as_tensor(np.ascontiguousarray(p)).to(device) for p in (normal, *contrastive))
 
     def step(i: int) -> Tensor:

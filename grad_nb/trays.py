@@ -69,7 +69,7 @@ COLOURS = MappingProxyType({"ring": (0.74, 0.13, 0.12), "plate": (0.13, 0.28, 0.
                             "bar": (0.13, 0.55, 0.22), "triangle": (0.82, 0.68, 0.10)})  # red, green, blue in 0..1
 KINDS = tuple(COLOURS)  # in the order of their compartments: top left, top right, bottom left, bottom right
 
-# %% ../nbs/02_trays.ipynb #565dfd21
+# %% ../nbs/02_trays.ipynb #e81fad70
 @dataclass(frozen=True)
 class Part:
     "One part. Lengths are in sides of the picture, from the tray's centre and along its axes; angles in radians."
@@ -88,7 +88,7 @@ class Scratch:
     y: float
     angle: float
     length: float  # 0.25 to 0.5 sides
-    width: float  # 1.5 to 2.5 pixels in a picture of 128; never drawn under 1 pixel
+    width: float  # 2 to 3.5 pixels in a picture of 128; never drawn under 1 pixel
     bend: float  # height of the parabola, in lengths
     bright: bool
 
@@ -114,8 +114,8 @@ class Scene:
     grain: int  # seed of the textures and of the sensor's noise
     marks: tuple[Scratch | Stain, ...] = ()  # dirt and damage; none by the rules
 
-# %% ../nbs/02_trays.ipynb #1bf8953e
-TRAY, COMPARTMENT, OFFSET, RADIUS = 0.41, 0.185, 0.2, 0.088  # half sides, centre of a compartment, a part's radius
+# %% ../nbs/02_trays.ipynb #1994654d
+TRAY, COMPARTMENT, OFFSET, RADIUS = 0.45, 0.205, 0.22, 0.103  # half sides, centre of a compartment, a part's radius
 
 
 def _centre(c: int) -> tuple[float, float]:
@@ -134,7 +134,7 @@ def sample_scene(
     rng: np.random.Generator,  # the only source of randomness
 ) -> Scene:  # one that keeps all the rules
     "A random normal scene."
-    shift, angle = rng.uniform(-0.06, 0.06, 2), rng.uniform(-4, 4)
+    shift, angle = rng.uniform(-0.035, 0.035, 2), rng.uniform(-4, 4)
     parts = []
     for c, kind in enumerate(KINDS):
         scale, turn = rng.uniform(0.94, 1.06), rng.uniform(0, 2 * np.pi)
@@ -231,7 +231,7 @@ def render(
     picture += rng.normal(0, 0.012, picture.shape)
     return np.clip(picture.transpose(1, 2, 0) * 255 + 0.5, 0, 255).astype(np.uint8)
 
-# %% ../nbs/02_trays.ipynb #b7bf218f
+# %% ../nbs/02_trays.ipynb #49e0160b
 LOGICAL = ("missing_part", "double_part", "wrong_kind", "wrong_place")
 STRUCTURAL = ("scratch", "stain", "broken_part")
 
@@ -262,7 +262,7 @@ def _mark(anomaly: str, rng: np.random.Generator) -> Scratch | Stain:
     length, angle, bend = rng.uniform(0.25, 0.5), rng.uniform(0, np.pi), rng.uniform(-0.15, 0.15)
     x = rng.uniform(-1, 1) * (0.36 - length / 2 * abs(np.cos(angle)))
     y = rng.uniform(-1, 1) * (0.36 - length / 2 * abs(np.sin(angle)))
-    width, bright = rng.uniform(1.5, 2.5), bool(rng.random() < 0.5)
+    width, bright = rng.uniform(2.0, 3.5), bool(rng.random() < 0.5)
     return Scratch(float(x), float(y), float(angle), float(length), float(width), float(bend), bright)
 
 # %% ../nbs/02_trays.ipynb #2fc72841
@@ -389,17 +389,17 @@ def _write(folder: Path, seed: int, size: int, counts: tuple[int, ...]) -> Itera
                       np.where(mask, np.uint8(value[name]), np.uint8(0)))
             yield folder / split / f"{i:03d}.png"
 
-# %% ../nbs/02_trays.ipynb #d42114d1
+# %% ../nbs/02_trays.ipynb #35aa72cb
 def make_trays(
     root: str | Path,  # folder of the data set; the category's folder `trays` appears in it
     *,
     seed: int = 0,  # of everything
     size: int = 128,  # side of the pictures, pixels, at least 48
-    train: int = 160,  # normal pictures to learn from
+    train: int = 400,  # normal pictures to learn from
     validation: int = 40,  # normal pictures to validate with
-    good: int = 60,  # normal pictures to test with
-    logical: int = 60,  # test pictures with a logical anomaly, the four in turn
-    structural: int = 60,  # test pictures with a structural anomaly, the three in turn
+    good: int = 100,  # normal pictures to test with
+    logical: int = 100,  # test pictures with a logical anomaly, the four in turn
+    structural: int = 100,  # test pictures with a structural anomaly, the three in turn
     progress: bool = True,  # show a bar
 ) -> Path:  # root/trays
     """Draw the data set, or find it where it already is.

@@ -22,6 +22,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     diffusers = pytest.importorskip("diffusers")
 
+pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad:UserWarning")
+
 
 def seeded(seed):
     return torch.Generator().manual_seed(seed)

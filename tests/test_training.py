@@ -30,10 +30,8 @@ from grad_nb.store import load_checkpoint, read_tensors, write_tensors
 from grad_nb.training import FIGURES, Learner, batch_losses, train_detector, training_steps
 
 PLAIN = Augmentation(rotation=0.0, jitter_p=0.0)
-TINY = GeneratorConfig(size=16, width=8, steps=30, batch=4, n_samples=5, sample_steps=6, sample_batch=2, bf16=False)
-SMALL = DetectorConfig(width=0.05, steps=8, patches=32, bf16=False)
-STRIDES = ("the moments of AdamW come back from a checkpoint row by row while weights and gradients are channels_last; "
-           "the fused kernel pairs them in the order of memory, so every 3x3 and 4x4 filter gets the wrong moments after a resume")
+TINY = GeneratorConfig(size=16, width=8, steps=12, batch=4, n_samples=5, sample_steps=6, sample_batch=2, bf16=False)
+SMALL = DetectorConfig(width=0.05, steps=8, patches=8, bf16=False)
 
 
 def pictures(n, side, seed=0):
@@ -106,8 +104,6 @@ def test_no_training_touches_the_global_generators():
     assert torch.equal(before[0], after[0]) and (before[1] == after[1]).all() and before[2] == after[2]
 
 
-@pytest.mark.xfail(strict=True, reason="torch.manual_seed seeds the GPUs' global generators too, and fork_rng(devices=[]) does not put those back; "
-                                       "seed torch.default_generator instead")
 def test_first_weights_do_not_seed_the_gpus(monkeypatch):
     seeded = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
@@ -122,7 +118,7 @@ def test_first_weights_depend_on_seed_and_level():
 
 # --- kill and resume ------------------------------------------------------------------------------------------------
 
-KILLED = GeneratorConfig(size=16, width=8, steps=500, batch=2, bf16=False)
+KILLED = GeneratorConfig(size=16, width=8, steps=420, batch=2, bf16=False)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +132,7 @@ def killed(tmp_path_factory):
         from grad_nb.patchdiff import train_patchdiff
         torch.set_num_threads({torch.get_num_threads()})
         data = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
-        train_patchdiff(data, 5, GeneratorConfig(size=16, width=8, steps=500, batch=2, bf16=False), 7, checkpoint=sys.argv[1], progress=False)
+        train_patchdiff(data, 5, GeneratorConfig(size=16, width=8, steps=420, batch=2, bf16=False), 7, checkpoint=sys.argv[1], progress=False)
     """)
     child = subprocess.Popen([sys.executable, "-c", script, str(checkpoint)])
     deadline = time.monotonic() + 60
@@ -156,15 +152,14 @@ def killed(tmp_path_factory):
 
 
 def test_after_a_kill_only_the_missing_steps_are_made(killed):
-    assert killed.done in (200, 400) and killed.steps == 500 - killed.done
+    assert killed.done in (200, 400) and killed.steps == 420 - killed.done
 
 
 def test_after_a_kill_the_history_before_the_checkpoint_is_kept(killed):
-    assert len(killed.resumed[1]) == 500 and killed.resumed[1][: killed.done].equals(killed.whole[1][: killed.done])
+    assert len(killed.resumed[1]) == 420 and killed.resumed[1][: killed.done].equals(killed.whole[1][: killed.done])
     assert killed.resumed[1].loss[killed.done] == killed.whole[1].loss[killed.done], "weights and random numbers are those of the checkpoint"
 
 
-@pytest.mark.xfail(strict=True, reason=STRIDES)
 def test_after_a_kill_the_final_weights_are_bit_equal(killed):
     assert same(killed.resumed[0], killed.whole[0]) and killed.resumed[1].equals(killed.whole[1])
 
@@ -197,7 +192,6 @@ def detector_run(monkeypatch, checkpoint=None, stop=None, config=SMALL, seed=0, 
     return *result, len(drawn)
 
 
-@pytest.mark.xfail(strict=True, reason=STRIDES)
 def test_a_resumed_detector_is_bit_equal(monkeypatch, tmp_path):
     whole, history, _ = detector_run(monkeypatch)
     assert detector_run(monkeypatch, tmp_path / "c", stop=5)[0] is None
@@ -232,7 +226,6 @@ def test_the_checkpoint_holds_banks_random_numbers_and_schedule(monkeypatch, tmp
     assert same(second.detector, first.detector) and same(second.decoder, first.decoder)
 
 
-@pytest.mark.xfail(strict=True, reason=STRIDES)
 def test_the_moments_of_the_optimiser_keep_their_layout(monkeypatch, tmp_path):
     made = []
     with monkeypatch.context() as patch:
@@ -263,7 +256,7 @@ def test_a_checkpoint_of_another_detector_training_is_ignored(monkeypatch, tmp_p
 @pytest.mark.parametrize("change", [dict(seed=1), dict(config=replace(TINY, sigma_g=0.03)), dict(level=9), dict(data=pictures(6, 16, 9))],
                          ids=["seed", "config", "level", "pictures"])
 def test_a_checkpoint_of_another_patchdiff_training_is_ignored(monkeypatch, tmp_path, change):
-    monkeypatch.setattr(patchdiff, "run_steps", functools.partial(store.run_steps, every=10))
+    monkeypatch.setattr(patchdiff, "run_steps", functools.partial(store.run_steps, every=5))
     settings = dict(data=pictures(6, 16), level=5, config=TINY, seed=0)
     run = lambda c, data, level, config, seed: train_patchdiff(data, level, config, seed, checkpoint=c, progress=False)
     run(tmp_path / "c", **settings)
@@ -302,8 +295,6 @@ def test_on_a_gpu_a_training_resumes_bit_for_bit(monkeypatch, tmp_path):
     assert steps == 5 and len(again) == 8 and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights_of(whole).values(), weights_of(resumed).values()))
 
 
-@pytest.mark.xfail(strict=True, reason="MemoryBank.load_state_dict keeps the checkpoint's CPU features, so that the first step after a resume "
-                                       "on a GPU compares features on two devices")
 def test_a_restored_bank_is_used_on_the_device_of_the_features():
     "The meta device stands in for the GPU."
     from grad_nb.reweighting import MemoryBank
@@ -326,7 +317,7 @@ def toy(n, rough, seed, side=42):
 
 @pytest.mark.parametrize("block", [1, 2])
 def test_a_detector_tells_smooth_from_noisy(block):
-    config = DetectorConfig(width=0.1, steps=60, patches=32, block=block, wrong_coordinates=False, lr=3e-3, shared_pass=True, bf16=False)
+    config = DetectorConfig(width=0.1, steps=60, patches=16, block=block, wrong_coordinates=False, lr=3e-3, shared_pass=True, bf16=False)
     detector, history = train_detector(toy(12, False, 0), [toy(12, True, 1)], config, PLAIN, progress=False)
     scores = score_maps(detector, np.concatenate([toy(10, False, 2), toy(10, True, 3)]), 42).max((1, 2))
     assert image_auroc(scores, [0] * 10 + [1] * 10) == 1.0
@@ -337,7 +328,7 @@ def test_a_detector_learns_the_place_from_wrong_coordinates():
     "Left half dark, right half bright: a picture turned around is right everywhere but for its place."
     half = np.zeros((6, 60, 60, 3), np.uint8)
     half[:, :, 30:] = 255
-    config = DetectorConfig(width=0.1, steps=80, patches=32, lr=3e-3, shared_pass=True, alpha_2=0.0, bf16=False)
+    config = DetectorConfig(width=0.1, steps=80, patches=16, lr=3e-3, shared_pass=True, alpha_2=0.0, bf16=False)
     detector, _ = train_detector(half, [], config, PLAIN, progress=False)
     normal, turned = score_maps(detector, np.stack([half[0], half[0, :, ::-1]]), 60)
     assert (turned[:, 0] > normal[:, 0].max()).all() and (turned[:, -1] > normal[:, -1].max()).all()
@@ -354,7 +345,7 @@ def test_patchdiff_learns_to_denoise():
 @pytest.mark.parametrize("off", [
     dict(alpha_1=0.0), dict(alpha_2=0.0), dict(alpha_1=0.0, alpha_2=0.0), dict(noisy_reweighting=False), dict(tail_reweighting=False),
     dict(noisy_reweighting=False, tail_reweighting=False), dict(wrong_coordinates=False), dict(shared_pass=True), dict(shared_pass=True, alpha_1=0.0),
-    dict(penalise="probability"), dict(block=2), dict(block=2, shared_pass=True), dict(reweight_from=0.5), dict(bank_size=1), dict(bank_size=7),
+    dict(penalise="probability"), dict(block=2, patches=16), dict(block=2, patches=16, shared_pass=True), dict(reweight_from=0.5), dict(bank_size=1), dict(bank_size=7),
     dict(sigma_c=0.0, sigma_z=0.0), dict(steps=1), dict(steps=0, epochs=2), dict(bf16=True),
 ], ids=str)
 def test_every_part_can_be_switched(off):
@@ -375,15 +366,15 @@ def test_block_4_runs():
 
 
 def test_banks_hold_the_features_of_the_latest_steps():
-    learner = Learner(replace(SMALL, bank_size=50, alpha_1=0.0, alpha_2=0.0), 5)
+    learner = Learner(replace(SMALL, bank_size=20, alpha_1=0.0, alpha_2=0.0), 5)
     batch = lambda seed: training.draw_batch(*DATA.values(), learner.config, PLAIN, torch.Generator().manual_seed(seed))
     latest = []
     for seed in range(3):
         patches = batch(seed)
         with torch.no_grad(): latest.append(learner.detector.features(patches.positives).flatten(1))
         batch_losses(learner, patches)
-    assert torch.allclose(learner.banks["pos"].features, torch.cat(latest)[-50:], atol=1e-5)
-    assert len(learner.banks["neg"].features) == 50 and not learner.banks["neg"].features.requires_grad
+    assert torch.allclose(learner.banks["pos"].features, torch.cat(latest)[-20:], atol=1e-5)
+    assert len(learner.banks["neg"].features) == 20 and not learner.banks["neg"].features.requires_grad
 
 
 def test_weights_carry_no_gradient():

@@ -67,7 +67,7 @@ def made(tmp_path_factory):
 def test_rules_hold_and_all_is_in_the_picture(seed):
     scene = sample_scene(np.random.default_rng(seed))
     assert tuple(p.kind for (p,) in scene.parts) == KINDS and not scene.marks
-    assert np.abs(scene.shift).max() <= 0.06 and abs(np.degrees(scene.angle)) <= 4
+    assert np.abs(scene.shift).max() <= 0.035 and abs(np.degrees(scene.angle)) <= 4
     x, y = trays._grid(96)
     u, v = trays._turn(x - scene.shift[0], y - scene.shift[1], scene.angle)
     tray = trays._box(u, v, trays.TRAY, 0.06) <= 0

@@ -1,0 +1,163 @@
+"""The benchmark: operations against closed forms, what is inside the timed part, and rows that carry their protocol. No time is asserted."""
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from grad_nb import benchmark
+from grad_nb.benchmark import (
+    Latency,
+    bench_detectors,
+    bench_stages,
+    count_operations,
+    latency,
+    operations,
+    time_per_step,
+)
+from grad_nb.cli import grad_bench
+from grad_nb.config import Level, override, preset
+from grad_nb.detector import TABLE_8, Decoder, Detector
+from grad_nb.patchdiff import PatchDiff
+from grad_nb.store import read_json
+
+PROTOCOL = {"device", "threads", "batch", "precision", "transfers", "runs", "median_ms", "p10_ms", "p90_ms"}
+
+
+@given(st.integers(34, 300), st.sampled_from([0.1, 0.5, 1.0]))
+@settings(deadline=None, max_examples=20)
+def test_operations_are_the_closed_form(size, width):
+    side, before, expected = size, 5, []
+    for kernels, kernel, stride in (*TABLE_8, (1 / width, 1, 1)):
+        side, after = (side - kernel) // stride + 1, max(1, round(kernels * width))
+        expected.append(side**2 * after * before * kernel**2)
+        before = after
+    assert list(count_operations(Detector(width), size).values()) == expected
+
+
+def test_operations_of_the_three_detectors():
+    assert sum(sum(count_operations(Detector(), size).values()) for size in (256, 128, 64)) / 1e9 == pytest.approx(11.92, abs=0.005)
+
+
+@pytest.mark.parametrize("level, gmac", [(5, 3.6), (9, 6.2), (13, 8.9), (17, 11.6)])
+def test_operations_of_the_generators(level, gmac):
+    counts = operations(PatchDiff(level, 64), torch.empty(1, 5, 256, 256), torch.zeros(1, dtype=torch.int64))
+    assert sum(counts.values()) / 1e9 == pytest.approx(gmac, abs=0.06)
+
+
+def test_operations_of_groups_linear_layers_and_reuse():
+    assert operations(nn.Conv2d(8, 8, 3, groups=8, padding=1), torch.empty(2, 8, 5, 5)) == {"": 2 * 25 * 8 * 9}
+    assert operations(nn.Sequential(nn.Linear(3, 7), nn.ReLU()), torch.empty(4, 3)) == {"0": 4 * 21}
+    shared = nn.Conv2d(2, 2, 1)
+    assert operations(nn.Sequential(shared, shared), torch.empty(1, 2, 3, 3)) == {"0": 2 * 9 * 4}
+    assert sum(operations(Decoder(), torch.empty(1, 256, 1, 1)).values()) == 1_682_836 - 3 * 256 - 5 * 34**2  # one cell: the weights
+
+
+def test_counting_leaves_the_network_alone():
+    detector = Detector(0.1)
+    count_operations(detector, 64)
+    assert all(p.device.type == "cpu" for p in detector.parameters()) and not any(m._forward_hooks for m in detector.modules())
+
+
+def test_the_clock_sees_the_call_alone(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def spend(seconds): now[0] += seconds
+    runs = iter([50, 60, 1, 2, 3])  # the first two are the warm-up
+    assert latency(lambda _: spend(next(runs)), lambda: spend(1000), runs=3, warmup=2) == Latency.of([1, 2, 3])
+
+
+def test_every_call_has_its_own_input():
+    made, seen = [], []
+    latency(seen.append, lambda: made.append(object()) or made[-1], runs=3, warmup=1)
+    assert seen == made and len(seen) == 4
+
+
+@pytest.mark.parametrize("runs, warmup", [(0, 1), (-1, 0), (1, -1)])
+def test_nothing_to_time_is_an_error(runs, warmup):
+    with pytest.raises(ValueError, match="runs must be"): latency(lambda x: x, lambda: 0, runs, warmup)
+
+
+def test_a_gpu_is_waited_for_before_and_after(monkeypatch):
+    order = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("wait"))
+    latency(lambda _: order.append("call"), lambda: order.append("input"), runs=1, warmup=1, device="cuda")
+    assert order == 2 * ["input", "wait", "call", "wait"]
+
+
+def test_preparation_is_not_in_a_step(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def call(n): now[0] += 100 + 3 * n
+    assert time_per_step(call, steps=4, runs=2) == Latency(3000.0, 3000.0, 3000.0)
+
+
+def test_rows_carry_their_protocol():
+    before = torch.get_num_threads()
+    rows = bench_detectors((64, 48), "cpu", batch=3, threads=1, runs=2, width=0.1)
+    assert torch.get_num_threads() == before and [row["detectors"] for row in rows] == ["64", "48", "64 + 48"]
+    for row in rows:
+        assert row.keys() >= PROTOCOL | {"pictures_per_s", "GMAC", "GMAC_per_s"}
+        assert (row["threads"], row["batch"], row["precision"], row["transfers"], row["runs"]) == (1, 3, "float32", "none (cpu)", 2)
+        assert row["device"] == "cpu (1 threads)" and row["pictures_per_s"] == pytest.approx(3000 / row["median_ms"])
+        assert row["GMAC_per_s"] == pytest.approx(row["GMAC"] * row["pictures_per_s"])
+    assert rows[2]["GMAC"] == pytest.approx(sum(count_operations(Detector(0.1), s) [n] for s in (64, 48) for n in count_operations(Detector(0.1), s)) / 1e9)
+
+
+def test_one_size_is_one_row_and_bf16_is_named():
+    (row,) = bench_detectors((48,), "cpu", bf16=True, runs=1, width=0.1)
+    assert row["precision"] == "bf16"
+
+
+def test_what_is_timed_are_the_detectors():
+    judge = benchmark._Judge([64, 34], torch.device("cpu"), 2, torch.float32, True, 0.1)
+    (a, A), (b, B) = judge(judge.pictures())
+    assert A.shape == (2, 8, 8) and B.shape == (2, 1, 1) and torch.equal(a, A.amax((1, 2))) and torch.equal(b, B.flatten())
+    assert A.std() > 0 and A.isfinite().all()
+
+
+def test_the_random_numbers_of_others_stay():
+    state = torch.get_rng_state()
+    bench_detectors((34,), "cpu", runs=1, width=0.1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("sizes, batch", [((), 1), ((64,), 0)])
+def test_an_empty_benchmark_is_an_error(sizes, batch):
+    with pytest.raises(ValueError, match="at least one"): bench_detectors(sizes, "cpu", batch=batch)
+
+
+def test_stages_time_the_real_functions(monkeypatch):
+    tiny = override(preset("demo"), {"generator.width": 8, "generator.size": 48, "generator.batch": 2, "generator.sample_batch": 3,
+                                     "detector.width": 0.1, "levels_ad": (Level(34, 48, (3, 5)),)})
+    steps = []
+    for name, place in (("train_patchdiff", lambda a: a[2].steps), ("generate", lambda a: a[1].sample_steps), ("train_detector", lambda a: a[2].steps)):
+        real = getattr(benchmark, name)
+        monkeypatch.setattr(benchmark, name, lambda *a, real=real, name=name, place=place, **k: steps.append((name, place(a))) or real(*a, **k))
+    rows = bench_stages(tiny, device="cpu", threads=1, steps=1, runs=1, progress=False)
+    assert [row["stage"] for row in rows] == ["PatchDiff 3, training", "PatchDiff 3, sampling", "PatchDiff 5, training", "PatchDiff 5, sampling",
+                                              "detector 34, training"]
+    assert [row["items"] for row in rows] == [2, 3, 2, 3, 128 * 4] and all(row.keys() >= PROTOCOL - {"batch", "transfers"} for row in rows)
+    assert steps == [(n, s) for n in 2 * ["train_patchdiff", "generate"] + ["train_detector"] for s in (2, 3, 2)]
+    assert rows[0]["GMAC"] == rows[1]["GMAC"] > 0 and np.isnan(rows[4]["GMAC"])
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    real = bench_detectors
+    monkeypatch.setattr(benchmark, "bench_detectors", lambda **k: real((48, 34), width=0.1, **k))
+    grad_bench("cpu", batch=2, runs=7, threads=1, quick=True, json_file=str(tmp_path / "bench.json"))
+    out, found = capsys.readouterr().out, read_json(tmp_path / "bench.json")
+    assert "48 + 34" in out and "random weights" in out and "float32" in out and "cpu (1 threads)" in out
+    assert found["stages"] == [] and found["detectors"][0]["runs"] == 5 and found["detectors"][0]["batch"] == 2 and "torch" in found["versions"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("transfers", [True, False])
+def test_on_a_gpu(transfers):
+    rows = bench_detectors((64,), "cuda", batch=4, bf16=True, runs=3, transfers=transfers)
+    assert rows[0]["transfers"] == ("inside" if transfers else "outside") and rows[0]["device"].startswith("cuda")

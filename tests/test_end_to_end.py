@@ -1,0 +1,201 @@
+"""The whole job through papermill and the command line, on trays of 64 pixels and with settings that take seconds."""
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from grad_nb.cli import check_parameters, plan, template, template_parameters
+from grad_nb.config import preset
+from grad_nb.pipeline import Run, detect_stage, evaluate_stage, generate_stage, open_run, split_normals
+from grad_nb.trays import make_trays
+
+TINY = ("generator.size=64 generator.width=8 generator.steps=6 generator.batch=2 generator.n_samples=4 generator.sample_steps=3 "
+        "detector.width=0.1 detector.steps=6 evaluation.map_size=64")
+
+
+def command(name: str, *args: str, **kwargs) -> subprocess.CompletedProcess:
+    "Run one of the package's commands as a user does."
+    return subprocess.run([Path(sys.executable).parent / name, *args], capture_output=True, text=True, timeout=600, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    "A folder that holds a few trays."
+    root = tmp_path_factory.mktemp("data")
+    make_trays(root, seed=7, size=64, train=8, validation=4, good=6, logical=8, structural=6, progress=False)
+    return root
+
+
+def tiny_run(data: Path, runs: Path, **changes) -> Run:
+    return open_run(data, "trays", runs=runs, overrides=TINY, device="cpu", progress=False, **changes)
+
+
+def do_all(run: Run) -> dict:
+    for n in run.generator_levels: generate_stage(run, n)
+    for row in run.levels: detect_stage(run, row.level)
+    return evaluate_stage(run)
+
+
+@pytest.fixture(scope="module")
+def demo(data, tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
+    "One grad_demo on the trays, and its folder of runs."
+    runs = tmp_path_factory.mktemp("runs")
+    return command("grad_demo", "--data", str(data), "--category", "trays", "--runs", str(runs), "--overrides", TINY, "--device", "cpu"), runs
+
+
+def test_demo_prints_the_table_and_keeps_what_it_made(demo):
+    done, runs = demo
+    assert done.returncode == 0, done.stderr
+    for word in ("GRAD", "per-pixel Gaussian", "nearest picture", "logical_anomalies", "structural_anomalies", "pixel", "seconds by stage", "picture:"):
+        assert word in done.stdout, word
+    folder = runs / "demo/trays/trays/seed0"
+    levels = preset("demo").generator_levels("mvtec_loco")
+    for name in [f"generate-{n:02d}" for n in levels] + ["detect-034", "table"]: assert (folder / f"notebooks/{name}.ipynb").is_file()
+    for picture in ("contrastive.png", "maps.png", "scores.png"): assert (folder / "pictures" / picture).stat().st_size > 1000
+    assert not list(folder.rglob("*.part")) and not list(folder.rglob("*.checkpoint"))
+
+
+def test_result_says_how_it_was_made(demo):
+    result = json.loads((demo[1] / "demo/trays/trays/seed0/result.json").read_text())
+    want = {"image_auroc", "pixel_auroc", "by_type", "trivial", "preset", "dataset", "category", "seed", "seconds", "device", "versions", "data_sha256", "config"}
+    assert want <= set(result) and result["config"]["detector"]["steps"] == 6 and result["dataset"] == "trays"
+    assert all(0 <= v <= 1 for v in (result["image_auroc"], result["pixel_auroc"], *result["by_type"].values()))
+
+
+def test_figures_are_those_of_the_stored_scores(demo):
+    from sklearn.metrics import roc_auc_score
+    folder = demo[1] / "demo/trays/trays/seed0"
+    result, scores = json.loads((folder / "result.json").read_text()), pd.read_csv(folder / "scores.csv")
+    assert result["image_auroc"] == pytest.approx(roc_auc_score(scores.label, scores.score))
+    assert result["image_auroc_mean"] == pytest.approx(np.mean(list(result["by_type"].values())))
+
+
+def test_executed_notebooks_hold_no_error_and_got_their_parameters(demo):
+    for path in (demo[1] / "demo/trays/trays/seed0/notebooks").glob("*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        assert not [o for c in cells for o in c.get("outputs", []) if o["output_type"] == "error"]
+        assert any("injected-parameters" in c["metadata"].get("tags", []) and TINY in "".join(c["source"]) for c in cells)
+
+
+def test_second_run_does_nothing_again(demo, data):
+    stamps = {p: p.stat().st_mtime_ns for p in demo[1].rglob("*.safetensors")}
+    start = time.time()
+    again = command("grad_demo", "--data", str(data), "--category", "trays", "--runs", str(demo[1]), "--overrides", TINY, "--device", "cpu")
+    assert again.returncode == 0 and "generate-" not in again.stdout.split("seconds by stage")[0] and time.time() - start < 120
+    assert stamps and stamps == {p: p.stat().st_mtime_ns for p in demo[1].rglob("*.safetensors")}
+
+
+def test_other_detector_settings_keep_the_generators(demo, data):
+    run = open_run(data, "trays", runs=demo[1], overrides=TINY + " detector.lr=0.002", device="cpu", progress=False)
+    assert [[t.notebook for t in phase] for phase in plan(run)] == [["detect"], ["table"]]
+    assert [t.notebook for t in plan(open_run(data, "trays", seed=1, runs=demo[1], overrides=TINY, device="cpu"))[0]] == ["generate"] * len(run.generator_levels)
+
+
+def test_a_failing_notebook_is_named_and_kept(data, tmp_path):
+    bad = command("grad_demo", "--data", str(data), "--category", "trays", "--runs", str(tmp_path), "--overrides", TINY + " detector.block=3", "--device", "cpu")
+    assert bad.returncode == 2 and "patches=128 is not a multiple" in bad.stderr and "Traceback" not in bad.stderr
+
+
+def test_unknown_parameters_settings_and_presets_are_errors_before_anything_runs(data, tmp_path):
+    with pytest.raises(ValueError, match="no parameter levle"): check_parameters(template("generate"), {"levle": 3})
+    for name in ("generate", "detect", "table"): assert {"data", "category", "preset", "seed", "runs", "overrides", "device"} <= set(template_parameters(template(name)))
+    wrong = {"detector.stepz=3": "did you mean 'steps'", "steps": "setting=value", "detector.steps=many": "number"}
+    for text, said in wrong.items():
+        with pytest.raises(ValueError, match=said): open_run(data, "trays", runs=tmp_path, overrides=text)
+    with pytest.raises(ValueError, match="no preset"): open_run(data, "trays", "huge", runs=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_same_seed_same_scores_other_seed_others(data, tmp_path):
+    first, second, other = (do_all(tiny_run(data, tmp_path / str(i), seed=s)) and pd.read_csv(tmp_path / str(i) / f"demo/trays/trays/seed{s}/scores.csv").score
+                            for i, s in enumerate((0, 0, 1)))
+    assert (first == second).all() and not (first == other).all()
+
+
+def test_detect_before_generate_says_what_to_do(data, tmp_path):
+    run = tiny_run(data, tmp_path)
+    with pytest.raises(FileNotFoundError, match="run the generate stage"): detect_stage(run, 34)
+    with pytest.raises(FileNotFoundError, match="run the detect stage"): evaluate_stage(run)
+    with pytest.raises(ValueError, match="no level-4 PatchDiff"): generate_stage(run, 4)
+
+
+def test_three_detectors_are_fused_by_held_out_normals(data, tmp_path):
+    from dataclasses import replace
+    from grad_nb.config import Level
+    run = open_run(data, "trays", runs=tmp_path, overrides=TINY + " detector.block=1", device="cpu", progress=False)
+    levels = (Level(34, 64, (3, 5)), Level(45, 48, (5,)), Level(64, 34, (5, 9)))
+    run = replace(run, preset=replace(run.preset, levels_loco=levels))
+    result = do_all(run)
+    scores = pd.read_csv(run.folder / "scores.csv")
+    assert set(result["by_level"]) == {"34", "45", "64"} and {"score_34", "score_45", "score_64", "score"} <= set(scores)
+    assert len(split_normals(run)[1]) == 4
+    without = replace(run, category=replace(run.category, validation=()))
+    train, held = split_normals(without)
+    assert len(train) == 7 and len(held) == 1 and not set(train) & set(held)
+
+
+def test_a_changed_picture_makes_everything_run_again(data, tmp_path):
+    import shutil
+    copy = Path(shutil.copytree(data, tmp_path / "data"))
+    before = tiny_run(copy, tmp_path / "runs")
+    picture = before.category.train[0].path
+    from PIL import Image
+    pixels = np.asarray(Image.open(picture)).copy(); pixels[0, 0] ^= 1
+    Image.fromarray(pixels).save(picture)
+    assert tiny_run(copy, tmp_path / "runs").data_sha256 != before.data_sha256
+
+
+@pytest.mark.slow
+def test_a_killed_demo_goes_on(data, tmp_path):
+    settings = TINY.replace("generator.steps=6", "generator.steps=3000")
+    args = [str(Path(sys.executable).parent / "grad_demo"), "--data", str(data), "--category", "trays", "--runs", str(tmp_path), "--overrides", settings, "--device", "cpu"]
+    process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    while not list(tmp_path.rglob("*.checkpoint")): time.sleep(0.1); assert process.poll() is None
+    os.killpg(process.pid, 9); process.wait()
+    done = subprocess.run(args, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0 and "GRAD" in done.stdout
+    whole = command("grad_demo", "--data", str(data), "--category", "trays", "--runs", str(tmp_path / "whole"), "--overrides", settings, "--device", "cpu")
+    assert whole.returncode == 0
+    read = lambda root: pd.read_csv(root / "demo/trays/trays/seed0/scores.csv").score
+    assert (read(tmp_path) == read(tmp_path / "whole")).all()
+
+
+def test_fit_and_predict_from_the_shell(data, tmp_path):
+    trays, model = data / "trays", tmp_path / "m.grad"
+    fit = command("grad_fit", str(trays / "train/good"), "--model", str(model), "--preset", "demo", "--overrides", TINY, "--device", "cpu", "--quiet")
+    assert fit.returncode == 0 and model.is_file() and fit.stderr == "", fit.stderr
+    lines = command("grad_predict", str(model), str(trays / "test/good")).stdout.splitlines()
+    assert lines[0] == "path,score,anomalous" and len(lines) == 7
+    rows = [json.loads(line) for line in command("grad_predict", str(model), str(trays / "test/good"), "--format", "jsonl").stdout.splitlines()]
+    assert [f"{r['score']}" for r in rows] == [line.split(",")[1] for line in lines[1:]]
+
+
+def test_errors_are_one_line(data, tmp_path):
+    (tmp_path / "m.grad").write_bytes(b"not a model")
+    for args, said in ((("grad_predict", str(tmp_path / "m.grad"), str(data)), "m.grad is not a whole safetensors file"),
+                       (("grad_demo", "--data", str(tmp_path), "--category", "nothing"), "nothing"),
+                       (("grad_fit", str(tmp_path / "empty")), "holds no pictures"),
+                       (("grad_demo", "--device", "cuda:9", "--data", str(data), "--category", "trays"), "cuda:9")):
+        done = command(*args)
+        assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_help_of_every_command():
+    for name in ("grad_demo", "grad_data", "grad_fit", "grad_predict", "grad_export", "grad_bench"):
+        done = command(name, "--help")
+        assert done.returncode == 0 and "usage" in done.stdout and len(done.stdout) > 200
+
+
+def test_grad_data_makes_trays_and_finds_broken_pictures(tmp_path):
+    args = ("grad_data", str(tmp_path), "trays", "--size", "64", "--quiet")
+    made = command(*args)
+    assert made.returncode == 0 and "every picture and mask can be read" in made.stdout
+    (tmp_path / "trays/train/good/003.png").write_bytes(b"")
+    broken = command(*args)
+    assert broken.returncode == 1 and "003.png" in broken.stdout and "1 problems" in broken.stdout

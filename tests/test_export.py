@@ -1,0 +1,193 @@
+"""The exported model against the model: bytes of resizing, verdicts at the threshold, ONNX Runtime, files and messages."""
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.exceptions import NotFittedError
+
+from grad_nb.cli import grad_export
+from grad_nb.config import Level, override, preset
+from grad_nb.detector import Detector
+from grad_nb.evaluation import MapStats, resize_pictures
+from grad_nb.export import OnnxScorer, Scorer, float32_below, largest_difference, resize_matrix, to_onnx
+from grad_nb.grad import GRAD
+
+SIZE = 96
+LEVELS = {"mvtec_ad": (Level(34, 96, (5,)),), "mvtec_loco": (Level(34, 96, (5,)), Level(51, 64, (5,)), Level(68, 48, (5,)))}
+
+
+def pictures(n, size=SIZE, seed=0):
+    "Smooth colours with some noise on them, so that the score maps are not all alike."
+    rng = np.random.default_rng(seed)
+    coarse = torch.from_numpy(rng.uniform(0, 255, (n, 3, 6, 6)))
+    x = torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear") + torch.from_numpy(rng.normal(0, 9, (n, 3, size, size)))
+    return x.round().clamp(1, 254).byte().permute(0, 2, 3, 1).numpy()
+
+
+def fitted(layout="mvtec_loco", **changes):
+    "A model as `fit` leaves it, with random weights; the threshold lies between the scores of `pictures`."
+    config = override(preset("paper"), {"generator.size": SIZE, "detector.width": 0.1, "evaluation.map_size": 80, "levels_ad": LEVELS["mvtec_ad"],
+                                        "levels_loco": LEVELS["mvtec_loco"], **changes})
+    model = GRAD(config, layout, device="cpu", progress=False)
+    model.levels_ = config.levels(layout)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model.detectors_ = [Detector(0.1) for _ in model.levels_]
+    model.stats_ = [MapStats.of(maps) for maps in model._maps(pictures(4, seed=1))]
+    model.offset_ = 0.0
+    model.offset_ = float(np.median(model.score_samples(pictures(3)))) - 1e-3
+    return model
+
+
+@pytest.fixture(scope="module", params=["mvtec_ad", "mvtec_loco"])
+def exported(request, tmp_path_factory):
+    "A model and the file made of it."
+    for name in ("onnx", "onnxscript", "onnxruntime"): pytest.importorskip(name)
+    model, path = fitted(request.param), tmp_path_factory.mktemp("onnx") / "model.onnx"
+    to_onnx(model, path)
+    return model, path
+
+
+@given(st.integers(34, 160), st.integers(34, 160), st.integers(0, 99))
+@settings(deadline=None, max_examples=40)
+def test_the_matrix_resizes_to_the_same_bytes(size, small, seed):
+    x = np.random.default_rng(seed).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
+    R = resize_matrix(size, small)
+    ours = (R @ (torch.from_numpy(x).permute(0, 3, 1, 2).float().contiguous() @ R.T) - HALF_DOWN).round().permute(0, 2, 3, 1).numpy()
+    off = np.abs(ours - resize_pictures(x, small))
+    assert off.max() <= 1 and (off > 0).mean() < 2e-3  # only an exact half may round the other way
+
+
+def test_resizing_keeps_a_flat_picture():
+    for small in (34, 48, 64, 128): assert torch.allclose(resize_matrix(96, small).sum(1), torch.ones(small), atol=1e-6)
+
+
+@given(st.floats(-2.0**99, 2.0**99), st.floats(-2.0**99, 2.0**99, width=32))
+def test_no_verdict_changes_in_float32(threshold, score):
+    assert (score > threshold) == bool(np.float32(score) > np.float32(float32_below(threshold)))
+
+
+@given(st.floats(-2.0**99, 2.0**99, width=32))
+def test_a_score_at_the_threshold_is_normal(score):
+    assert float32_below(score) == score
+    just_below = float(np.nextafter(score, -np.inf))
+    assert np.float32(score) > np.float32(float32_below(just_below))
+
+
+@pytest.mark.parametrize("layout", ["mvtec_ad", "mvtec_loco"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_scorer_is_predict(layout, n):
+    model, x = fitted(layout), pictures(3)[:n]
+    expected = model.predict(x)
+    scores, labels, maps = Scorer(model)(torch.from_numpy(x))
+    assert scores.dtype == torch.float32 and labels.dtype == torch.bool and maps.shape == (n, 80, 80)
+    assert np.allclose(scores, expected.scores, rtol=0, atol=1e-4) and np.allclose(maps, expected.maps, rtol=0, atol=1e-4)
+    assert (labels.numpy() == expected.labels).all()
+
+
+def test_both_verdicts_occur():
+    labels = Scorer(fitted())(torch.from_numpy(pictures(3)))[1]
+    assert labels.any() and not labels.all()
+
+
+@pytest.mark.parametrize("changes", [{"evaluation.placement": "stretch"}, {"evaluation.blur_kernel": 5}, {"generator.size": 128}, {"generator.size": 192}, {"generator.size": 100}])
+def test_the_settings_reach_the_scorer(changes):
+    model, plain = fitted(**changes), fitted()
+    x = pictures(2, model.preset.generator.size)
+    maps = Scorer(model)(torch.from_numpy(x))[2].numpy()
+    assert np.allclose(maps, model.predict(x).maps, rtol=0, atol=1e-4)
+    if "generator.size" not in changes: assert not np.allclose(maps, plain.predict(x).maps, rtol=0, atol=1e-4)
+
+
+def test_the_scorer_is_a_copy():
+    model = fitted()
+    scorer, x = Scorer(model), torch.from_numpy(pictures(1))
+    before = scorer(x)[0]
+    with torch.no_grad(): model.detectors_[0].head.bias.add_(5)
+    assert torch.equal(scorer(x)[0], before) and not any(p.requires_grad for p in scorer.parameters())
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(1, 96, 64, 3, dtype=torch.uint8), torch.zeros(1, 3, 96, 96, dtype=torch.uint8),
+                                 torch.zeros(96, 96, 3, dtype=torch.uint8), torch.zeros(1, 96, 96, 3)])
+def test_other_pictures_are_refused(bad):
+    with pytest.raises(ValueError, match=r"\(B, 96, 96, 3\) of uint8"): Scorer(fitted())(bad)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_onnx_runtime_agrees(exported, n):
+    model, path = exported
+    assert largest_difference(model, OnnxScorer(path, threads=1), pictures(3)[:n]) < 1e-4
+
+
+def test_onnx_types_and_batch_of_many(exported):
+    model, path = exported
+    scores, labels, maps = OnnxScorer(path, threads=1)(pictures(7))
+    assert (scores.dtype, labels.dtype, maps.dtype) == (np.float32, np.bool_, np.float32) and maps.shape == (7, 80, 80)
+    assert largest_difference(model, OnnxScorer(path, threads=1), pictures(7)) < 1e-4
+
+
+def test_a_difference_is_seen(exported):
+    model, path = exported
+    scorer, x, offset = OnnxScorer(path, threads=1), pictures(3), model.offset_
+    try:
+        model.offset_ = 1e9
+        assert largest_difference(model, scorer, x) == np.inf
+    finally: model.offset_ = offset
+    with torch.no_grad(): model.detectors_[0].head.bias.add_(1)
+    try: assert largest_difference(model, scorer, x) > 0.1
+    finally:
+        with torch.no_grad(): model.detectors_[0].head.bias.sub_(1)
+
+
+def test_the_file_says_what_it_is(exported):
+    model, path = exported
+    import onnx
+    proto = onnx.load(path, load_external_data=False)
+    meta = {p.key: p.value for p in proto.metadata_props}
+    assert meta["kind"] == "grad_nb.Scorer" and int(meta["size"]) == SIZE and float(meta["threshold"]) == model.offset_
+    assert json.loads(meta["levels"]) == [[row.level, row.size] for row in model.levels_] and "torch" in json.loads(meta["versions"])
+    assert not any(t.external_data for t in proto.graph.initializer) and [p.name for p in path.parent.iterdir()] == ["model.onnx"]
+    assert proto.opset_import[0].version >= 17 and proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+
+
+def test_export_is_quiet_and_all_or_nothing(tmp_path, capfd, monkeypatch):
+    for name in ("onnx", "onnxscript"): pytest.importorskip(name)
+    import onnx
+    target = tmp_path / "model.onnx"
+    target.write_bytes(b"the old file")
+    monkeypatch.setattr(onnx.checker, "check_model", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("broken")))
+    with pytest.raises(RuntimeError, match="broken"): to_onnx(fitted("mvtec_ad"), target)
+    assert target.read_bytes() == b"the old file" and list(tmp_path.iterdir()) == [target]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_unfitted_model_is_refused(tmp_path):
+    with pytest.raises(NotFittedError): Scorer(GRAD())
+    with pytest.raises(NotFittedError): to_onnx(GRAD(), tmp_path / "m.onnx")
+
+
+def test_without_onnx_it_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ImportError, match=r"pip install 'grad_nb\[export\]'"): to_onnx(fitted(), tmp_path / "m.onnx")
+    fitted().save(tmp_path / "m.grad")
+    with pytest.raises(SystemExit) as stop: grad_export(str(tmp_path / "m.grad"), str(tmp_path / "m.onnx"))
+    assert stop.value.code == 2 and "pip install" in capsys.readouterr().err and not (tmp_path / "m.onnx").exists()
+
+
+def test_a_wrong_file_is_named(tmp_path):
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "x.onnx").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="x.onnx is not an ONNX file"): OnnxScorer(tmp_path / "x.onnx")
+    with pytest.raises(FileNotFoundError, match="y.onnx"): OnnxScorer(tmp_path / "y.onnx")
+
+
+def test_the_command(tmp_path, capsys):
+    for name in ("onnx", "onnxscript", "onnxruntime"): pytest.importorskip(name)
+    fitted("mvtec_ad").save(tmp_path / "m.grad")
+    grad_export(str(tmp_path / "m.grad"), str(tmp_path / "m.onnx"))
+    out = capsys.readouterr().out
+    assert "96 x 96 pixels" in out and float(out.strip().rsplit(" ", 1)[1]) < 1e-4
