@@ -6,10 +6,11 @@
 __all__ = ['TRAYS_SEED', 'plain_errors', 'template', 'template_parameters', 'check_parameters', 'Task', 'plan', 'run_notebook',
            'grad_demo', 'run_phase', 'grad_data', 'grad_fit', 'grad_predict', 'grad_export', 'grad_bench']
 
-# %% ../nbs/16_cli.ipynb #f922f516
+# %% ../nbs/16_cli.ipynb #1a07d91f
 import ast
 import csv
 import functools
+import importlib.util
 import json
 import os
 import subprocess
@@ -137,7 +138,7 @@ def _follow(process: subprocess.Popen, log: Path, name: str, line: int) -> str:
                 shown = [part.strip() for part in tail.splitlines() if "%|" in part]
                 bar.set_description_str(f"{name}: {shown[-1] if shown else 'starting'}"[:110])
 
-# %% ../nbs/16_cli.ipynb #24c702cb
+# %% ../nbs/16_cli.ipynb #59e0ad85
 @call_parse
 @plain_errors
 def grad_demo(
@@ -151,6 +152,8 @@ def grad_demo(
 ):
     "Run GRAD on one category, notebook by notebook, and print the table."
     start = time.perf_counter()
+    if missing := [name for name in ("papermill", "ipykernel") if importlib.util.find_spec(name) is None]:
+        raise RuntimeError(f"the notebooks need {' and '.join(missing)}; install with: pip install 'grad_nb[run]'")
     if not data: data, category = str(make_trays(Path(runs) / "data", seed=TRAYS_SEED).parent), "trays"
     values = dict(data=data, category=category, preset=preset, seed=seed, runs=runs, overrides=overrides, device=device)
     run = open_run(**{("preset_name" if k == "preset" else k): v for k, v in values.items()})

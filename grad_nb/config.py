@@ -143,14 +143,14 @@ class Preset:
         "The generators that the detectors of a layout need between them."
         return tuple(sorted({n for row in self.levels(layout) for n in row.generators}))
 
-# %% ../nbs/00_config.ipynb #8dc32615
+# %% ../nbs/00_config.ipynb #c0fa3f96
 PRESETS = MappingProxyType({p.name: p for p in (
     Preset("paper"),
     Preset("fast",
         generator=GeneratorConfig(size=128, width=32, fourier=3, steps=4000, batch=4, lr=5e-3, n_samples=400, sample_steps=50),
         detector=DetectorConfig(width=0.5, steps=8000, pictures=8, block=2, shared_pass=True, alpha_1=0.1, sigma_c=0.02),
         levels_ad=(Level(34, 128, (5, 9, 13)),),
-        levels_loco=(Level(34, 128, (5, 9, 13)), Level(68, 64, (9, 13, 17)))),
+        levels_loco=(Level(34, 128, (5, 9, 13)), Level(68, 64, (5, 9, 13)), Level(91, 48, (9, 13, 17)))),
     Preset("demo",
         generator=GeneratorConfig(size=64, width=16, fourier=3, steps=1500, batch=4, lr=1.2e-2, n_samples=128, sample_steps=30),
         detector=DetectorConfig(width=0.25, steps=1200, pictures=8, block=2, shared_pass=True, alpha_1=0.1, sigma_c=0.02),

@@ -7,7 +7,7 @@ __all__ = ['parse_overrides', 'Run', 'dataset_name', 'open_run', 'split_normals'
            'generate_key', 'generate_stage', 'write_table', 'detect_key', 'detect_stage', 'contrastive_set',
            'evaluate_stage', 'provenance', 'result_table']
 
-# %% ../nbs/11b_pipeline.ipynb #a834283f
+# %% ../nbs/11b_pipeline.ipynb #876e4aa8
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import pandas as pd
 
 from .config import Level, Preset, augmentation, override, preset, to_dict
 from .data import Category, Sample, data_sha256, load_images, load_masks, read_category
-from .detector import load_detector, save_detector
+from .detector import save_detector
 from .evaluation import MapStats, fuse, pixel_auroc, resize_pictures, score_maps, summary, trivial
 from .patchdiff import generate, save_patchdiff, train_patchdiff
 from .store import (atomic_path, device_name, file_sha256, fingerprint, pick_device, read_array, read_json,

@@ -12,7 +12,7 @@ from sklearn.exceptions import NotFittedError
 from grad_nb.cli import grad_export
 from grad_nb.config import Level, override, preset
 from grad_nb.detector import Detector
-from grad_nb.evaluation import MapStats, resize_pictures
+from grad_nb.evaluation import HALF_DOWN, MapStats, resize_pictures
 from grad_nb.export import OnnxScorer, Scorer, float32_below, largest_difference, resize_matrix, to_onnx
 from grad_nb.grad import GRAD
 
