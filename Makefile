@@ -9,7 +9,7 @@ CATEGORY ?=
 SET ?=
 BIN := .venv/bin
 
-.PHONY: demo test install export docs clean
+.PHONY: demo test install export clean
 
 install: .venv/installed
 
