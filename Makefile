@@ -24,7 +24,7 @@ demo: install  ## the whole method on one category: make demo SEED=1, make demo 
 
 test: install  ## notebooks clean and in sync, notebook tests, pytest
 	$(BIN)/python tests/check_sync.py
-	$(BIN)/nbdev_test --n_workers 2
+	$(BIN)/nbdev_test --n-workers 2
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q
 
