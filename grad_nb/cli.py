@@ -6,7 +6,7 @@
 __all__ = ['TRAYS_SEED', 'plain_errors', 'template', 'template_parameters', 'check_parameters', 'Task', 'plan', 'run_notebook',
            'grad_demo', 'run_phase', 'grad_data', 'grad_fit', 'grad_predict', 'grad_export', 'grad_bench']
 
-# %% ../nbs/16_cli.ipynb #1a07d91f
+# %% ../nbs/16_cli.ipynb #ba779539
 import ast
 import csv
 import functools
@@ -15,9 +15,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from .pipeline import Run, detect_key, evaluate_stage, generate_key, open_run, p
 from .store import bf16_supported, pick_device, read_json, versions, write_json
 from .trays import make_trays
 
-# %% ../nbs/16_cli.ipynb #01f8125f
+# %% ../nbs/16_cli.ipynb #3f96c9a3
 def plain_errors(
     command: Callable,  # a function whose ValueError and FileNotFoundError are the user's to mend
 ) -> Callable:  # the same, but such an error is one line and exit status 2
@@ -41,8 +42,8 @@ def plain_errors(
     @functools.wraps(command)
     def wrapped(*args, **kwargs):
         try: return command(*args, **kwargs)
-        except KeyboardInterrupt: sys.exit("stopped; run the same command again to go on")
-        except (ValueError, FileNotFoundError, RuntimeError) as e:
+        except KeyboardInterrupt: sys.exit("stopped")
+        except (ValueError, OSError, RuntimeError) as e:
             if os.environ.get("GRAD_NB_DEBUG"): raise
             print(f"{command.__name__}: {e}", file=sys.stderr)
             sys.exit(2)
@@ -79,7 +80,7 @@ def check_parameters(
     if unknown := sorted(set(values) - set(known)):
         raise ValueError(f"{Path(notebook).name} has no parameter {', '.join(unknown)}; it has {', '.join(known)}")
 
-# %% ../nbs/16_cli.ipynb #fa0f9f69
+# %% ../nbs/16_cli.ipynb #0cce0036
 @dataclass(frozen=True)
 class Task:
     "One notebook to run."
@@ -104,6 +105,7 @@ def run_notebook(
     values: dict,  # parameters of the template, without the level
     threads: int = 0,  # threads for its computations, 0 = the default
     line: int = 0,  # on which terminal line its progress is shown
+    stop: threading.Event | None = None,  # set from outside to end it early
 ) -> float:  # seconds
     "Run one template with papermill in its own process; `RuntimeError` names the executed notebook if it fails."
     source, executed = template(task.notebook), run.folder / "notebooks" / f"{task.name}.ipynb"
@@ -116,8 +118,7 @@ def run_notebook(
     limit = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} if threads else {}
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | limit)
-    try: error = _follow(process, log, task.name, line)
-    except BaseException: process.terminate(); process.wait(); raise
+    error = _follow(process, log, task.name, line, stop or threading.Event())
     if process.returncode: raise RuntimeError(f"{task.name} failed: {_last_line(error)}\nits notebook, with the traceback: {executed}")
     log.unlink(missing_ok=True)
     return time.perf_counter() - start
@@ -128,24 +129,25 @@ def _last_line(text: str) -> str:
     return next((part.strip() for part in reversed(text.splitlines()) if part.strip()), "no message")
 
 
-def _follow(process: subprocess.Popen, log: Path, name: str, line: int) -> str:
-    "Show the last progress line of a notebook until it ends; returns what it wrote to stderr."
+def _follow(process: subprocess.Popen, log: Path, name: str, line: int, stop: threading.Event) -> str:
+    "Show the last progress line of a notebook until it ends or is to stop; returns what it wrote to stderr."
     with tqdm(desc=name, position=line, bar_format="{desc}", leave=False, disable=None) as bar:
         while True:
             try: return process.communicate(timeout=0.5)[1]
             except subprocess.TimeoutExpired:
+                if stop.is_set(): process.terminate()
                 tail = log.read_text(errors="replace")[-400:].replace("\r", "\n") if log.exists() else ""
                 shown = [part.strip() for part in tail.splitlines() if "%|" in part]
                 bar.set_description_str(f"{name}: {shown[-1] if shown else 'starting'}"[:110])
 
-# %% ../nbs/16_cli.ipynb #59e0ad85
+# %% ../nbs/16_cli.ipynb #4cfddc7c
 @call_parse
 @plain_errors
 def grad_demo(
     data: str = "",  # folder that holds the category's folder; the trays are made if it is not given
     category: str = "",  # name of the category; the trays if it is not given
     preset: str = "demo",  # "paper", "fast" or "demo"
-    seed: int = 0,  # of the run, and of the trays
+    seed: int = 0,  # of the run; the trays stay the same
     runs: str = "runs",  # folder of all runs
     overrides: str = "",  # settings to change, for instance "detector.steps=10"
     device: str = "auto",  # "auto", "cpu" or "cuda"
@@ -154,10 +156,12 @@ def grad_demo(
     start = time.perf_counter()
     if missing := [name for name in ("papermill", "ipykernel") if importlib.util.find_spec(name) is None]:
         raise RuntimeError(f"the notebooks need {' and '.join(missing)}; install with: pip install 'grad_nb[run]'")
+    if category not in ("", "trays") and not data: raise ValueError(f"category {category!r} needs --data, the folder that holds it")
     if not data: data, category = str(make_trays(Path(runs) / "data", seed=TRAYS_SEED).parent), "trays"
     values = dict(data=data, category=category, preset=preset, seed=seed, runs=runs, overrides=overrides, device=device)
     run = open_run(**{("preset_name" if k == "preset" else k): v for k, v in values.items()})
-    values["category"], values["data"] = run.category.name, str(run.category.root.parent)
+    values["category"], values["data"] = run.category.name, str(Path(os.path.abspath(run.category.root)).parent)
+    if not run.category.test: raise ValueError(f"{run.category.root} has no test pictures; train on a folder of normal pictures with grad_fit")
     print(f"{run.category}\n{run.preset.name}, seed {seed}, {run.device}; everything goes to {run.folder}", flush=True)
     for phase in plan(run): run_phase(phase, run, values)
     result = evaluate_stage(run)
@@ -178,9 +182,13 @@ def run_phase(
     "Run the notebooks of a phase side by side: one for each core, or one after the other on a GPU."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     side_by_side = 1 if run.device.startswith("cuda") else min(cores, len(tasks))
-    with ThreadPoolExecutor(side_by_side) as pool:
-        jobs = {task: pool.submit(run_notebook, task, run, values, max(1, cores // side_by_side), i % side_by_side) for i, task in enumerate(tasks)}
-        for task, job in jobs.items(): tqdm.write(f"{task.name}: {job.result():.0f} s")
+    pool, stop = ThreadPoolExecutor(side_by_side), threading.Event()
+    jobs = {pool.submit(run_notebook, task, run, values, max(1, cores // side_by_side), i % side_by_side, stop): task for i, task in enumerate(tasks)}
+    try:
+        for job in as_completed(jobs): tqdm.write(f"{jobs[job].name}: {job.result():.0f} s")
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
 
 # %% ../nbs/16_cli.ipynb #c00dc414
 @call_parse

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
-# %% ../nbs/00_config.ipynb #a8289b8f
+# %% ../nbs/00_config.ipynb #8c762608
 @dataclass(frozen=True)
 class GeneratorConfig:
     "Settings of PatchDiff: one training and one sampling per level."
@@ -23,7 +23,7 @@ class GeneratorConfig:
     steps: int = 10_000  # training steps per level ("Training Settings")
     batch: int = 16  # pictures per step (our choice)
     crop: int = 0  # side of the random crops to learn from, 0 = whole pictures (our choice)
-    lr: float = 1e-3  # peak of the one-cycle schedule (appendix)
+    lr: float = 1e-3  # the appendix's "initial" rate, taken as the peak of the one-cycle schedule (our reading)
     weight_decay: float = 1e-4  # of AdamW (appendix)
     sigma_g: float = 0.02  # standard deviation of the global noise eps_g (appendix)
     T: int = 1000  # diffusion steps (appendix)
@@ -32,17 +32,29 @@ class GeneratorConfig:
     sample_batch: int = 32  # pictures sampled together (our choice)
     bf16: bool = True  # mixed precision where the processor has it (our choice)
 
-# %% ../nbs/00_config.ipynb #1f3092c3
+    def __post_init__(self):
+        _at_least(self, 1, "size", "steps", "batch", "T", "n_samples", "sample_steps", "sample_batch")
+        _at_least(self, 0, "fourier", "crop", "lr", "weight_decay", "sigma_g")
+        if self.width < 2 or self.width % 2: raise ValueError(f"width must be even and at least 2, not {self.width}")
+        if self.sample_steps > self.T: raise ValueError(f"sample_steps={self.sample_steps} is more than T={self.T}")
+
+
+def _at_least(config: Any, low: float, *names: str) -> None:
+    "Refuse values of a configuration that are too small, or not numbers at all."
+    for name in names:
+        if not getattr(config, name) >= low: raise ValueError(f"{name} must be at least {low}, not {getattr(config, name)}")
+
+# %% ../nbs/00_config.ipynb #e106cc21
 @dataclass(frozen=True)
 class DetectorConfig:
     "Settings of one patch-level detector and of its training."
     width: float = 1.0  # multiple of the channels of Table 8
-    epochs: int = 2000  # one epoch is N/4 steps for N normal pictures (appendix; the length of an epoch is our choice)
+    epochs: int = 2000  # one epoch is N / pictures steps for N normal pictures (appendix; the length of an epoch is our choice)
     steps: int = 0  # a fixed number of steps instead of epochs, 0 = use epochs (our choice)
     pictures: int = 4  # pictures per group: normal, wrong-coordinate and each contrastive level
     patches: int = 128  # patches per group
     block: int = 1  # patches come in block x block neighbourhoods that share one forward pass, 1 = the paper's (our choice)
-    lr: float = 1e-3  # peak of the one-cycle schedule (appendix)
+    lr: float = 1e-3  # the appendix's "initial" rate, taken as the peak of the one-cycle schedule (our reading)
     weight_decay: float = 1e-4  # of AdamW (our choice: as for PatchDiff)
     bank_size: int = 512  # features kept in each memory bank (appendix)
     beta_density: float = 1.0  # sharpness of the density kernel, Eq. 1 and 2 (our choice)
@@ -59,13 +71,16 @@ class DetectorConfig:
     bf16: bool = True  # mixed precision where the processor has it (our choice)
 
     def __post_init__(self):
+        _at_least(self, 1, "pictures", "patches", "block", "bank_size", "epochs")
+        _at_least(self, 0, "steps", "lr", "weight_decay", "alpha_1", "alpha_2", "sigma_c", "sigma_z", "reweight_from")
+        if not (self.width > 0 and self.beta_density > 0): raise ValueError(f"width={self.width} and beta_density={self.beta_density} must be positive")
         if self.penalise not in ("logit", "probability"):
             raise ValueError(f"penalise must be 'logit' or 'probability', not {self.penalise!r}")
         if self.patches % (self.pictures * self.block**2):
             raise ValueError(f"patches={self.patches} is not a multiple of pictures * block**2 = "
                              f"{self.pictures * self.block**2}; each picture gives the same number of blocks")
 
-# %% ../nbs/00_config.ipynb #375d72be
+# %% ../nbs/00_config.ipynb #81a68880
 @dataclass(frozen=True)
 class EvalConfig:
     "Settings of scoring and evaluation."
@@ -78,6 +93,7 @@ class EvalConfig:
     batch: int = 16  # pictures scored together (our choice)
 
     def __post_init__(self):
+        _at_least(self, 1, "blur_kernel", "map_size", "baseline_size", "batch")
         if self.placement not in ("geometry", "stretch"):
             raise ValueError(f"placement must be 'geometry' or 'stretch', not {self.placement!r}")
 
@@ -120,7 +136,7 @@ def augmentation(
     "The augmentation of a category."
     return AUGMENTATION.get(category, Augmentation())
 
-# %% ../nbs/00_config.ipynb #40e4fe0b
+# %% ../nbs/00_config.ipynb #347a673f
 @dataclass(frozen=True)
 class Preset:
     "One complete choice of settings."
@@ -135,7 +151,9 @@ class Preset:
         layout: str,  # layout of the data: "mvtec_ad", "mvtec_loco" or "folder"
     ) -> tuple[Level, ...]:  # the detectors to train, finest first
         "The detectors for a kind of data set (Table 7)."
-        return self.levels_loco if layout == "mvtec_loco" else self.levels_ad
+        rows = {"mvtec_ad": self.levels_ad, "folder": self.levels_ad, "mvtec_loco": self.levels_loco}
+        if layout not in rows: raise ValueError(f"no layout {layout!r}; there are {', '.join(rows)}")
+        return rows[layout]
 
     def generator_levels(self,
         layout: str,  # layout of the data
@@ -166,7 +184,7 @@ def preset(
     if name not in PRESETS: raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
     return PRESETS[name]
 
-# %% ../nbs/00_config.ipynb #140c5024
+# %% ../nbs/00_config.ipynb #1682f9d6
 def override(
     config: Any,  # a (nested) dataclass, for instance a `Preset`
     changes: Mapping[str, Any],  # dotted path of a field → its new value
@@ -186,6 +204,8 @@ def override(
 
 def _as_type_of(old, value, path):
     "`value` as the type that `old` has; text from a command line is read, anything else must fit."
+    if is_dataclass(old) and not isinstance(value, type(old)) or isinstance(old, (str, tuple)) and path in ("name", "levels_ad", "levels_loco") and isinstance(value, str):
+        raise ValueError(f"{path} cannot be set to {value!r}; set one of its values, or make a preset of your own in Python")
     if isinstance(old, bool):
         text = str(value).lower()
         if text not in ("true", "false", "1", "0"): raise ValueError(f"{path} is true or false, not {value!r}")
@@ -196,7 +216,7 @@ def _as_type_of(old, value, path):
     if isinstance(old, int) and float(value) != new: raise ValueError(f"{path} is a whole number, not {value!r}")
     return new
 
-# %% ../nbs/00_config.ipynb #f730ac06
+# %% ../nbs/00_config.ipynb #60084245
 def to_dict(
     config: Any,  # any dataclass of this module
 ) -> dict:  # plain dicts, lists and numbers, ready for JSON
@@ -208,7 +228,7 @@ def from_dict(
     cls: type,  # the dataclass to build
     data: Mapping[str, Any],  # what `to_dict` gave, perhaps through JSON
 ) -> Any:
-    "The inverse of `to_dict`. `ValueError` for unknown or missing fields."
+    "The inverse of `to_dict`; a field that is missing has its default. `ValueError` for an unknown field."
     types = {"generator": GeneratorConfig, "detector": DetectorConfig, "evaluation": EvalConfig}
     names = {f.name for f in fields(cls)}
     if unknown := set(data) - names: raise ValueError(f"{cls.__name__} has no setting {', '.join(sorted(unknown))}")

@@ -44,12 +44,12 @@ def q_sample(
     a = alpha_bar[t][:, None, None, None]
     return a.sqrt().to(x_0.dtype) * x_0 + (1 - a).sqrt().to(x_0.dtype) * eps_1 + eps_g
 
-# %% ../nbs/04_diffusion.ipynb #722734fa
+# %% ../nbs/04_diffusion.ipynb #5254816e
 def posterior_variance(
     alpha_bar_t: Tensor | float,  # alpha_bar at t
     alpha_bar_s: Tensor | float,  # alpha_bar at the earlier s; 1 for the clean picture
 ) -> Tensor | float:  # sigma squared of the step from t to s
-    "The variance of the reverse step (DDPM, Eq. 7)."
+    "The variance of the reverse step: the posterior's (DDPM, Eq. 7; DDPM also allows beta_t, the paper does not say: our choice)."
     return (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Input', 'FORMAT', 'picture_paths', 'picture_batches', 'Prediction', 'GRAD', 'save_grad', 'load_grad']
 
-# %% ../nbs/12_grad.ipynb #407d2fb4
+# %% ../nbs/12_grad.ipynb #bd24f55a
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +13,17 @@ from pathlib import Path
 import numpy as np
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
+from tqdm import tqdm
 
 from .config import PRESETS, Augmentation, Preset, from_dict, preset, to_dict
-from .data import MIN_NORMALS, DataError, load_images, picture_files
+from .data import MIN_NORMALS, DataError, load_images, picture_files, resize_image
 from .detector import Detector
 from .evaluation import MapStats, fuse, resize_pictures, score_maps
 from .patchdiff import generate, train_patchdiff
 from .store import pick_device, read_tensors, stage_seed, versions, write_tensors
 from .training import train_detector
 
-# %% ../nbs/12_grad.ipynb #a5ed5688
+# %% ../nbs/12_grad.ipynb #e6380491
 Input = str | Path | Sequence[str | Path] | np.ndarray  # a folder, files, or (N, H, W, 3) uint8
 
 
@@ -47,7 +48,7 @@ def picture_batches(
     if paths is None:
         if X.dtype != np.uint8 or X.ndim != 4 or X.shape[-1] != 3:
             raise ValueError(f"an array of pictures is (N, H, W, 3) of uint8, not {X.shape} of {X.dtype}; scale to 0..255 and convert")
-        for i in range(0, len(X), batch): yield resize_pictures(X[i : i + batch], size)
+        for i in range(0, len(X), batch): yield np.stack([resize_image(p, size) for p in X[i : i + batch]])
     else:
         for i in range(0, len(paths), batch): yield load_images(paths[i : i + batch], size)
 
@@ -60,7 +61,7 @@ class Prediction:
     maps: np.ndarray  # (N, S, S) float32 pixel maps, on the scale of the scores before the blur
     paths: tuple[Path, ...]  # the files, empty for an array
 
-# %% ../nbs/12_grad.ipynb #c01be9ce
+# %% ../nbs/12_grad.ipynb #9d87ccc2
 class GRAD(BaseEstimator):
     "GRAD for one kind of part: learns from normal pictures, finds defects in others."
 
@@ -83,7 +84,7 @@ class GRAD(BaseEstimator):
     ) -> "GRAD":  # self
         "Train the generators and the detectors on normal pictures and set the threshold."
         size, device = self.preset.generator.size, pick_device(self.device)
-        pictures = np.concatenate(list(picture_batches(X, size, 64)))
+        pictures = np.concatenate([np.empty((0, size, size, 3), np.uint8), *picture_batches(X, size, 64)])
         train, held = self._split(pictures)
         sets = {n: self._contrastive(train, n, device) for n in self.preset.generator_levels(self.layout)}
         self.levels_, self.detectors_ = self.preset.levels(self.layout), []
@@ -124,7 +125,7 @@ class GRAD(BaseEstimator):
     ) -> Prediction:
         "Scores, labels and pixel maps."
         check_is_fitted(self)
-        parts = [self._score(b) for b in picture_batches(X, self.preset.generator.size, 4 * self.preset.evaluation.batch)]
+        parts = [self._score(b) for b in self._batches(X)]
         scores, maps = (np.concatenate(p) for p in zip(*parts))
         return Prediction(scores, scores > self.offset_, maps, tuple(picture_paths(X) or ()))
 
@@ -133,8 +134,12 @@ class GRAD(BaseEstimator):
     ) -> np.ndarray:  # (N,) float64, higher = more anomalous
         "Image scores."
         check_is_fitted(self)
-        batches = picture_batches(X, self.preset.generator.size, 4 * self.preset.evaluation.batch)
-        return np.concatenate([self._score(b)[0] for b in batches])
+        return np.concatenate([self._score(b)[0] for b in self._batches(X)])
+
+    def _batches(self, X: Input) -> Iterator[np.ndarray]:
+        "The pictures to judge, a few at a time, with a progress bar. `DataError` if there are none."
+        if not isinstance(X, (str, Path)) and not len(X): raise DataError("there are no pictures to judge; the list or array is empty")
+        return tqdm(picture_batches(X, self.preset.generator.size, 4 * self.preset.evaluation.batch), "judging", disable=not self.progress, leave=False)
 
     def decision_function(self,
         X: Input,  # pictures to judge

@@ -193,11 +193,11 @@ def denoising_loss(
     x_t = q_sample(x_0, t, eps_1, alpha_bar, global_noise(len(x_0), sigma_g, generator))
     return F.mse_loss(model(with_coords(x_t, coords), t).float(), eps_1)
 
-# %% ../nbs/05_patchdiff.ipynb #bef9e15d
+# %% ../nbs/05_patchdiff.ipynb #040cb3c7
 def draw_pictures(
     pictures: Tensor,  # (N, H, W, 3) uint8
     coords: Tensor,  # (2, H, W)
-    batch: int,  # pictures to draw, with replacement
+    batch: int,  # pictures to draw, with replacement (our choice)
     crop: int,  # side of the crops, 0 = whole pictures
     generator: torch.Generator,  # source of randomness
 ) -> tuple[Tensor, Tensor]:  # (batch, 3, h, w) in [-1, 1] and (2, h, w) or (batch, 2, h, w)

@@ -25,7 +25,7 @@ from .store import (atomic_path, device_name, file_sha256, fingerprint, pick_dev
                            stage_seed, versions, write_array, write_json)
 from .training import train_detector
 
-# %% ../nbs/11b_pipeline.ipynb #89521b7a
+# %% ../nbs/11b_pipeline.ipynb #16ea1187
 def parse_overrides(
     text: str,  # for instance "detector.steps=10 generator.width=16"
 ) -> dict[str, str]:  # path → value, both text
@@ -70,7 +70,7 @@ def dataset_name(
     category: Category,  # as read
 ) -> str:  # "trays", "mvtec_ad", "mvtec_loco" or "folder"
     "What the data set is called in paths and results."
-    return "trays" if category.name == "trays" else category.layout
+    return "trays" if (category.root / "trays.json").is_file() else category.layout
 
 
 def open_run(
@@ -86,7 +86,7 @@ def open_run(
     "Check the data and the settings, and name the folder of the run."
     settings, found = override(preset(preset_name), parse_overrides(overrides)), read_category(data, category)
     folder = Path(runs) / settings.name / dataset_name(found) / found.name / f"seed{seed}"
-    return Run(found, settings, seed, folder, data_sha256(found), str(pick_device(device)), progress)
+    return Run(found, settings, seed, folder, data_sha256(found, progress=progress), str(pick_device(device)), progress)
 
 # %% ../nbs/11b_pipeline.ipynb #216f3c02
 def split_normals(
@@ -177,14 +177,14 @@ def write_table(
     "Write a table as CSV, atomically."
     with atomic_path(path) as temporary: table.to_csv(temporary, index=False)
 
-# %% ../nbs/11b_pipeline.ipynb #8fdedce1
+# %% ../nbs/11b_pipeline.ipynb #f940885f
 def detect_key(
     run: Run,  # the run
     level: int,  # of the detector
 ) -> str:
     "The fingerprint of a detect stage; it depends on the fingerprints of the generate stages."
     sources = [generate_key(run, n) for n in run.level(level).generators]
-    return fingerprint("detect", to_dict(run.level(level)), to_dict(run.preset.detector), sources)
+    return fingerprint("detect", to_dict(run.level(level)), to_dict(run.preset.detector), to_dict(augmentation(run.category.name)), sources)
 
 
 def detect_stage(
@@ -228,7 +228,7 @@ def _score(run: Run, detector, row: Level, samples: Sequence[Sample]) -> np.ndar
              for i in range(0, len(samples), step)]
     return np.concatenate(parts) if parts else np.empty((0, 1, 1), np.float32)
 
-# %% ../nbs/11b_pipeline.ipynb #544670a3
+# %% ../nbs/11b_pipeline.ipynb #46ac95f5
 def evaluate_stage(
     run: Run,  # the run
 ) -> dict:  # the result, also in result.json
@@ -250,7 +250,7 @@ def _evaluate(run: Run) -> tuple[dict, list[str]]:
     stats = [MapStats.of(m) for m in read("held")] if len(run.levels) > 1 else []
     scores, maps = fuse(read("test"), [row.size for row in run.levels], stats, config.map_size, config)
     types = [s.type for s in samples]
-    result = summary(scores, types) | {"pixel_auroc": pixel_auroc(maps, load_masks(samples, config.map_size)) if run.category.has_masks else float("nan")}
+    result = summary(scores, types) | {"pixel_auroc": pixel_auroc(maps, load_masks(samples, config.map_size, progress=run.progress)) if run.category.has_masks else float("nan")}
     if len(run.levels) > 1: result["by_level"] = {str(row.level): summary(m.max((1, 2)), types) for row, m in zip(run.levels, read("test"))}
     small = lambda chosen: load_images(chosen, config.baseline_size, progress=run.progress)
     result["trivial"] = trivial(small(run.category.train), small(samples), types, config.baseline_size)
@@ -267,9 +267,11 @@ def provenance(
 ) -> dict:
     "What a result says about how it was made: settings, seed, versions, device, data, seconds of each stage."
     names = [f"generate-{n:02d}" for n in run.generator_levels] + [f"detect-{row.level:03d}" for row in run.levels]
+    records = {name: read_json(run.folder / f"{name}.json") for name in names}
     return {"preset": run.preset.name, "dataset": dataset_name(run.category), "category": run.category.name, "seed": run.seed,
-            "seconds": {name: read_json(run.folder / f"{name}.json")["seconds"] for name in names}, "device": device_name(run.device),
-            "versions": versions(), "data_sha256": run.data_sha256, "config": to_dict(run.preset), "notes": list(run.category.notes),
+            "seconds": {name: record["seconds"] for name, record in records.items()},
+            "device": ", ".join(sorted({record["device"] for record in records.values()})),
+            "versions": versions(), "stages": {name: {k: record[k] for k in ("device", "versions", "fingerprint")} for name, record in records.items()}, "data_sha256": run.data_sha256, "config": to_dict(run.preset), "notes": list(run.category.notes),
             "counts": {"train": len(split_normals(run)[0]), "held_out": len(split_normals(run)[1]), "test": len(run.category.test)}}
 
 # %% ../nbs/11b_pipeline.ipynb #0fd38c5a

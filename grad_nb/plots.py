@@ -64,13 +64,14 @@ def history_curves(
         if log and (smooth > 0).all(): ax.set_yscale("log")
     return figure
 
-# %% ../nbs/13_plots.ipynb #a3839d79
+# %% ../nbs/13_plots.ipynb #6b6aefad
 def map_limits(
     normal_maps: np.ndarray,  # (N, H, W) maps of normal pictures
     all_maps: np.ndarray,  # (M, H, W) maps of the pictures to show
 ) -> tuple[float, float]:  # where colour begins, where it is full
     "One colour scale for all pictures: from the 99th percentile on normal pictures to the top of what is shown."
-    low, high = float(np.percentile(normal_maps, 99)), float(np.percentile(all_maps, 99.9))
+    reference = normal_maps if len(normal_maps) else all_maps
+    low, high = float(np.percentile(reference, 99)), float(np.percentile(all_maps, 99.9))
     return low, max(high, low + 1e-6)
 
 

@@ -74,7 +74,7 @@ def reweighted_bce(
     "The reweighted binary cross-entropy L_RBCE (Eq. 3, with Eq. 4 inside the weights)."
     return (w_pos * F.softplus(logits_pos)).sum() + (w_neg * F.softplus(-logits_neg)).sum()
 
-# %% ../nbs/08_reweighting.ipynb #1540ea0a
+# %% ../nbs/08_reweighting.ipynb #6df2712a
 class MemoryBank:
     "A queue of the latest features: the oldest leave first."
 
@@ -87,8 +87,9 @@ class MemoryBank:
     def push(self,
         z: Tensor,  # (N, D) features of one step
     ) -> None:
-        "Append features; keep the latest `size`."
-        z = z.detach().float()[-self.size :]
+        "Append features and keep the latest `size`; of a step with more than that, an even share."
+        z = z.detach().float()
+        if len(z) > self.size: z = z[torch.linspace(0, len(z) - 1, self.size, device=z.device).round().long()]  # evenly from all groups
         kept = self.or_else(z[:0])
         self.features = torch.cat([kept, z])[-self.size :]
 

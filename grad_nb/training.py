@@ -21,12 +21,12 @@ from .regularizers import decoding_loss, feature_loss, gradient_penalty, noised,
 from .reweighting import MemoryBank, effective_sample_size, negative_weight, reweighted_bce, tail_weight
 from .store import array_sha256, autocast, fingerprint, run_steps, seeded_weights, stage_generator
 
-# %% ../nbs/10_training.ipynb #1f204c16
+# %% ../nbs/10_training.ipynb #c660ac0b
 def training_steps(
     config: DetectorConfig,  # epochs, or a fixed number of steps
     n_normal: int,  # number of normal pictures
 ) -> int:  # steps of the whole training
-    "Steps of a training: `steps` if it is set, else epochs of N / 4 steps (appendix)."
+    "Steps of a training: `steps` if it is set, else epochs of N / `pictures` steps (appendix: 4 pictures)."
     return config.steps or max(1, round(config.epochs * n_normal / config.pictures))
 
 # %% ../nbs/10_training.ipynb #2e53a3c3

@@ -199,3 +199,41 @@ def test_grad_data_makes_trays_and_finds_broken_pictures(tmp_path):
     (tmp_path / "trays/train/good/003.png").write_bytes(b"")
     broken = command(*args)
     assert broken.returncode == 1 and "003.png" in broken.stdout and "1 problems" in broken.stdout
+
+
+def test_templates_run_with_their_own_defaults():
+    from grad_nb.config import PRESETS
+    for name, levels in (("generate", lambda p: p.generator_levels("mvtec_loco")), ("detect", lambda p: [r.level for r in p.levels("mvtec_loco")])):
+        values = template_parameters(template(name))
+        assert values["level"] in levels(PRESETS[values["preset"]])
+
+
+def test_a_category_without_a_folder_or_without_test_pictures_is_refused_at_once(data, tmp_path):
+    import shutil
+    bare = Path(shutil.copytree(data / "trays/train/good", tmp_path / "parts"))
+    for args, said in ((("--category", "bottle"), "needs --data"), (("--data", str(bare.parent), "--category", "parts"), "no test pictures")):
+        done = command("grad_demo", *args, "--runs", str(tmp_path / "runs"))
+        assert done.returncode == 2 and said in done.stderr and not (tmp_path / "runs").exists()
+
+
+def test_files_and_arrays_of_the_same_pictures_score_alike(data):
+    from grad_nb.config import override
+    from grad_nb.data import read_image
+    from grad_nb.grad import GRAD
+    from grad_nb.pipeline import parse_overrides
+    settings = override(preset("demo"), parse_overrides(TINY.replace("generator.size=64", "generator.size=48") + " detector.block=1 detector.pictures=4"))
+    from dataclasses import replace
+    from grad_nb.config import Level
+    settings = replace(settings, levels_ad=(Level(34, 48, (3,)),))
+    folder = data / "trays/test/good"
+    model = GRAD(settings, device="cpu", progress=False).fit(data / "trays/train/good")
+    array = np.stack([read_image(p) for p in sorted(folder.glob("*.png"))])
+    assert (model.score_samples(folder) == model.score_samples(array)).all()
+
+
+@pytest.mark.parametrize("text", ["detector=5", "levels_loco=34", "name=x", "detector.block=0", "generator.steps=-5", "generator.width=7",
+                                  "generator.sample_steps=2000", "detector.lr=nan", "detector.beta_density=0"])
+def test_impossible_settings_are_refused(text):
+    from grad_nb.config import override
+    from grad_nb.pipeline import parse_overrides
+    with pytest.raises(ValueError): override(preset("demo"), parse_overrides(text))
