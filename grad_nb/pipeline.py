@@ -25,7 +25,7 @@ from .store import (atomic_path, device_name, file_sha256, fingerprint, pick_dev
                            stage_seed, versions, write_array, write_json)
 from .training import train_detector
 
-# %% ../nbs/11b_pipeline.ipynb #16ea1187
+# %% ../nbs/11b_pipeline.ipynb #a13c04b6
 def parse_overrides(
     text: str,  # for instance "detector.steps=10 generator.width=16"
 ) -> dict[str, str]:  # path → value, both text
@@ -84,9 +84,10 @@ def open_run(
     progress: bool = True,  # show progress bars
 ) -> Run:
     "Check the data and the settings, and name the folder of the run."
-    settings, found = override(preset(preset_name), parse_overrides(overrides)), read_category(data, category)
+    settings, where = override(preset(preset_name), parse_overrides(overrides)), str(pick_device(device))
+    found = read_category(data, category)
     folder = Path(runs) / settings.name / dataset_name(found) / found.name / f"seed{seed}"
-    return Run(found, settings, seed, folder, data_sha256(found, progress=progress), str(pick_device(device)), progress)
+    return Run(found, settings, seed, folder, data_sha256(found, progress=progress), where, progress)
 
 # %% ../nbs/11b_pipeline.ipynb #216f3c02
 def split_normals(

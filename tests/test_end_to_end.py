@@ -193,7 +193,7 @@ def test_help_of_every_command():
 
 
 def test_grad_data_makes_trays_and_finds_broken_pictures(tmp_path):
-    args = ("grad_data", str(tmp_path), "trays", "--size", "64", "--quiet")
+    args = ("grad_data", str(tmp_path), "--category", "trays", "--size", "64", "--quiet")
     made = command(*args)
     assert made.returncode == 0 and "every picture and mask can be read" in made.stdout
     (tmp_path / "trays/train/good/003.png").write_bytes(b"")

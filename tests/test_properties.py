@@ -113,9 +113,10 @@ def test_the_effective_sample_size_of_equal_weights_is_n_and_of_one_is_one():
 def test_a_bank_keeps_exactly_the_latest_rows(size, pushes):
     bank, pushed = MemoryBank(size), torch.empty(0, 2)
     for n in pushes:
-        new = torch.arange(len(pushed), len(pushed) + n).float()[:, None].repeat(1, 2)
-        pushed = torch.cat([pushed, new])
+        new = torch.arange(100 * len(pushed), 100 * len(pushed) + n).float()[:, None].repeat(1, 2)
         bank.push(new)
+        if n > size: new = new[torch.linspace(0, n - 1, size).round().long()]  # a step larger than the bank leaves an even share of itself
+        pushed = torch.cat([pushed, new])
         assert torch.equal(bank.features[:, :1], pushed[-size:, :1]) if len(pushed) else len(bank.features) == 0
     other = MemoryBank(size)
     other.load_state_dict(bank.state_dict())
