@@ -153,7 +153,7 @@ def test_a_changed_picture_makes_everything_run_again(data, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_demo_goes_on(data, tmp_path):
-    settings = TINY.replace("generator.steps=6", "generator.steps=3000")
+    settings = TINY.replace("generator.steps=6", "generator.steps=800")
     args = [str(Path(sys.executable).parent / "grad_demo"), "--data", str(data), "--category", "trays", "--runs", str(tmp_path), "--overrides", settings, "--device", "cpu"]
     process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     while not list(tmp_path.rglob("*.checkpoint")): time.sleep(0.1); assert process.poll() is None
