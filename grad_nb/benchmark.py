@@ -72,7 +72,7 @@ def _wait(device: torch.device) -> None:
     "Wait until the device has done everything it was asked to."
     if device.type == "cuda": torch.cuda.synchronize(device)
 
-
+# %% ../nbs/15_benchmark.ipynb #c2b0edc7
 def latency(
     fn: Callable,  # what is timed; takes what `make_input` gives
     make_input: Callable,  # makes a fresh input, outside the timed part
@@ -127,7 +127,7 @@ class _Judge:
             found.append((S.amax((1, 2)), S))
         return [(a.cpu(), b.cpu()) for a, b in found] if self.transfers else found
 
-
+# %% ../nbs/15_benchmark.ipynb #0a0e9f32
 @torch.inference_mode()
 def bench_detectors(
     sizes: Sequence[int] = (256, 128, 64),  # sides of the detectors' pictures, pixels

@@ -93,12 +93,12 @@ def plan(
     run: Run,  # the run
 ) -> list[list[Task]]:  # phases: tasks of one phase do not wait for each other
     "The notebooks of a run that are still to be done, phase by phase."
-    generate = [Task("generate", f"generate-{n:02d}", n) for n in run.generator_levels if not stage_done(run, f"generate-{n:02d}", generate_key(run, n))]
+    generate = [Task("generate", f"generate-{n:02d}", n) for n in run.generator_levels if not stage_done(run.folder, f"generate-{n:02d}", generate_key(run, n))]
     detect = [Task("detect", f"detect-{row.level:03d}", row.level) for row in run.levels
-              if not stage_done(run, f"detect-{row.level:03d}", detect_key(run, row.level))]
+              if not stage_done(run.folder, f"detect-{row.level:03d}", detect_key(run, row.level))]
     return [phase for phase in (generate, detect, [Task("table", "table")]) if phase]
 
-
+# %% ../nbs/16_cli.ipynb #04f05855
 def run_notebook(
     task: Task,  # what to run
     run: Run,  # the run it belongs to
@@ -128,17 +128,18 @@ def _last_line(text: str) -> str:
     "The last line that says something."
     return next((part.strip() for part in reversed(text.splitlines()) if part.strip()), "no message")
 
-
+# %% ../nbs/16_cli.ipynb #151e1e34
 def _follow(process: subprocess.Popen, log: Path, name: str, line: int, stop: threading.Event) -> str:
-    "Show the last progress line of a notebook until it ends or is to stop; returns what it wrote to stderr."
+    "Show the last progress line of a notebook, or how long it has run, until it ends or is to stop; returns what it wrote to stderr."
+    start = time.perf_counter()
     with tqdm(desc=name, position=line, bar_format="{desc}", leave=False, disable=None) as bar:
         while True:
             try: return process.communicate(timeout=0.5)[1]
             except subprocess.TimeoutExpired:
                 if stop.is_set(): process.terminate()
                 tail = log.read_text(errors="replace")[-400:].replace("\r", "\n") if log.exists() else ""
-                shown = [part.strip() for part in tail.splitlines() if "%|" in part]
-                bar.set_description_str(f"{name}: {shown[-1] if shown else 'starting'}"[:110])
+                shown = [part.strip() for part in tail.splitlines() if "%|" in part or part.startswith("evaluating")] or ["starting the notebook"]
+                bar.set_description_str(f"{name}, {time.perf_counter() - start:.0f} s: {shown[-1]}"[:110])
 
 # %% ../nbs/16_cli.ipynb #4cfddc7c
 @call_parse
@@ -173,7 +174,7 @@ def grad_demo(
 
 TRAYS_SEED = 0  # every run of the demo sees the same trays; its own seed is that of the training
 
-
+# %% ../nbs/16_cli.ipynb #1260d34a
 def run_phase(
     tasks: Sequence[Task],  # notebooks that do not wait for each other
     run: Run,  # the run
@@ -196,12 +197,17 @@ def run_phase(
 def grad_data(
     root: str,  # folder that holds the category's folder
     category: str = "",  # category to check; "trays" is made if it is not there
-    seed: int = 0,  # of the trays
-    size: int = 128,  # side of the trays' pictures, pixels
+    seed: int = None,  # of the trays, 0 if not given
+    size: int = None,  # side of the trays' pictures, 128 pixels if not given
     quiet: store_true = False,  # no progress bars
 ):
     "Make the trays, or open every picture and mask of a category and list what is wrong."
-    if category == "trays" and not (Path(root) / "trays").exists(): make_trays(root, seed=seed, size=size, progress=not quiet)
+    record = Path(root) / "trays" / "trays.json"
+    if category == "trays" and not record.parent.exists(): make_trays(root, seed=seed or 0, size=size or 128, progress=not quiet)
+    elif category == "trays" and record.is_file():
+        for name, want in (("seed", seed), ("size", size)):
+            if want is not None and read_json(record).get(name) != want:
+                raise ValueError(f"{record.parent} was drawn with {name} {read_json(record).get(name)}, not {want}; give another folder")
     found = read_category(root, category)
     print(found)
     problems = check_category(found, progress=not quiet)
@@ -222,19 +228,20 @@ def grad_fit(
     seed: int = 0,  # random_state of the model
     overrides: str = "",  # settings to change, for instance "detector.steps=10"
     device: str = "auto",  # "auto", "cpu" or "cuda"
+    work_dir: str = None,  # folder for the stages: an interrupted training then continues
     quiet: store_true = False,  # no progress bars
 ):
     "Train a model on a folder of normal pictures and write it to one file."
     settings = override(_preset(preset), parse_overrides(overrides))
     fitted = GRAD(settings, layout, augmentation(category), false_alarm_rate=false_alarm_rate, random_state=seed,
-                  device=device, progress=not quiet).fit(pictures)
+                  device=device, progress=not quiet, work_dir=work_dir).fit(pictures)
     fitted.save(model)
     print(f"{model}: threshold {fitted.offset_:.3f} at a false-alarm rate of {false_alarm_rate:.0%} on held-out normal pictures")
 
 
 _preset = preset  # the command's option has the same name as the function
 
-
+# %% ../nbs/16_cli.ipynb #40be6f10
 @call_parse
 @plain_errors
 def grad_predict(
@@ -246,15 +253,16 @@ def grad_predict(
 ):
     "Judge pictures: path, score and verdict of each on stdout."
     if format not in ("csv", "jsonl"): raise ValueError(f"format must be csv or jsonl, not {format!r}")
-    fitted = GRAD.load(model, device)
-    result = fitted.predict(pictures)
-    rows = [{"path": str(p), "score": round(float(s), 6), "anomalous": bool(a)} for p, s, a in zip(result.paths, result.scores, result.labels)]
-    if format == "jsonl":
-        for row in rows: print(json.dumps(row))
-    else:
-        writer = csv.DictWriter(sys.stdout, ["path", "score", "anomalous"])
-        writer.writeheader(); writer.writerows(rows)
-    if fail_on_anomaly and result.labels.any(): sys.exit(1)
+    fitted, found = GRAD.load(model, device).set_params(progress=sys.stderr.isatty()), False
+    writer = csv.DictWriter(sys.stdout, ["path", "score", "anomalous"])
+    if format == "csv": writer.writeheader()
+    for batch in fitted.stream(pictures):
+        for path, score, label in zip(batch.paths, batch.scores, batch.labels):
+            row = {"path": str(path), "score": round(float(score), 6), "anomalous": bool(label)}
+            print(json.dumps(row)) if format == "jsonl" else writer.writerow(row)
+        sys.stdout.flush()
+        found |= bool(batch.labels.any())
+    if fail_on_anomaly and found: sys.exit(1)
 
 # %% ../nbs/16_cli.ipynb #3c98d629
 @call_parse
@@ -274,7 +282,7 @@ def grad_export(
     try: print(f"largest difference to the model, scores and maps: {largest_difference(fitted, OnnxScorer(onnx), pictures):.1e}")
     except ImportError as e: print(f"not compared: {e}")
 
-
+# %% ../nbs/16_cli.ipynb #bce7ad8f
 @call_parse
 @plain_errors
 def grad_bench(

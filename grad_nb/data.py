@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'MIN_SIDE', 'MIN_NORMALS', 'DataError', 'read_image', 'resize_image', 'Sample', 'Defect', 'Category',
-           'picture_files', 'read_category', 'load_images', 'load_mask', 'load_masks', 'load_defects', 'data_sha256',
-           'check_category']
+           'picture_files', 'read_category', 'hold_out', 'load_images', 'load_mask', 'load_masks', 'load_defects',
+           'data_sha256', 'check_category']
 
 # %% ../nbs/01_data.ipynb #84b4b173
 import hashlib
@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from .store import file_sha256
+from .store import file_sha256, stage_seed
 
 # %% ../nbs/01_data.ipynb #4c6d7e3e
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # compared in lower case
@@ -246,6 +246,19 @@ def read_category(
         notes += ("validation/good stands in for test/good, which is absent",)
     if any(s.label and not s.masks for s in test): notes += ("no ground truth: pixel figures are n/a",)
     return replace(category, validation=validation, test=test, defects=defects, notes=notes)
+
+# %% ../nbs/01_data.ipynb #hold0002
+def hold_out(
+    n: int,  # normal pictures
+    share: float,  # how many of them to hold out, 0..1; at least one is
+    seed: int,  # of the run
+) -> tuple[np.ndarray, np.ndarray]:  # indices to train on and indices held out, both ascending
+    "Split normal pictures by chance. `DataError` if too few would be left to train on."
+    held = max(1, round(share * n))
+    if n - held < MIN_NORMALS:
+        raise DataError(f"{n} normal pictures are too few: {held} would be held out and {MIN_NORMALS} are needed to train; give more pictures")
+    order = np.random.default_rng(stage_seed(seed, "holdout")).permutation(n)
+    return np.sort(order[held:]), np.sort(order[:held])
 
 # %% ../nbs/01_data.ipynb #bd40e746
 def load_images(

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from .config import EvalConfig
 from .coords import with_coords
@@ -42,19 +43,20 @@ def resize_pictures(
         made[i : i + batch] = (x - HALF_DOWN).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     return made
 
-
+# %% ../nbs/11_evaluation.ipynb #dde6589f
 def score_maps(
     detector: nn.Module,  # (B, 5, size, size) → (B, 1, h, w) logits
     pictures: np.ndarray,  # (N, H, W, 3) uint8, resized to the detector's size
     size: int,  # side of the detector's input, pixels
     device: str | torch.device = "cpu",  # where to compute
     batch: int = 16,  # pictures scored together
+    progress: bool = False,  # show a progress bar
 ) -> np.ndarray:  # (N, h, w) float32 logits, higher = more anomalous
     "Score maps of pictures; each picture's map is independent of the others."
     detector = detector.eval().to(device, memory_format=torch.channels_last)
     side = map_side(size)
     maps = np.empty((len(pictures), side, side), np.float32)
-    for i in range(0, len(pictures), batch):
+    for i in tqdm(range(0, len(pictures), batch), "scoring", disable=not progress, leave=False):
         x = to_model(torch.from_numpy(np.array(resize_pictures(pictures[i : i + batch], size))).to(device))
         with torch.inference_mode(): maps[i : i + batch] = detector(with_coords(x))[:, 0].float().cpu().numpy()
     return maps
@@ -207,27 +209,32 @@ def gaussian_baseline(
     train: np.ndarray,  # (N, H, W, 3) uint8 normal pictures
     test: np.ndarray,  # (M, H, W, 3) uint8
     floor: float = 1.0,  # smallest standard deviation, grey levels: below it lies rounding
+    progress: bool = False,  # show a progress bar
 ) -> np.ndarray:  # (M,) float64
     "The trivial per-pixel Gaussian: the largest deviation of any pixel from its mean over normal pictures, in standard deviations."
     mean, std = train.mean(0, dtype=np.float64), np.maximum(train.std(0, dtype=np.float64), floor)
-    return np.array([(np.abs(picture - mean) / std).max() for picture in test])
+    return np.array([(np.abs(picture - mean) / std).max() for picture in tqdm(test, "per-pixel Gaussian", disable=not progress, leave=False)])
 
 
 def nearest_baseline(
     train: np.ndarray,  # (N, H, W, 3) uint8 normal pictures
     test: np.ndarray,  # (M, H, W, 3) uint8
+    progress: bool = False,  # show a progress bar
 ) -> np.ndarray:  # (M,) float64: root mean squared difference, grey levels
     "The trivial nearest neighbour: the distance to the nearest normal picture in pixel space."
     known = train.reshape(len(train), -1).astype(np.float32)
-    return np.array([np.sqrt(((known - picture.reshape(-1)) ** 2).mean(1, dtype=np.float64).min()) for picture in test.astype(np.float32)])
+    distance = lambda picture: np.sqrt(((known - picture.reshape(-1).astype(np.float32)) ** 2).mean(1, dtype=np.float64).min())
+    return np.array([distance(picture) for picture in tqdm(test, "nearest picture", disable=not progress, leave=False)])
 
-
+# %% ../nbs/11_evaluation.ipynb #3778a85a
 def trivial(
     train: np.ndarray,  # (N, H, W, 3) uint8 normal pictures
     test: np.ndarray,  # (M, H, W, 3) uint8
     types: Sequence[str],  # (M,) "good" or the kind of anomaly
     size: int = 64,  # side at which they are compared, pixels (our choice)
+    progress: bool = False,  # show progress bars
 ) -> dict[str, dict]:  # "gaussian" and "nearest" → the figures of `summary`
     "Both trivial baselines on a test set."
     train, test = resize_pictures(train, size), resize_pictures(test, size)
-    return {"gaussian": summary(gaussian_baseline(train, test), types), "nearest": summary(nearest_baseline(train, test), types)}
+    return {"gaussian": summary(gaussian_baseline(train, test, progress=progress), types),
+            "nearest": summary(nearest_baseline(train, test, progress), types)}

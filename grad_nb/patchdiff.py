@@ -102,7 +102,7 @@ def check_level(
     if level < 5 or (level - 5) % 4: raise ValueError(f"level must be 1, 3 or one of 5, 9, 13, 17, ..., not {level}")
     return (level - 5) // 4
 
-
+# %% ../nbs/05_patchdiff.ipynb #2eabc884
 class PatchDiff(nn.Module):
     "The U-Net of PatchDiff: its receptive field is exactly level x level pixels (Fig. 3; the layers are our choice)."
 
@@ -221,7 +221,7 @@ def new_patchdiff(
     with seeded_weights(seed, f"patchdiff-init-{level}"):
         return PatchDiff(level, config.width, config.fourier)
 
-
+# %% ../nbs/05_patchdiff.ipynb #3d2c4f0d
 def train_patchdiff(
     pictures: np.ndarray,  # (N, H, W, 3) uint8 normal pictures of side config.size
     level: int,  # side of the receptive field, pixels

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['parse_overrides', 'Run', 'dataset_name', 'open_run', 'split_normals', 'load_normals', 'stage_done', 'run_stage',
-           'generate_key', 'generate_stage', 'write_table', 'detect_key', 'detect_stage', 'contrastive_set',
-           'evaluate_stage', 'provenance', 'result_table']
+           'write_table', 'make_contrastive', 'generate_key', 'generate_stage', 'contrastive_set', 'make_detector',
+           'detect_key', 'detect_stage', 'evaluate_stage', 'provenance', 'result_table']
 
 # %% ../nbs/11b_pipeline.ipynb #876e4aa8
 import time
@@ -15,14 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
+from tqdm import tqdm
 
-from .config import Level, Preset, augmentation, override, preset, to_dict
-from .data import Category, Sample, data_sha256, load_images, load_masks, read_category
-from .detector import save_detector
-from .evaluation import MapStats, fuse, pixel_auroc, resize_pictures, score_maps, summary, trivial
+from .config import Augmentation, DetectorConfig, GeneratorConfig, Level, Preset, augmentation, override, preset, to_dict
+from .data import Category, Sample, data_sha256, hold_out, load_images, load_masks, read_category
+from .detector import Detector, load_detector, save_detector
+from .evaluation import MapStats, fuse, image_scores, pixel_auroc, resize_pictures, score_maps, summary, trivial
 from .patchdiff import generate, save_patchdiff, train_patchdiff
 from .store import (atomic_path, device_name, file_sha256, fingerprint, pick_device, read_array, read_json,
-                           stage_seed, versions, write_array, write_json)
+                           versions, write_array, write_json)
 from .training import train_detector
 
 # %% ../nbs/11b_pipeline.ipynb #a13c04b6
@@ -35,7 +37,7 @@ def parse_overrides(
         if not (name and equals and value): raise ValueError(f"{name + equals + value!r} is not of the form setting=value, such as detector.steps=100")
     return {name: value for name, _, value in pairs}
 
-
+# %% ../nbs/11b_pipeline.ipynb #pipe0006
 @dataclass(frozen=True)
 class Run:
     "One category, one preset, one seed, one folder."
@@ -65,7 +67,7 @@ class Run:
         if not found: raise ValueError(f"preset {self.preset.name!r} has no level-{n} detector here; there are {', '.join(str(r.level) for r in self.levels)}")
         return found[0]
 
-
+# %% ../nbs/11b_pipeline.ipynb #pipe0005
 def dataset_name(
     category: Category,  # as read
 ) -> str:  # "trays", "mvtec_ad", "mvtec_loco" or "folder"
@@ -96,10 +98,8 @@ def split_normals(
     "Normal pictures to train on, and normal pictures to standardise the maps with."
     train, held = run.category.train, run.category.validation
     if held or len(run.levels) == 1: return train, held
-    order = np.random.default_rng(stage_seed(run.seed, "holdout")).permutation(len(train))
-    n = max(1, round(run.preset.evaluation.holdout * len(train)))
-    if len(train) - n < 4: raise ValueError(f"{run.category.root} has {len(train)} normal pictures, too few to hold {n} out and train on 4")
-    return tuple(train[i] for i in sorted(order[n:])), tuple(train[i] for i in sorted(order[:n]))
+    chosen, kept = hold_out(len(train), run.preset.evaluation.holdout, run.seed)
+    return tuple(train[i] for i in chosen), tuple(train[i] for i in kept)
 
 
 def load_normals(
@@ -110,33 +110,66 @@ def load_normals(
 
 # %% ../nbs/11b_pipeline.ipynb #04400fd3
 def stage_done(
-    run: Run,  # the run
-    name: str,  # name of the stage, for instance "generate-05"
+    folder: Path,  # where the stage writes
+    name: str,  # its name, for instance "generate-05"
     key: str,  # fingerprint of its inputs
 ) -> dict | None:  # its record, or None if it must run
     "The record of a stage whose inputs and outputs are unchanged."
-    try: record = read_json(run.folder / f"{name}.json")
+    try: record = read_json(folder / f"{name}.json")
     except (FileNotFoundError, ValueError): return None
     if not isinstance(record, dict) or record.get("fingerprint") != key: return None
-    whole = all((run.folder / f).is_file() and file_sha256(run.folder / f) == sha for f, sha in record["outputs"].items())
+    whole = all((folder / f).is_file() and file_sha256(folder / f) == sha for f, sha in record["outputs"].items())
     return record if whole else None
 
 
 def run_stage(
-    run: Run,  # the run
-    name: str,  # name of the stage
+    folder: Path,  # where the stage writes
+    name: str,  # its name
     key: str,  # fingerprint of its inputs
     make: Callable[[], tuple[dict, Sequence[str]]],  # does the work → figures to record, and the files written
+    device: str | torch.device = "cpu",  # where it computes, for the record
 ) -> dict:  # the record; "skipped" tells whether anything was done
     "Run a stage, or take its record if nothing has changed."
-    if record := stage_done(run, name, key): return record | {"skipped": True}
-    run.folder.mkdir(parents=True, exist_ok=True)
+    if record := stage_done(folder, name, key): return record | {"skipped": True}
+    folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     figures, files = make()
-    record = {"stage": name, "fingerprint": key, "seconds": round(time.perf_counter() - start, 2), "device": device_name(run.device),
-              "versions": versions(), "outputs": {f: file_sha256(run.folder / f) for f in files}, **figures}
-    write_json(run.folder / f"{name}.json", record)
+    record = {"stage": name, "fingerprint": key, "seconds": round(time.perf_counter() - start, 2), "device": device_name(device),
+              "versions": versions(), "outputs": {f: file_sha256(folder / f) for f in files}, **figures}
+    write_json(folder / f"{name}.json", record)
     return record | {"skipped": False}
+
+# %% ../nbs/11b_pipeline.ipynb #pipe0001
+def write_table(
+    path: str | Path,  # the file, ending in .csv
+    table: pd.DataFrame,  # any table
+) -> None:
+    "Write a table as CSV, atomically."
+    with atomic_path(path) as temporary: table.to_csv(temporary, index=False)
+
+
+def make_contrastive(
+    folder: Path,  # where the files go
+    normals: np.ndarray,  # (N, size, size, 3) uint8 training pictures, at the generator's size
+    level: int,  # of the PatchDiff
+    config: GeneratorConfig,  # settings
+    seed: int = 0,  # of the run
+    device: str | torch.device = "cpu",  # where to compute
+    progress: bool = True,  # show progress bars
+) -> tuple[dict, list[str]]:  # figures, and the files: generator, contrastive set (a memory map for `read_array`), history
+    "Train a PatchDiff and make its contrastive set: the work of a generate stage."
+    tag = f"{level:02d}"
+    files = [f"generator-{tag}.safetensors", f"contrastive/level-{tag}.npy", f"history/generate-{tag}.csv"]
+    checkpoint, start = folder / f"generator-{tag}.checkpoint", time.perf_counter()
+    model, history = train_patchdiff(normals, level, config, seed, device, checkpoint, progress)
+    trained = time.perf_counter()
+    made = generate(model, config, seed, device, progress)
+    save_patchdiff(folder / files[0], model)
+    write_array(folder / files[1], made)
+    write_table(folder / files[2], history)
+    checkpoint.unlink(missing_ok=True)
+    seconds = {"train": round(trained - start, 2), "sample": round(time.perf_counter() - trained, 2)}
+    return {"level": level, "loss": history.loss.tail(100).mean(), "parts": seconds}, files
 
 # %% ../nbs/11b_pipeline.ipynb #fe51836d
 def generate_key(
@@ -154,29 +187,40 @@ def generate_stage(
 ) -> dict:  # the record
     "Train a PatchDiff and make its contrastive set. `ValueError` for a level the run has no use for."
     if level not in run.generator_levels: raise ValueError(f"preset {run.preset.name!r} has no level-{level} PatchDiff here; there are {', '.join(map(str, run.generator_levels))}")
-    tag, config = f"{level:02d}", run.preset.generator
-    files = [f"generator-{tag}.safetensors", f"contrastive/level-{tag}.npy", f"history/generate-{tag}.csv"]
-    def make():
-        normals, checkpoint = load_normals(run), run.folder / f"generator-{tag}.checkpoint"
-        start = time.perf_counter()
-        model, history = train_patchdiff(normals, level, config, run.seed, run.device, checkpoint, run.progress)
-        trained = time.perf_counter()
-        made = generate(model, config, run.seed, run.device, run.progress)
-        save_patchdiff(run.folder / files[0], model)
-        write_array(run.folder / files[1], made)
-        write_table(run.folder / files[2], history)
-        checkpoint.unlink(missing_ok=True)
-        seconds = {"train": round(trained - start, 2), "sample": round(time.perf_counter() - trained, 2)}
-        return {"level": level, "loss": history.loss.tail(100).mean(), "parts": seconds}, files
-    return run_stage(run, f"generate-{tag}", generate_key(run, level), make)
+    make = lambda: make_contrastive(run.folder, load_normals(run), level, run.preset.generator, run.seed, run.device, run.progress)
+    return run_stage(run.folder, f"generate-{level:02d}", generate_key(run, level), make, run.device)
 
 
-def write_table(
-    path: str | Path,  # the file, ending in .csv
-    table: pd.DataFrame,  # any table
-) -> None:
-    "Write a table as CSV, atomically."
-    with atomic_path(path) as temporary: table.to_csv(temporary, index=False)
+def contrastive_set(
+    run: Run,  # the run
+    level: int,  # of the PatchDiff
+) -> np.ndarray:  # (n_samples, size, size, 3) uint8, a memory map
+    "The contrastive pictures of one level. `FileNotFoundError` says which stage is missing or out of date."
+    if not stage_done(run.folder, f"generate-{level:02d}", generate_key(run, level)):
+        raise FileNotFoundError(f"{run.folder} has no contrastive pictures of level {level} for these settings; run the generate stage for it first")
+    return read_array(run.folder / "contrastive" / f"level-{level:02d}.npy")
+
+# %% ../nbs/11b_pipeline.ipynb #pipe0002
+def make_detector(
+    folder: Path,  # where the files go
+    normals: np.ndarray,  # (N, H, H, 3) uint8 training pictures, resized to the detector's size
+    sets: Sequence[np.ndarray],  # one contrastive set for each of the row's generators, resized likewise
+    row: Level,  # row of Table 7
+    config: DetectorConfig,  # settings
+    augmentation: Augmentation,  # of the category
+    seed: int = 0,  # of the run
+    device: str | torch.device = "cpu",  # where to compute
+    progress: bool = True,  # show a progress bar
+) -> tuple[dict, list[str]]:  # figures, and the files: detector and history
+    "Train a detector and keep it; its checkpoint stays until the caller has written everything else."
+    tag, start = f"{row.level:03d}", time.perf_counter()
+    files = [f"detector-{tag}.safetensors", f"history/detect-{tag}.csv"]
+    detector, history = train_detector(resize_pictures(normals, row.size), [resize_pictures(s, row.size) for s in sets], config, augmentation,
+                                       seed, f"detector-{row.level}", device, folder / f"detector-{tag}.checkpoint", progress)
+    save_detector(folder / files[0], detector, row.size, row.level)
+    write_table(folder / files[1], history)
+    last = history.tail(100).mean()
+    return {"level": row.level, "loss": last.loss, "ess_neg": last.ess_neg, "parts": {"train": round(time.perf_counter() - start, 2)}}, files
 
 # %% ../nbs/11b_pipeline.ipynb #f940885f
 def detect_key(
@@ -194,39 +238,25 @@ def detect_stage(
 ) -> dict:  # the record
     "Train a detector and score the held-out and the test pictures."
     tag, row = f"{level:03d}", run.level(level)
-    files = [f"detector-{tag}.safetensors", f"history/detect-{tag}.csv", f"scores/held-{tag}.npy", f"scores/test-{tag}.npy"]
     def make():
-        checkpoint, start = run.folder / f"detector-{tag}.checkpoint", time.perf_counter()
-        sets = [resize_pictures(contrastive_set(run, n), row.size) for n in row.generators]
-        normals = resize_pictures(load_normals(run), row.size)
-        detector, history = train_detector(normals, sets, run.preset.detector, augmentation(run.category.name), run.seed, f"detector-{level}",
-                                           run.device, checkpoint, run.progress)
-        trained = time.perf_counter()
-        save_detector(run.folder / files[0], detector, row.size, level)
-        write_table(run.folder / files[1], history)
-        for file, samples in zip(files[2:], (split_normals(run)[1], run.category.test)): write_array(run.folder / file, _score(run, detector, row, samples))
-        checkpoint.unlink(missing_ok=True)
-        last = history.tail(100).mean()
-        seconds = {"train": round(trained - start, 2), "score": round(time.perf_counter() - trained, 2)}
-        return {"level": level, "loss": last.loss, "ess_neg": last.ess_neg, "parts": seconds}, files
-    return run_stage(run, f"detect-{tag}", detect_key(run, level), make)
+        sets = [contrastive_set(run, n) for n in row.generators]
+        figures, files = make_detector(run.folder, load_normals(run), sets, row, run.preset.detector, augmentation(run.category.name),
+                                       run.seed, run.device, run.progress)
+        detector, start = load_detector(run.folder / files[0])[0], time.perf_counter()
+        for kind, samples in (("held", split_normals(run)[1]), ("test", run.category.test)):
+            files.append(f"scores/{kind}-{tag}.npy")
+            write_array(run.folder / files[-1], _score(run, detector, row, samples))
+        (run.folder / f"detector-{tag}.checkpoint").unlink(missing_ok=True)
+        figures["parts"]["score"] = round(time.perf_counter() - start, 2)
+        return figures, files
+    return run_stage(run.folder, f"detect-{tag}", detect_key(run, level), make, run.device)
 
-
-def contrastive_set(
-    run: Run,  # the run
-    level: int,  # of the PatchDiff
-) -> np.ndarray:  # (n_samples, size, size, 3) uint8, a memory map
-    "The contrastive pictures of one level. `FileNotFoundError` says which stage is missing or out of date."
-    if not stage_done(run, f"generate-{level:02d}", generate_key(run, level)):
-        raise FileNotFoundError(f"{run.folder} has no contrastive pictures of level {level} for these settings; run the generate stage for it first")
-    return read_array(run.folder / "contrastive" / f"level-{level:02d}.npy")
-
-
-def _score(run: Run, detector, row: Level, samples: Sequence[Sample]) -> np.ndarray:
+# %% ../nbs/11b_pipeline.ipynb #b2679780
+def _score(run: Run, detector: Detector, row: Level, samples: Sequence[Sample]) -> np.ndarray:
     "Score maps of some pictures, read at the generator's size like the training pictures, a few at a time."
     size, step = run.preset.generator.size, 4 * run.preset.evaluation.batch
-    parts = [score_maps(detector, load_images(samples[i : i + step], size), row.size, run.device, run.preset.evaluation.batch)
-             for i in range(0, len(samples), step)]
+    starts = tqdm(range(0, len(samples), step), f"scoring {len(samples)} pictures", disable=not run.progress)
+    parts = [score_maps(detector, load_images(samples[i : i + step], size), row.size, run.device, run.preset.evaluation.batch) for i in starts]
     return np.concatenate(parts) if parts else np.empty((0, 1, 1), np.float32)
 
 # %% ../nbs/11b_pipeline.ipynb #46ac95f5
@@ -236,44 +266,53 @@ def evaluate_stage(
     "Fuse the score maps, compute every figure and write result.json, scores.csv and maps.npy."
     keys = [detect_key(run, row.level) for row in run.levels]
     for row, key in zip(run.levels, keys):
-        if not stage_done(run, f"detect-{row.level:03d}", key):
+        if not stage_done(run.folder, f"detect-{row.level:03d}", key):
             raise FileNotFoundError(f"{run.folder} has no level-{row.level} detector for these settings; run the detect stage for it first")
     if not run.category.test: raise ValueError(f"{run.category.root} has no test pictures, so there is nothing to evaluate")
     key = fingerprint("evaluate", to_dict(run.preset.evaluation), keys)
-    record = run_stage(run, "evaluate", key, lambda: _evaluate(run))
+    record = run_stage(run.folder, "evaluate", key, lambda: _evaluate(run), run.device)
     return read_json(run.folder / "result.json") | {"skipped": record["skipped"]}
 
-
+# %% ../nbs/11b_pipeline.ipynb #pipe0003
 def _evaluate(run: Run) -> tuple[dict, list[str]]:
     "The work of the evaluate stage."
-    config, samples = run.preset.evaluation, run.category.test
-    read = lambda kind: [read_array(run.folder / f"scores/{kind}-{row.level:03d}.npy") for row in run.levels]
-    stats = [MapStats.of(m) for m in read("held")] if len(run.levels) > 1 else []
-    scores, maps = fuse(read("test"), [row.size for row in run.levels], stats, config.map_size, config)
+    config, samples, progress = run.preset.evaluation, run.category.test, run.progress
     types = [s.type for s in samples]
-    result = summary(scores, types) | {"pixel_auroc": pixel_auroc(maps, load_masks(samples, config.map_size, progress=run.progress)) if run.category.has_masks else float("nan")}
-    if len(run.levels) > 1: result["by_level"] = {str(row.level): summary(m.max((1, 2)), types) for row, m in zip(run.levels, read("test"))}
-    small = lambda chosen: load_images(chosen, config.baseline_size, progress=run.progress)
-    result["trivial"] = trivial(small(run.category.train), small(samples), types, config.baseline_size)
-    write_array(run.folder / "maps.npy", maps.astype(np.float16))
-    paths = [str(s.path.relative_to(run.category.root)) for s in samples]
-    levels = {f"score_{row.level}": m.max((1, 2)) for row, m in zip(run.levels, read("test"))}
-    write_table(run.folder / "scores.csv", pd.DataFrame({"path": paths, "label": [s.label for s in samples], "type": types, **levels, "score": scores}))
+    held, test = ([read_array(run.folder / f"scores/{kind}-{row.level:03d}.npy") for row in run.levels] for kind in ("held", "test"))
+    stats = [MapStats.of(m) for m in held] if len(run.levels) > 1 else []
+    with tqdm(total=4, desc="evaluating", bar_format="{desc} {n_fmt}/{total_fmt} [{elapsed}]", disable=not progress) as bar:
+        def now(what): bar.set_description_str(f"evaluating: {what}"); bar.update()
+        now("fusing the maps")
+        scores, maps = fuse(test, [row.size for row in run.levels], stats, config.map_size, config)
+        write_array(run.folder / "maps.npy", maps.astype(np.float16))
+        now("image AUROC")
+        result = summary(scores, types)
+        if len(run.levels) > 1: result["by_level"] = {str(row.level): summary(image_scores(m), types) for row, m in zip(run.levels, test)}
+        now("pixel AUROC")
+        result["pixel_auroc"] = pixel_auroc(maps, load_masks(samples, config.map_size, progress)) if run.category.has_masks else float("nan")
+        now("trivial baselines")
+        normal, judged = (load_images(chosen, config.baseline_size, progress) for chosen in (run.category.train, samples))
+        result["trivial"] = trivial(normal, judged, types, config.baseline_size, progress)
+    columns = {"path": [str(s.path.relative_to(run.category.root)) for s in samples], "label": [s.label for s in samples], "type": types}
+    columns |= {f"score_{row.level}": image_scores(m) for row, m in zip(run.levels, test)}
+    write_table(run.folder / "scores.csv", pd.DataFrame(columns | {"score": scores}))
     write_json(run.folder / "result.json", result | provenance(run))
     return {}, ["maps.npy", "scores.csv", "result.json"]
 
-
+# %% ../nbs/11b_pipeline.ipynb #pipe0004
 def provenance(
     run: Run,  # the run
 ) -> dict:
     "What a result says about how it was made: settings, seed, versions, device, data, seconds of each stage."
     names = [f"generate-{n:02d}" for n in run.generator_levels] + [f"detect-{row.level:03d}" for row in run.levels]
     records = {name: read_json(run.folder / f"{name}.json") for name in names}
-    return {"preset": run.preset.name, "dataset": dataset_name(run.category), "category": run.category.name, "seed": run.seed,
-            "seconds": {name: record["seconds"] for name, record in records.items()},
-            "device": ", ".join(sorted({record["device"] for record in records.values()})),
-            "versions": versions(), "stages": {name: {k: record[k] for k in ("device", "versions", "fingerprint")} for name, record in records.items()}, "data_sha256": run.data_sha256, "config": to_dict(run.preset), "notes": list(run.category.notes),
-            "counts": {"train": len(split_normals(run)[0]), "held_out": len(split_normals(run)[1]), "test": len(run.category.test)}}
+    return {
+        "preset": run.preset.name, "dataset": dataset_name(run.category), "category": run.category.name, "seed": run.seed,
+        "config": to_dict(run.preset), "data_sha256": run.data_sha256, "notes": list(run.category.notes), "versions": versions(),
+        "seconds": {name: record["seconds"] for name, record in records.items()},
+        "device": ", ".join(sorted({record["device"] for record in records.values()})),
+        "stages": {name: {k: record[k] for k in ("device", "versions", "fingerprint")} for name, record in records.items()},
+        "counts": {"train": len(split_normals(run)[0]), "held_out": len(split_normals(run)[1]), "test": len(run.category.test)}}
 
 # %% ../nbs/11b_pipeline.ipynb #0fd38c5a
 def result_table(

@@ -32,7 +32,7 @@ def decoding_loss(
     "The part of Eq. 5 behind the detector, for features that are already at hand."
     return F.mse_loss(decoder(noised(z, sigma_z, generator)).float(), split_blocks(x))
 
-
+# %% ../nbs/09_regularizers.ipynb #3f0370ab
 def feature_loss(
     detector: nn.Module,  # has `features`, f_Z
     decoder: nn.Module,  # f_R

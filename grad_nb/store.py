@@ -70,9 +70,9 @@ def read_json(
     "Read JSON; `ValueError` names the file if it is not JSON."
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise ValueError(f"{path} is not valid JSON ({e}); delete it and run the stage again") from None
+        raise ValueError(f"{path} is not valid JSON ({e}); delete it and make it again") from None
 
-
+# %% ../nbs/00b_store.ipynb #94dfdd62
 def write_array(
     path: str | Path,  # the file, ending in .npy
     array: np.ndarray,  # any array of numbers
@@ -88,8 +88,8 @@ def read_array(
     try: found = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as e:
         if isinstance(e, FileNotFoundError): raise
-        raise ValueError(f"{path} is not an array that can be read ({e}); delete it and run the stage again") from None
-    if not isinstance(found, np.ndarray): raise ValueError(f"{path} is not an array but an archive; delete it and run the stage again")
+        raise ValueError(f"{path} is not an array that can be read ({e}); delete it and make it again") from None
+    if not isinstance(found, np.ndarray): raise ValueError(f"{path} is not an array but an archive; delete it and make it again")
     return found
 
 # %% ../nbs/00b_store.ipynb #7d83d681
@@ -174,7 +174,7 @@ def save_checkpoint(
     unique = {n: t.detach().clone() for n, t in tensors.items()}
     write_tensors(path, unique, {"fingerprint": fingerprint, "state": skeleton})
 
-
+# %% ../nbs/00b_store.ipynb #f8b7df12
 def load_checkpoint(
     path: str | Path,  # the file
     fingerprint: str,  # of the training that wants to continue
@@ -276,7 +276,7 @@ def _restore(part: Any, state: Any) -> None:
         for name, value in moments.items():
             if value.ndim and value.shape == weight.shape: moments[name] = torch.empty_like(weight).copy_(value)
 
-
+# %% ../nbs/00b_store.ipynb #186830e1
 def run_steps(
     step: Callable[[int], Tensor],  # number of the step → its figures, a detached tensor (len(names),)
     steps: int,  # how many steps there are

@@ -71,7 +71,7 @@ def weights(
     if on and config.tail_reweighting: return tail_weight(z_pos, bank_pos, config.beta_density), w_neg
     return torch.full((len(z_pos),), 1 / len(z_pos), device=z_pos.device), w_neg
 
-
+# %% ../nbs/10_training.ipynb #7ab548d8
 def batch_losses(
     learner: Learner,  # networks, banks, generator
     batch: Batch,  # patches, or blocks of them

@@ -253,7 +253,7 @@ def _pair(c: int, kind: str, rng: np.random.Generator) -> tuple[Part, Part]:
             first, second = zip((x, z), (y, w), turns.tolist(), scales.tolist())
             return Part(kind, *first), Part(kind, *second)
 
-
+# %% ../nbs/02_trays.ipynb #674d4bcc
 def _mark(anomaly: str, rng: np.random.Generator) -> Scratch | Stain:
     "A scratch or a stain that lies on the tray."
     if anomaly == "stain":
@@ -368,7 +368,7 @@ def _recognise(folder: Path, want: dict) -> Path:
         raise ValueError(f"{folder} was changed after it was made{advice}")
     return folder
 
-
+# %% ../nbs/02_trays.ipynb #ff853a53
 def _save(path: Path, pixels: np.ndarray) -> None:
     "Write a PNG, fast rather than small."
     path.parent.mkdir(parents=True, exist_ok=True)

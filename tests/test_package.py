@@ -36,7 +36,15 @@ def test_a_module_imports_only_from_rooms_above_it():
     assert set(names) == set(MODULES)
 
 
-def test_exported_cells_are_short_and_public_functions_are_documented():
+def test_exported_cells_are_short():
+    for path in (ROOT / "nbs").glob("*.ipynb"):
+        for cell in json.loads(path.read_text())["cells"]:
+            source = "".join(cell["source"])
+            if cell["cell_type"] == "code" and source.startswith("#| export"):
+                assert source.count("\n") <= 36, f"{path.name}: the cell that begins with {source.splitlines()[1]!r} has {source.count(chr(10))} lines"
+
+
+def test_public_functions_are_documented():
     import ast
     for path in (ROOT / "grad_nb").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

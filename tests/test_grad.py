@@ -1,0 +1,145 @@
+"""The estimator as a user meets it: any form of input, interruptions, another process, bad settings."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.base import clone
+
+from grad_nb.config import override, preset
+from grad_nb.data import DataError
+from grad_nb.grad import GRAD
+from grad_nb.trays import make_trays
+
+TINY = {"generator.width": 8, "generator.steps": 5, "generator.batch": 2, "generator.n_samples": 4, "generator.sample_steps": 2,
+        "detector.width": 0.1, "detector.steps": 5, "evaluation.map_size": 64}
+
+
+def tiny(**changes) -> GRAD:
+    settings = {name.replace("__", "."): value for name, value in changes.items()}
+    return GRAD(override(preset("demo"), TINY | settings), device="cpu", progress=False)
+
+
+@pytest.fixture(scope="module")
+def trays(tmp_path_factory) -> Path:
+    return make_trays(tmp_path_factory.mktemp("data"), seed=11, size=64, train=20, validation=0, good=7, logical=0, structural=0, progress=False)
+
+
+@pytest.fixture(scope="module")
+def model(trays) -> GRAD:
+    return tiny().fit(trays / "train/good")
+
+
+def test_every_form_of_input_scores_alike(model, trays):
+    folder = trays / "test/good"
+    files = sorted(folder.glob("*.png"))
+    array = np.stack([np.asarray(Image.open(p)) for p in files])
+    want = model.score_samples(folder)
+    forms = (str(folder), files, [str(p) for p in files], array, (p for p in files), (a for a in array), list(array))
+    for form in forms: assert (model.score_samples(form) == want).all()
+    assert model.score_samples(files[0])[0] == pytest.approx(want[0], abs=1e-6)
+
+
+def test_a_stream_is_judged_in_flat_memory(model, trays):
+    picture = np.asarray(Image.open(next((trays / "test/good").glob("*.png"))))
+    def endless():
+        while True: yield picture
+    for i, part in enumerate(model.stream(endless())):
+        assert len(part.scores) == model.preset.evaluation.batch and part.maps.shape[1:] == (64, 64)
+        if i == 3: break
+
+
+def test_scores_do_not_depend_on_the_batch(model, trays):
+    other = clone(model)
+    for name in ("levels_", "detectors_", "stats_", "offset_"): setattr(other, name, getattr(model, name))
+    want = model.score_samples(trays / "train/good")
+    for batch in (1, 3, 7):
+        other.preset = override(model.preset, {"evaluation.batch": batch})
+        assert np.allclose(other.score_samples(trays / "train/good"), want, rtol=0, atol=1e-5)
+
+
+def test_maps_are_kept_only_if_asked_for(model, trays):
+    whole, bare = model.predict(trays / "test/good"), model.predict(trays / "test/good", maps=False)
+    assert whole.maps.shape == (7, 64, 64) and bare.maps is None and (whole.scores == bare.scores).all() and whole.paths == bare.paths
+
+
+def test_nothing_to_judge_or_to_learn_from_is_said(model, trays, tmp_path):
+    for nothing in ([], np.empty((0, 64, 64, 3), np.uint8), iter(())):
+        with pytest.raises(DataError, match="no pictures"): model.score_samples(nothing)
+    with pytest.raises(DataError, match="holds no pictures"): model.predict(tmp_path)
+    with pytest.raises(DataError, match="too few"): tiny().fit(sorted((trays / "train/good").glob("*.png"))[:4])
+    (tmp_path / "bad.png").write_bytes(b"nonsense")
+    with pytest.raises(DataError, match="bad.png"): model.predict(tmp_path)
+    for wrong in (np.zeros((3, 64, 64), np.uint8), np.zeros((3, 64, 64, 3)), np.zeros((64, 64, 3), np.uint8)):
+        with pytest.raises(ValueError, match="uint8"): model.predict(wrong)
+    for rate in (0, 1, -1, 5):
+        with pytest.raises(ValueError, match="false_alarm_rate"): tiny().set_params(false_alarm_rate=rate).fit(trays / "train/good")
+
+
+def test_the_threshold_is_a_quantile_of_held_out_normals(trays):
+    strict, loose = (tiny().set_params(false_alarm_rate=r, validation=0.4).fit(trays / "train/good") for r in (0.01, 0.5))
+    assert strict.offset_ > loose.offset_
+    assert not strict.predict(trays / "train/good").labels.all()
+
+
+def test_a_fit_without_work_dir_leaves_nothing_behind(trays, tmp_path, monkeypatch):
+    import tempfile
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    tiny().fit(trays / "train/good")
+    assert not list(tmp_path.iterdir())
+
+
+CHILD = """
+import sys
+from grad_nb.config import override, preset
+from grad_nb.grad import GRAD
+import grad_nb.training, grad_nb.patchdiff, grad_nb.store, json
+settings, pictures, folder = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
+GRAD(override(preset("demo"), settings), device="cpu", progress=False, work_dir=folder).fit(pictures).save(folder + "/m.grad")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["generator-05.checkpoint", "detector-034.checkpoint"])
+def test_a_killed_fit_continues_bit_for_bit(trays, tmp_path, stage):
+    settings = TINY | {"generator.steps": 450, "detector.steps": 450}
+    start = lambda folder: subprocess.Popen([sys.executable, "-c", CHILD, json.dumps(settings), str(trays / "train/good"), str(folder)])
+    first = start(tmp_path / "killed")
+    while not (tmp_path / "killed" / stage).exists():
+        assert first.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    os.kill(first.pid, signal.SIGKILL); first.wait()
+    assert not (tmp_path / "killed/m.grad").exists()
+    for folder in ("killed", "whole"): assert start(tmp_path / folder).wait() == 0
+    killed, whole = (GRAD.load(tmp_path / folder / "m.grad", "cpu") for folder in ("killed", "whole"))
+    assert killed.offset_ == whole.offset_
+    assert (killed.score_samples(trays / "test/good") == whole.score_samples(trays / "test/good")).all()
+    assert not list((tmp_path / "killed").rglob("*.checkpoint")) and not list((tmp_path / "killed").rglob("*.part"))
+
+
+def test_other_settings_do_not_take_the_old_stages(trays, tmp_path):
+    first = tiny().set_params(work_dir=tmp_path).fit(trays / "train/good").score_samples(trays / "test/good")
+    for other in (tiny(detector__lr=0.01), tiny(generator__lr=0.05), tiny().set_params(random_state=1)):
+        fresh = clone(other).fit(trays / "train/good").score_samples(trays / "test/good")
+        kept = other.set_params(work_dir=tmp_path).fit(trays / "train/good").score_samples(trays / "test/good")
+        assert (fresh == kept).all() and not (fresh == first).all()
+
+
+def test_a_saved_model_scores_the_same_in_another_process(model, trays, tmp_path):
+    model.save(tmp_path / "m.grad")
+    code = ("import sys, json; from grad_nb.grad import GRAD; m = GRAD.load(sys.argv[1], 'cpu').set_params(progress=False); "
+            "print(json.dumps(m.score_samples(sys.argv[2]).tolist()))")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.grad"), str(trays / "test/good")], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == model.score_samples(trays / "test/good").tolist()
+
+
+def test_parameters_are_those_of_the_constructor(model):
+    assert clone(model).get_params() == model.get_params()
+    assert set(model.get_params(deep=False)) == {"preset", "layout", "augmentation", "validation", "false_alarm_rate", "random_state",
+                                                 "device", "progress", "work_dir"}
