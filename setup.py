@@ -11,14 +11,14 @@ TEMPLATES = ROOT / "nbs" / "reproduce"
 
 
 class BuildWithTemplates(build_py):
-    "Copy nbs/reproduce into the package as it is built, so that a wheel carries the papermill templates."
+    "Copy nbs/reproduce into the package as it is built, so that a wheel carries the templates, the Snakefile and the paper's figures."
 
     def run(self):
         super().run()
         if self.editable_mode: return
         target = Path(self.build_lib) / "grad_nb" / "reproduce"
         target.mkdir(parents=True, exist_ok=True)
-        for notebook in sorted(TEMPLATES.glob("*.ipynb")): shutil.copy2(notebook, target)
+        shutil.copytree(TEMPLATES, target, ignore=shutil.ignore_patterns(".*", "__pycache__"), dirs_exist_ok=True)
 
 
 config = ConfigParser(delimiters=["="])
