@@ -25,8 +25,9 @@ config = ConfigParser(delimiters=["="])
 config.read(ROOT / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("run", "export", "dev")}
-extras["dev"] += extras["run"] + extras["export"]
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("run", "batch", "export", "dev")}
+extras["batch"] += extras["run"]
+extras["dev"] += extras["batch"] + extras["export"]
 
 setup(
     name=cfg["lib_name"],

@@ -114,6 +114,7 @@ def run_notebook(
     threads: int = 0,  # threads for its computations, 0 = the default
     line: int = 0,  # on which terminal line its progress is shown
     stop: threading.Event | None = None,  # set from outside to end it early
+    hold: Sequence[int] = (),  # open files that the process inherits: a lock on one lasts as long as the process
 ) -> float:  # seconds
     "Run one template with papermill in its own process; `RuntimeError` names the executed notebook if it fails."
     source, executed = template(task.notebook), run.folder / "notebooks" / f"{task.name}.ipynb"
@@ -125,7 +126,7 @@ def run_notebook(
     for name, value in values.items(): command += ["-r" if isinstance(value, str) else "-p", name, str(value)]
     limit = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} if threads else {}
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | limit)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | limit, pass_fds=hold)
     error = _follow(process, log, task.name, line, stop or threading.Event())
     if process.returncode: raise RuntimeError(f"{task.name} failed: {_last_line(error)}\nits notebook, with the traceback: {executed}")
     log.unlink(missing_ok=True)
