@@ -25,6 +25,7 @@ class GeneratorConfig:
     crop: int = 0  # side of the random crops to learn from, 0 = whole pictures (our choice)
     lr: float = 1e-3  # the appendix's "initial" rate, taken as the peak of the one-cycle schedule (our reading)
     weight_decay: float = 1e-4  # of AdamW (appendix)
+    balance: float = 0.0  # 0 = all errors count alike (the paper), 1 = all times t do (our choice)
     sigma_g: float = 0.02  # standard deviation of the global noise eps_g (appendix)
     T: int = 1000  # diffusion steps (appendix)
     n_samples: int = 1000  # contrastive pictures per level ("Training Settings")
@@ -34,7 +35,7 @@ class GeneratorConfig:
 
     def __post_init__(self):
         _at_least(self, 1, "size", "steps", "batch", "T", "n_samples", "sample_steps", "sample_batch")
-        _at_least(self, 0, "fourier", "crop", "lr", "weight_decay", "sigma_g")
+        _at_least(self, 0, "fourier", "crop", "lr", "weight_decay", "balance", "sigma_g")
         if self.width < 2 or self.width % 2: raise ValueError(f"width must be even and at least 2, not {self.width}")
         if self.sample_steps > self.T: raise ValueError(f"sample_steps={self.sample_steps} is more than T={self.T}")
 
