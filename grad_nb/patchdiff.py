@@ -257,8 +257,8 @@ def draw_pictures(
     chosen = torch.randint(len(pictures), (batch,), generator=generator, device=pictures.device)
     x, (height, width) = to_model(pictures[chosen]), coords.shape[-2:]
     if not crop or crop >= min(height, width): return x, coords
-    rows = torch.randint(height - crop + 1, (batch,), generator=generator, device=pictures.device).tolist()
-    columns = torch.randint(width - crop + 1, (batch,), generator=generator, device=pictures.device).tolist()
+    first = lambda n: (torch.randint(n + 1, (batch,), generator=generator, device=pictures.device) - crop // 2).clamp(0, n - crop).tolist()
+    rows, columns = first(height), first(width)
     cuts = [(slice(r, r + crop), slice(c, c + crop)) for r, c in zip(rows, columns)]
     return (torch.stack([p[:, r, c] for p, (r, c) in zip(x, cuts)]).contiguous(memory_format=torch.channels_last),
             torch.stack([coords[:, r, c] for r, c in cuts]))
