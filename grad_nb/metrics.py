@@ -122,7 +122,7 @@ def _defects(values: np.ndarray, defects: Sequence[tuple[np.ndarray, float]]) ->
         union |= mask
     return values[union], found
 
-
+# %% ../nbs/10b_metrics.ipynb #ed7b6ca2
 def _gains(values: np.ndarray, saturation: float) -> tuple[np.ndarray, np.ndarray]:
     "The values of one defect up to its saturation, highest first, and by how much each raises its sPRO."
     top = np.sort(values)[::-1][: ceil(saturation)]
@@ -176,7 +176,7 @@ def pro_curve(
     "The per-region overlap against the false-positive rate (Bergmann et al., IJCV 2021); `ValueError` as for `au_pro`."
     return _curve(maps, masks, _regions, progress)
 
-
+# %% ../nbs/10b_metrics.ipynb #cdb19d24
 def spro_curve(
     maps: Iterable[np.ndarray],  # N maps (H, W), sizes may differ
     defects: Iterable[Sequence[tuple[np.ndarray, float]]],  # for each picture its (mask, saturation area); none for a normal one

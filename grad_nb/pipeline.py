@@ -304,7 +304,7 @@ def spro_figures(
     curve = spro_curve(OnDemand(len(chosen), lambda i: whole[chosen[i]]), defects, run.progress)
     return {f"{limit:g}": area_to(*curve, limit) for limit in SPRO_LIMITS}
 
-
+# %% ../nbs/11b_pipeline.ipynb #5472129e
 def pixel_figures(
     run: Run,  # the run
     maps: np.ndarray,  # (N, map_size, map_size) of the test pictures
