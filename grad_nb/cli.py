@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ from .grad import GRAD
 from .pipeline import Run, detect_key, evaluate_stage, generate_key, open_run, parse_overrides, result_table, stage_done
 from .store import bf16_supported, pick_device, read_json, versions, write_json
 from .trays import make_trays
+from .watch import watch as watch_folder
 
 # %% ../nbs/16_cli.ipynb #3f96c9a3
 def plain_errors(
@@ -326,22 +327,42 @@ def grad_predict(
     maps: str = None,  # folder for a heat map (PNG) of each picture
     keep_going: store_true = False,  # name broken pictures on stderr and go on; exit status 3 at the end
     fail_on_anomaly: store_true = False,  # exit with status 1 if a picture is anomalous
+    watch: str = None,  # instead of pictures: a folder, whose pictures are judged as they arrive, until Ctrl-C
+    journal: str = None,  # with --watch: file of what was judged, so that a restart goes on; beside the folder if not given
+    every: float = 1.0,  # with --watch: seconds between two looks at the folder
     device: str = "auto",  # "auto", "cpu" or "cuda"
     debug: store_true = False,  # show the traceback of an error
 ):
     "Judge pictures: path, score and verdict of each on stdout."
-    fitted, files = GRAD.load(model, device).set_params(progress=sys.stderr.isatty()), expand(pictures)
-    places, broken, anomalies = map_paths(files, maps) if maps else {}, [], 0
+    if watch and pictures: raise ValueError("give pictures, or a folder to --watch, not both")
+    fitted, files = GRAD.load(model, device).set_params(progress=sys.stderr.isatty() and not watch), [] if watch else expand(pictures)
+    places, broken, anomalies = map_paths(files, maps) if maps and files else {}, [], 0
+    def draw(path, heat_map):
+        if not maps: return {}
+        place = places.get(path) or map_paths([path], maps)[path]
+        write_map(fitted, path, heat_map, place)
+        return {"map": str(place)}
+    def report(path, error): broken.append(path); print(f"grad_predict: {error}", file=sys.stderr, flush=True)
     write = _row_writer(format, ["path", "score", "anomalous"] + ["map"] * bool(maps))
-    def report(error): broken.append(error); print(f"grad_predict: {error}", file=sys.stderr, flush=True)
-    for batch in fitted.stream(files, report if keep_going else None):
-        for path, score, label, heat_map in zip(batch.paths, batch.scores, batch.labels, batch.maps):
-            row = {"path": str(path), "score": round(float(score), 6), "anomalous": bool(label)}
-            if maps: write_map(fitted, path, heat_map, places[path]); row["map"] = str(places[path])
-            write(row)
-        anomalies += int(batch.labels.sum())
+    if watch: rows = watch_folder(fitted, watch, journal, every, before=draw)
+    else: rows = _rows(fitted, files, draw, report if keep_going else None)
+    for row in rows:
+        anomalies += row.get("anomalous", False)
+        report(row["path"], row["error"]) if "error" in row else write(row)
     if fail_on_anomaly and anomalies: sys.exit(1)
     if broken: sys.exit(3)
+
+# %% ../nbs/16_cli.ipynb #ddcfe82e
+def _rows(
+    model: GRAD,  # fitted
+    files: Sequence[Path],  # the pictures
+    draw: Callable[[Path, np.ndarray], dict],  # picture and pixel map → more of its row
+    report: Callable | None,  # is told of broken pictures; they are errors if None
+) -> Iterator[dict]:
+    "The rows of grad_predict, as they are made."
+    for batch in model.stream(files, report):
+        for path, score, label, heat_map in zip(batch.paths, batch.scores, batch.labels, batch.maps):
+            yield {"path": str(path), "score": round(float(score), 6), "anomalous": bool(label)} | draw(path, heat_map)
 
 # %% ../nbs/16_cli.ipynb #3c98d629
 @call_parse

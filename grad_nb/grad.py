@@ -31,7 +31,7 @@ from .store import array_sha256, fingerprint, pick_device, read_array, read_tens
 Input = str | Path | np.ndarray | Iterable[str | Path | np.ndarray]  # a folder, files, (N, H, W, 3) uint8, or a stream of files or pictures
 
 
-Report = Callable[[DataError], None]  # is told of each picture that cannot be read, which is then passed over
+Report = Callable[[str | Path, DataError], None]  # is told of each picture that cannot be read, which is then passed over
 
 
 def _as_list(X: Input) -> Input:
@@ -73,7 +73,7 @@ def picture_batches(
                 try: read.append((source, _read(source, size)))
                 except DataError as e:
                     if report is None: raise
-                    report(e)
+                    report(source, e)
             if read: yield [Path(s) for s, _ in read if not isinstance(s, np.ndarray)], np.stack([pixels for _, pixels in read])
             found += len(sources); bar.update(len(sources))
     if not found: raise DataError("there are no pictures; the list, array or stream is empty")
