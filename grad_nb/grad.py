@@ -24,8 +24,9 @@ from .config import PRESETS, Augmentation, Preset, from_dict, preset, to_dict
 from .data import DataError, hold_out, picture_files, read_image, resize_image
 from .detector import Detector, load_detector
 from .evaluation import MapStats, fuse, score_maps
+from .explain import Explanation, PatchBank, evidence, make_bank
 from .pipeline import make_contrastive, make_detector, run_stage
-from .store import array_sha256, fingerprint, pick_device, read_array, read_tensors, versions, write_tensors
+from .store import array_sha256, fingerprint, pick_device, read_array, read_tensors, stage_generator, versions, write_tensors
 
 # %% ../nbs/12_grad.ipynb #e6380491
 Input = str | Path | np.ndarray | Iterable[str | Path | np.ndarray]  # a folder, files, (N, H, W, 3) uint8, or a stream of files or pictures
@@ -110,10 +111,11 @@ class GRAD(BaseEstimator):
         device: str = "auto",  # "auto", "cpu", "cuda"
         progress: bool = True,  # show progress bars
         work_dir: str | Path | None = None,  # folder for the stages of `fit`, which then continues after an interruption
+        explain_patches: int = 256,  # normal and generated patches of each level kept for `explain`; 0 = none (our choice)
     ):
         self.preset, self.layout, self.augmentation, self.validation = preset, layout, augmentation, validation
         self.false_alarm_rate, self.random_state, self.device, self.progress = false_alarm_rate, random_state, device, progress
-        self.work_dir = work_dir
+        self.work_dir, self.explain_patches = work_dir, explain_patches
 
 # %% ../nbs/12_grad.ipynb #grad0002
 @patch
@@ -130,6 +132,7 @@ def fit(self: GRAD,
         folder = Path(self.work_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         self.levels_ = self.preset.levels(self.layout)
         self.detectors_ = self._train(folder, pictures[train], device)
+        self.banks_ = self._keep_patches(folder, pictures, train, device)
     self.stats_ = [MapStats.of(m) for m in self._maps(pictures[held])]
     scores, maps = self._score(pictures[held])
     self.offset_, self.map_limits_ = float(np.quantile(scores, 1 - self.false_alarm_rate)), colour_limits(maps, self.false_alarm_rate)
@@ -152,6 +155,21 @@ def _train(self: GRAD, folder: Path, normals: np.ndarray, device) -> list[Detect
         detectors.append(load_detector(folder / f"{name}.safetensors")[0])
     return detectors
 
+# %% ../nbs/12_grad.ipynb #c740b656
+@patch
+def _keep_patches(self: GRAD, folder: Path, pictures: np.ndarray, train: np.ndarray, device) -> list[tuple[PatchBank, PatchBank] | None]:
+    "For each level, some patches of the training pictures and of its contrastive pictures; None if none are to be kept."
+    if not self.explain_patches: return [None] * len(self.levels_)
+    def bank(kind, sets, row, detector):
+        generator = stage_generator(self.random_state, f"explain-{kind}-{row.level}")
+        return make_bank(sets, detector, row.size, self.explain_patches, generator, device)
+    def banks(row, detector):
+        normal = bank("normal", {0: pictures[train]}, row, detector)
+        normal.places[:, 1] = train[normal.places[:, 1]]  # numbered as the user gave them
+        made = {n: read_array(folder / f"contrastive/level-{n:02d}.npy") for n in row.generators}
+        return normal, bank("contrastive", made, row, detector)
+    return [banks(row, detector) for row, detector in zip(self.levels_, self.detectors_)]
+
 # %% ../nbs/12_grad.ipynb #grad0004
 @patch
 def _maps(self: GRAD, pictures: np.ndarray) -> list[np.ndarray]:
@@ -161,10 +179,16 @@ def _maps(self: GRAD, pictures: np.ndarray) -> list[np.ndarray]:
 
 
 @patch
+def _fused(self: GRAD, maps: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    "Image scores and pixel maps from the detectors' maps."
+    config = self.preset.evaluation
+    return fuse(maps, [row.size for row in self.levels_], self.stats_, config.map_size, config)
+
+
+@patch
 def _score(self: GRAD, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Image scores and pixel maps: the one way from pictures to results."
-    config = self.preset.evaluation
-    return fuse(self._maps(pictures), [row.size for row in self.levels_], self.stats_, config.map_size, config)
+    return self._fused(self._maps(pictures))
 
 
 @patch
@@ -204,6 +228,22 @@ def decision_function(self: GRAD,
 ) -> np.ndarray:  # (N,) float64, above 0 = anomalous
     "Image scores relative to the threshold."
     return self.score_samples(X) - self.offset_
+
+# %% ../nbs/12_grad.ipynb #c6559806
+@patch
+def explain(self: GRAD,
+    picture: str | Path | np.ndarray,  # a file, or (H, W, 3) uint8
+) -> Explanation:  # `explanation_figure` draws it
+    "Why a picture gets its score: place, nearest normal and nearest generated patch, level by level."
+    check_is_fitted(self)
+    pixels = picture if isinstance(picture, np.ndarray) else read_image(picture)
+    small, device = _read(pixels, self.preset.generator.size), pick_device(self.device)
+    maps = self._maps(small[None])
+    (score,), (heat_map,) = self._fused(maps)
+    stats = self.stats_ if len(maps) > 1 else [MapStats(0.0, 1.0)]
+    levels = [evidence(d, (m[0] - s.mean) / s.std, small, row.level, row.size, bank, pixels.shape[:2], device)
+              for d, m, s, row, bank in zip(self.detectors_, maps, stats, self.levels_, self.banks_)]
+    return Explanation(float(score), self.offset_, tuple(levels), pixels, heat_map, self.map_limits_)
 
 # %% ../nbs/12_grad.ipynb #dc287f0f
 FORMAT = 2  # version of the file's layout; raised when it changes (1 had no map_limits)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['save_figure', 'picture_rows', 'history_curves', 'map_limits', 'heat_overlay', 'save_picture', 'map_overlays',
-           'score_histogram']
+           'explanation_figure', 'score_histogram']
 
 # %% ../nbs/13_plots.ipynb #75c0f9c7
 from collections.abc import Mapping, Sequence
@@ -16,6 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
+from .explain import Explanation
 from .store import atomic_path
 
 
@@ -115,6 +116,30 @@ def map_overlays(
         if masks is not None and masks[i].any(): below.contour(masks[i], [0.5], colors="cyan", linewidths=0.8)
         if i < len(titles): above.set_title(titles[i], fontsize=7)
         _bare(above); _bare(below)
+    return figure
+
+# %% ../nbs/13_plots.ipynb #c7d55b3e
+def explanation_figure(
+    explanation: Explanation,  # of `GRAD.explain`
+    side: float = 1.5,  # side of one picture, inches
+) -> Figure:
+    "The evidence of each detector in a row: place, patch, nearest normal and nearest generated patch."
+    levels = explanation.levels
+    figure, axes = plt.subplots(len(levels), 4, figsize=(4.4 * side, 1.3 * side * len(levels)), dpi=72, squeeze=False, layout="constrained")
+    shown = heat_overlay(explanation.picture, explanation.heat_map, explanation.limits)
+    origin = lambda known: "none kept" if known is None else f"picture {known.picture}, distance {known.distance:.2f}"
+    for line, found in zip(axes, levels):
+        left, top, right, bottom = found.box
+        line[0].imshow(shown)
+        line[0].add_patch(plt.Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, color="cyan", lw=1.2))
+        line[1].imshow(found.patch)
+        for ax, known in zip(line[2:], (found.normal, found.contrastive)):
+            if known is not None: ax.imshow(known.patch)
+        titles = (f"level {found.level}, score {found.score:.2f}", "the patch", f"nearest normal\n{origin(found.normal)}",
+                  f"nearest generated\n{origin(found.contrastive)}")
+        for ax, title in zip(line, titles): ax.set_title(title, fontsize=7); _bare(ax)
+    verdict = "anomalous" if explanation.anomalous else "normal"
+    figure.suptitle(f"{verdict}: score {explanation.score:.2f}, threshold {explanation.threshold:.2f}", fontsize=8)
     return figure
 
 # %% ../nbs/13_plots.ipynb #6bd21f31
