@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRAYS_SEED', 'plain_errors', 'template', 'template_parameters', 'check_parameters', 'Task', 'plan', 'run_notebook',
-           'grad_demo', 'run_phase', 'grad_data', 'grad_fit', 'expand', 'map_paths', 'write_map', 'grad_predict',
-           'grad_export', 'grad_bench']
+           'grad_demo', 'run_phase', 'grad_data', 'grad_fit', 'card_path', 'expand', 'map_paths', 'write_map',
+           'grad_predict', 'grad_export', 'grad_bench']
 
 # %% ../nbs/16_cli.ipynb #ba779539
 import ast
@@ -34,7 +34,7 @@ from .config import augmentation, override, preset
 from .data import DataError, check_category, picture_files, read_category, read_image
 from .grad import GRAD
 from .pipeline import Run, detect_key, evaluate_stage, generate_key, open_run, parse_overrides, result_table, stage_done
-from .store import bf16_supported, pick_device, read_json, versions, write_json
+from .store import atomic_path, bf16_supported, pick_device, read_json, versions, write_json
 from .trays import make_trays
 from .watch import watch as watch_folder
 
@@ -245,15 +245,24 @@ def grad_fit(
     quiet: store_true = False,  # no progress bars
     debug: store_true = False,  # show the traceback of an error
 ):
-    "Train a model on a folder of normal pictures and write it to one file."
+    "Train a model on a folder of normal pictures; write it to one file, and a model card (Markdown) beside it."
     settings = override(_preset(preset), parse_overrides(overrides))
     fitted = GRAD(settings, layout, augmentation(category), false_alarm_rate=false_alarm_rate, random_state=seed,
                   device=device, progress=not quiet, work_dir=work_dir).fit(pictures)
     fitted.save(model)
+    with atomic_path(card_path(model)) as temporary: temporary.write_text(fitted.card(), encoding="utf-8")
     print(f"{model}: threshold {fitted.offset_:.3f} at a false-alarm rate of {false_alarm_rate:.0%} on held-out normal pictures")
 
 
 _preset = preset  # the command's option has the same name as the function
+
+
+def card_path(
+    model: str | Path,  # a model's file
+) -> Path:  # part.grad → part.md
+    "Where the card of a model goes: beside it."
+    path = Path(model)
+    return path.with_name(f"{path.name}.md") if path.suffix == ".md" else path.with_suffix(".md")
 
 # %% ../nbs/16_cli.ipynb #2bb05a7f
 def expand(
