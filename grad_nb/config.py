@@ -166,13 +166,13 @@ class Preset:
 PRESETS = MappingProxyType({p.name: p for p in (
     Preset("paper"),
     Preset("fast",
-        generator=GeneratorConfig(size=128, width=32, fourier=3, steps=4000, batch=4, lr=5e-3, n_samples=400, sample_steps=50),
-        detector=DetectorConfig(width=0.5, steps=8000, pictures=8, block=2, shared_pass=True, alpha_1=0.1, sigma_c=0.02),
+        generator=GeneratorConfig(size=128, width=24, fourier=3, steps=3000, batch=16, crop=48, lr=6e-3, balance=0.75, n_samples=300, sample_steps=40),
+        detector=DetectorConfig(width=0.5, steps=8000, pictures=8, block=2, alpha_1=0.0, alpha_2=0.0),
         levels_ad=(Level(34, 128, (5, 9, 13)),),
         levels_loco=(Level(34, 128, (5, 9, 13)), Level(68, 64, (5, 9, 13)), Level(91, 48, (9, 13, 17)))),
     Preset("demo",
-        generator=GeneratorConfig(size=64, width=16, fourier=3, steps=1500, batch=4, lr=1.2e-2, n_samples=128, sample_steps=30),
-        detector=DetectorConfig(width=0.25, steps=1200, pictures=8, block=2, shared_pass=True, alpha_1=0.1, sigma_c=0.02),
+        generator=GeneratorConfig(size=64, width=16, fourier=3, steps=1500, batch=28, crop=24, lr=8e-3, balance=0.75, n_samples=128, sample_steps=30),
+        detector=DetectorConfig(width=0.25, steps=2400, pictures=8, block=2, alpha_1=0.0, alpha_2=0.0),
         levels_ad=(Level(34, 64, (3, 5, 17)),),
         levels_loco=(Level(34, 64, (3, 5, 17)),)),
 )})
