@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['TRAYS_SEED', 'plain_errors', 'packed', 'template', 'template_parameters', 'check_parameters', 'Task', 'plan',
-           'run_notebook', 'grad_demo', 'run_phase', 'grad_data', 'grad_fit', 'grad_predict', 'grad_export',
-           'grad_bench']
+           'run_notebook', 'grad_demo', 'run_phase', 'grad_data', 'grad_fit', 'card_path', 'expand', 'map_paths',
+           'write_map', 'grad_predict', 'grad_export', 'grad_bench']
 
 # %% ../nbs/16_cli.ipynb #ba779539
 import ast
 import csv
 import functools
+import hashlib
 import importlib.util
 import json
 import os
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,29 +27,38 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from fastcore.script import call_parse, store_true
+from PIL import Image
 from tqdm import tqdm
 
 from .config import augmentation, override, preset
-from .data import DataError, check_category, read_category
+from .data import DataError, check_category, picture_files, read_category, read_image
 from .grad import GRAD
 from .pipeline import Run, detect_key, evaluate_stage, generate_key, open_run, parse_overrides, result_table, stage_done
-from .store import bf16_supported, pick_device, read_json, versions, write_json
+from .store import atomic_path, bf16_supported, pick_device, read_json, versions, write_json
 from .trays import make_trays
+from .watch import watch as watch_folder
 
 # %% ../nbs/16_cli.ipynb #3f96c9a3
 def plain_errors(
     command: Callable,  # a function whose ValueError and FileNotFoundError are the user's to mend
 ) -> Callable:  # the same, but such an error is one line and exit status 2
-    "Turn errors that a user can mend into one line; set GRAD_NB_DEBUG=1 for the traceback."
+    "Turn errors that a user can mend into one line; `--debug` or GRAD_NB_DEBUG=1 shows the traceback. Ctrl-C is status 130."
     @functools.wraps(command)
     def wrapped(*args, **kwargs):
         try: return command(*args, **kwargs)
-        except KeyboardInterrupt: sys.exit("stopped")
-        except (ValueError, OSError, RuntimeError) as e:
-            if os.environ.get("GRAD_NB_DEBUG"): raise
-            print(f"{command.__name__}: {e}", file=sys.stderr)
+        except KeyboardInterrupt: print(f"{command.__name__}: stopped", file=sys.stderr); sys.exit(130)
+        except BrokenPipeError: _leave_pipe(); sys.exit(141)
+        except (ValueError, OSError, RuntimeError, MemoryError) as e:
+            if kwargs.get("debug") or os.environ.get("GRAD_NB_DEBUG"): raise
+            print(f"{command.__name__}: {str(e) or type(e).__name__}", file=sys.stderr)
             sys.exit(2)
     return wrapped
+
+
+def _leave_pipe() -> None:
+    "Send what is left in stdout nowhere: its reader has gone, and Python would complain about that at its end."
+    try: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError): pass
 
 # %% ../nbs/16_cli.ipynb #e0a72c13
 def packed(
@@ -161,6 +171,7 @@ def grad_demo(
     runs: str = "runs",  # folder of all runs
     overrides: str = "",  # settings to change, for instance "detector.steps=10"
     device: str = "auto",  # "auto", "cpu" or "cuda"
+    debug: store_true = False,  # show the traceback of an error
 ):
     "Run GRAD on one category, notebook by notebook, and print the table."
     start = time.perf_counter()
@@ -209,6 +220,7 @@ def grad_data(
     seed: int = None,  # of the trays, 0 if not given
     size: int = None,  # side of the trays' pictures, 128 pixels if not given
     quiet: store_true = False,  # no progress bars
+    debug: store_true = False,  # show the traceback of an error
 ):
     "Make the trays, or open every picture and mask of a category and list what is wrong."
     record = Path(root) / "trays" / "trays.json"
@@ -239,39 +251,135 @@ def grad_fit(
     device: str = "auto",  # "auto", "cpu" or "cuda"
     work_dir: str = None,  # folder for the stages: an interrupted training then continues
     quiet: store_true = False,  # no progress bars
+    debug: store_true = False,  # show the traceback of an error
 ):
-    "Train a model on a folder of normal pictures and write it to one file."
+    "Train a model on a folder of normal pictures; write it to one file, and a model card (Markdown) beside it."
     settings = override(_preset(preset), parse_overrides(overrides))
     fitted = GRAD(settings, layout, augmentation(category), false_alarm_rate=false_alarm_rate, random_state=seed,
                   device=device, progress=not quiet, work_dir=work_dir).fit(pictures)
     fitted.save(model)
+    with atomic_path(card_path(model)) as temporary: temporary.write_text(fitted.card(), encoding="utf-8")
     print(f"{model}: threshold {fitted.offset_:.3f} at a false-alarm rate of {false_alarm_rate:.0%} on held-out normal pictures")
 
 
 _preset = preset  # the command's option has the same name as the function
+
+
+def card_path(
+    model: str | Path,  # a model's file
+) -> Path:  # part.grad → part.md
+    "Where the card of a model goes: beside it."
+    path = Path(model)
+    return path.with_name(f"{path.name}.md") if path.suffix == ".md" else path.with_suffix(".md")
+
+# %% ../nbs/16_cli.ipynb #2bb05a7f
+def expand(
+    given: Sequence[str | Path],  # pictures and folders of pictures
+) -> list[Path]:  # the pictures, folder by folder
+    "Folders as the pictures in them; a file stays as it is, even if it is absent. `DataError` for an empty folder or nothing at all."
+    found = []
+    for path in map(Path, given):
+        inside = picture_files(path) if path.is_dir() else [path]
+        if not inside: raise DataError(f"{path} holds no pictures; give a folder of pictures, or files")
+        found += inside
+    if not found: raise DataError("there is nothing to judge; give pictures, folders of pictures, or a folder to --watch")
+    return found
+
+
+def _row_writer(
+    format: str,  # "csv" or "jsonl"
+    columns: Sequence[str],  # of CSV
+) -> Callable[[dict], None]:
+    "A function that writes one row to stdout at once. `ValueError` for another format."
+    if format not in ("csv", "jsonl"): raise ValueError(f"format must be csv or jsonl, not {format!r}")
+    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+    if format == "jsonl": return lambda row: print(json.dumps(row), flush=True)
+    writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
+    writer.writeheader(); sys.stdout.flush()
+    return lambda row: (writer.writerow(row), sys.stdout.flush())
+
+# %% ../nbs/16_cli.ipynb #0064acb1
+def _map_name(name: str) -> str:
+    "The name of a picture's heat map; one that would be too long for a file system is cut, and kept apart by a hash."
+    name = name if name.lower().endswith(".png") else name + ".png"
+    raw = os.fsencode(name)
+    return name if len(raw) <= 255 else raw[:200].decode(errors="ignore") + f"-{hashlib.sha256(raw).hexdigest()[:16]}.png"
+
+
+def map_paths(
+    pictures: Sequence[Path],  # the pictures to be judged
+    folder: str | Path,  # where the maps go
+) -> dict[Path, Path]:  # picture → its map
+    "Where the heat map of each picture goes. `ValueError` if one would overwrite a picture, or two were the same file."
+    parents = [os.path.abspath(p.parent) for p in pictures]
+    root = os.path.commonpath(parents)
+    paths = {p: Path(folder, os.path.relpath(parent, root), _map_name(p.name)) for p, parent in zip(pictures, parents)}
+    places = {os.path.realpath(path) for path in paths.values()}
+    if places & {os.path.realpath(p) for p in pictures}: raise ValueError(f"heat maps in {folder} would overwrite pictures; give another folder to --maps")
+    if len(places) < len(paths): raise ValueError("two pictures have heat maps of the same name; judge their folders one after the other")
+    return paths
+
+# %% ../nbs/16_cli.ipynb #fb88ea4c
+def write_map(
+    model: GRAD,  # fitted: its map_limits_ are the colour scale
+    picture: str | Path,  # the picture
+    heat_map: np.ndarray,  # (S, S) its pixel map
+    path: str | Path,  # the file to write
+    side: int = 1024,  # longest side of the heat map, pixels (our choice)
+) -> None:
+    "Write a picture's heat map as PNG: the picture in grey, in its own proportions, with the map over it."
+    from grad_nb.plots import heat_overlay, save_picture
+    pixels = read_image(picture)
+    scale = min(1, side / max(pixels.shape[:2]))
+    if scale < 1: pixels = np.asarray(Image.fromarray(pixels).resize([max(1, round(n * scale)) for n in pixels.shape[1::-1]], Image.Resampling.LANCZOS))
+    save_picture(heat_overlay(pixels, heat_map, model.map_limits_), path)
 
 # %% ../nbs/16_cli.ipynb #40be6f10
 @call_parse
 @plain_errors
 def grad_predict(
     model: str,  # file that grad_fit wrote
-    pictures: str,  # folder of pictures, or one picture
+    *pictures: str,  # pictures, and folders of pictures
     format: str = "csv",  # "csv" or "jsonl", on stdout
-    device: str = "auto",  # "auto", "cpu" or "cuda"
+    maps: str = None,  # folder for a heat map (PNG) of each picture
+    keep_going: store_true = False,  # name broken pictures on stderr and go on; exit status 3 at the end
     fail_on_anomaly: store_true = False,  # exit with status 1 if a picture is anomalous
+    watch: str = None,  # instead of pictures: a folder, whose pictures are judged as they arrive, until Ctrl-C
+    journal: str = None,  # with --watch: file of what was judged, so that a restart goes on; beside the folder if not given
+    every: float = 1.0,  # with --watch: seconds between two looks at the folder
+    device: str = "auto",  # "auto", "cpu" or "cuda"
+    debug: store_true = False,  # show the traceback of an error
 ):
     "Judge pictures: path, score and verdict of each on stdout."
-    if format not in ("csv", "jsonl"): raise ValueError(f"format must be csv or jsonl, not {format!r}")
-    fitted, found = GRAD.load(model, device).set_params(progress=sys.stderr.isatty()), False
-    writer = csv.DictWriter(sys.stdout, ["path", "score", "anomalous"])
-    if format == "csv": writer.writeheader()
-    for batch in fitted.stream(pictures):
-        for path, score, label in zip(batch.paths, batch.scores, batch.labels):
-            row = {"path": str(path), "score": round(float(score), 6), "anomalous": bool(label)}
-            print(json.dumps(row)) if format == "jsonl" else writer.writerow(row)
-        sys.stdout.flush()
-        found |= bool(batch.labels.any())
-    if fail_on_anomaly and found: sys.exit(1)
+    if watch and pictures: raise ValueError("give pictures, or a folder to --watch, not both")
+    fitted, files = GRAD.load(model, device).set_params(progress=sys.stderr.isatty() and not watch), [] if watch else expand(pictures)
+    places, broken, anomalies = map_paths(files, maps) if maps and files else {}, [], 0
+    def draw(path, heat_map):
+        if not maps: return {}
+        place = places.get(path) or map_paths([path], maps)[path]
+        write_map(fitted, path, heat_map, place)
+        return {"map": str(place)}
+    def report(path, error): broken.append(path); print(f"grad_predict: {error}", file=sys.stderr, flush=True)
+    write = _row_writer(format, ["path", "score", "anomalous"] + ["map"] * bool(maps))
+    if watch: rows = watch_folder(fitted, watch, journal, every, before=draw)
+    else: rows = _rows(fitted, files, draw, report if keep_going else None)
+    for row in rows:
+        anomalies += row.get("anomalous", False)
+        report(row["path"], row["error"]) if "error" in row else write(row)
+    if fail_on_anomaly and anomalies: sys.exit(1)
+    if broken: sys.exit(3)
+
+# %% ../nbs/16_cli.ipynb #ddcfe82e
+def _rows(
+    model: GRAD,  # fitted
+    files: Sequence[Path],  # the pictures
+    draw: Callable[[Path, np.ndarray], dict],  # picture and pixel map → more of its row
+    report: Callable | None,  # is told of broken pictures; they are errors if None
+) -> Iterator[dict]:
+    "The rows of grad_predict, as they are made."
+    for batch in model.stream(files, report):
+        for path, score, label, heat_map in zip(batch.paths, batch.scores, batch.labels, batch.maps):
+            yield {"path": str(path), "score": round(float(score), 6), "anomalous": bool(label)} | draw(path, heat_map)
 
 # %% ../nbs/16_cli.ipynb #3c98d629
 @call_parse
@@ -279,6 +387,7 @@ def grad_predict(
 def grad_export(
     model: str,  # file that grad_fit wrote
     onnx: str = "model.onnx",  # file to write
+    debug: store_true = False,  # show the traceback of an error
 ):
     "Write a model as one ONNX file, and compare it with the model on three random pictures."
     from grad_nb.export import OnnxScorer, largest_difference, to_onnx
@@ -302,6 +411,7 @@ def grad_bench(
     preset: str = "fast",  # whose training and sampling steps are timed: "paper", "fast" or "demo"
     quick: store_true = False,  # the detectors only, and at most five runs
     json_file: str = "",  # also write the rows, with their protocol, here
+    debug: store_true = False,  # show the traceback of an error
 ):
     "Time the detectors in float32 and bf16, and a step of every training and sampling; random weights."
     from grad_nb.benchmark import bench_detectors, bench_stages

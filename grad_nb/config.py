@@ -25,6 +25,7 @@ class GeneratorConfig:
     crop: int = 0  # side of the random crops to learn from, 0 = whole pictures (our choice)
     lr: float = 1e-3  # the appendix's "initial" rate, taken as the peak of the one-cycle schedule (our reading)
     weight_decay: float = 1e-4  # of AdamW (appendix)
+    balance: float = 0.0  # 0 = all errors count alike (the paper), 1 = all times t do (our choice)
     sigma_g: float = 0.02  # standard deviation of the global noise eps_g (appendix)
     T: int = 1000  # diffusion steps (appendix)
     n_samples: int = 1000  # contrastive pictures per level ("Training Settings")
@@ -34,7 +35,7 @@ class GeneratorConfig:
 
     def __post_init__(self):
         _at_least(self, 1, "size", "steps", "batch", "T", "n_samples", "sample_steps", "sample_batch")
-        _at_least(self, 0, "fourier", "crop", "lr", "weight_decay", "sigma_g")
+        _at_least(self, 0, "fourier", "crop", "lr", "weight_decay", "balance", "sigma_g")
         if self.width < 2 or self.width % 2: raise ValueError(f"width must be even and at least 2, not {self.width}")
         if self.sample_steps > self.T: raise ValueError(f"sample_steps={self.sample_steps} is more than T={self.T}")
 
@@ -165,13 +166,13 @@ class Preset:
 PRESETS = MappingProxyType({p.name: p for p in (
     Preset("paper"),
     Preset("fast",
-        generator=GeneratorConfig(size=128, width=32, fourier=3, steps=4000, batch=4, lr=5e-3, n_samples=400, sample_steps=50),
-        detector=DetectorConfig(width=0.5, steps=8000, pictures=8, block=2, shared_pass=True, alpha_1=0.1, sigma_c=0.02),
+        generator=GeneratorConfig(size=128, width=24, fourier=3, steps=3000, batch=16, crop=48, lr=6e-3, balance=0.75, n_samples=300, sample_steps=40),
+        detector=DetectorConfig(width=0.5, steps=8000, pictures=8, block=2, alpha_1=0.0, alpha_2=0.0),
         levels_ad=(Level(34, 128, (5, 9, 13)),),
         levels_loco=(Level(34, 128, (5, 9, 13)), Level(68, 64, (5, 9, 13)), Level(91, 48, (9, 13, 17)))),
     Preset("demo",
-        generator=GeneratorConfig(size=64, width=16, fourier=3, steps=1500, batch=4, lr=1.2e-2, n_samples=128, sample_steps=30),
-        detector=DetectorConfig(width=0.25, steps=1200, pictures=8, block=2, shared_pass=True, alpha_1=0.1, sigma_c=0.02),
+        generator=GeneratorConfig(size=64, width=16, fourier=3, steps=1500, batch=28, crop=24, lr=8e-3, balance=0.75, n_samples=128, sample_steps=30),
+        detector=DetectorConfig(width=0.25, steps=2400, pictures=8, block=2, alpha_1=0.0, alpha_2=0.0),
         levels_ad=(Level(34, 64, (3, 5, 17)),),
         levels_loco=(Level(34, 64, (3, 5, 17)),)),
 )})

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['HALF_DOWN', 'resize_pictures', 'score_maps', 'image_scores', 'upsampling_matrix', 'gaussian_kernel', 'blur_matrix',
            'input_size_of', 'pixel_map', 'MapStats', 'fuse', 'image_auroc', 'pixel_auroc', 'auroc_by_type', 'summary',
-           'gaussian_baseline', 'nearest_baseline', 'trivial']
+           'gaussian_baseline', 'nearest_baseline', 'trivial', 'au_pro', 'au_spro', 'auroc_interval',
+           'average_precision', 'f1_max', 'pixel_auroc_ap', 'write_tiff_maps']
 
 # %% ../nbs/11_evaluation.ipynb #ba912e91
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from .config import EvalConfig
 from .coords import with_coords
 from .detector import cell_centre, map_side
+from .metrics import au_pro, au_spro, auroc_interval, average_precision, f1_max, pixel_auroc_ap, write_tiff_maps
 from .patches import PATCH, STRIDE
 from .patchdiff import to_model
 
@@ -180,9 +182,11 @@ def pixel_auroc(
     maps: np.ndarray,  # (N, H, W) pixel maps
     masks: np.ndarray,  # (N, H, W) bool, True = defect
 ) -> float:  # in [0, 1], or nan if there are no defect pixels or no others
-    "Area under the ROC curve over all pixels of all test pictures."
-    if np.shape(maps) != np.shape(masks): raise ValueError(f"maps {np.shape(maps)} and masks {np.shape(masks)} differ in shape")
-    return image_auroc(np.asarray(maps), np.asarray(masks))
+    "Area under the ROC curve over all pixels of all test pictures, map by map. `ValueError` as for `pixel_auroc_ap`."
+    return pixel_auroc_ap(maps, masks)[0]
+
+# %% ../nbs/11_evaluation.ipynb #a530ba71
+_all_ = [au_pro, au_spro, auroc_interval, average_precision, f1_max, pixel_auroc_ap, write_tiff_maps]
 
 # %% ../nbs/11_evaluation.ipynb #378b9a86
 def auroc_by_type(

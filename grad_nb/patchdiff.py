@@ -4,8 +4,9 @@ r"""A diffusion model that sees only $n\times n$ pixels: what it draws is right 
 
 # %% auto #0
 __all__ = ['PixelNorm', 'Pointwise', 'time_embedding', 'fourier_coords', 'Block', 'check_level', 'PatchDiff', 'gradient_support',
-           'bounding_box', 'to_model', 'to_bytes', 'denoising_loss', 'draw_pictures', 'new_patchdiff',
-           'train_patchdiff', 'generate', 'save_patchdiff', 'load_patchdiff']
+           'bounding_box', 'to_model', 'to_bytes', 'stratified_times', 'denoising_losses', 'denoising_loss',
+           'TimeBalance', 'draw_pictures', 'new_patchdiff', 'train_patchdiff', 'generate', 'save_patchdiff',
+           'load_patchdiff']
 
 # %% ../nbs/05_patchdiff.ipynb #d7dbafac
 import math
@@ -179,19 +180,70 @@ def to_bytes(
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 # %% ../nbs/05_patchdiff.ipynb #00b441f4
-def denoising_loss(
+def stratified_times(
+    n: int,  # number of pictures
+    T: int,  # number of diffusion steps
+    generator: torch.Generator,  # source of randomness; its device is where the times are
+) -> Tensor:  # (n,) int64 in 0..T-1, ascending
+    "Uniform times, one from each n-th of 0..T-1: the mean loss of a batch is as unbiased as with n free draws, and less noisy (our choice)."
+    u = (torch.arange(n, device=generator.device) + torch.rand(n, generator=generator, device=generator.device)) / n
+    return (u * T).long().clamp(max=T - 1)
+
+
+def denoising_losses(
     model: nn.Module,  # a PatchDiff
     x_0: Tensor,  # (B, 3, H, W) normal pictures in [-1, 1]
     coords: Tensor,  # (2, H, W) or (B, 2, H, W) their coordinates
     alpha_bar: Tensor,  # (T,) cumulative products
     sigma_g: float,  # standard deviation of the global noise
     generator: torch.Generator,  # draws t, eps_1 and eps_g, on the device of x_0
-) -> Tensor:  # scalar: the mean over elements of (eps_1 - eps_theta)^2
-    "The training loss of PatchDiff (Algorithm 1, line 6)."
-    t = torch.randint(len(alpha_bar), (len(x_0),), generator=generator, device=x_0.device)
+) -> tuple[Tensor, Tensor]:  # t (B,), and the mean of (eps_1 - eps_theta)^2 of each picture (B,)
+    "The training loss of PatchDiff, picture by picture (Algorithm 1, line 6)."
+    t = stratified_times(len(x_0), len(alpha_bar), generator)
     eps_1 = torch.randn(x_0.shape, generator=generator, device=x_0.device)
     x_t = q_sample(x_0, t, eps_1, alpha_bar, global_noise(len(x_0), sigma_g, generator))
-    return F.mse_loss(model(with_coords(x_t, coords), t).float(), eps_1)
+    return t, (model(with_coords(x_t, coords), t).float() - eps_1).square().mean((1, 2, 3))
+
+
+def denoising_loss(
+    *args,  # those of `denoising_losses`
+) -> Tensor:  # scalar
+    "The training loss of PatchDiff: the mean over a batch (Algorithm 1, line 6)."
+    return denoising_losses(*args)[1].mean()
+
+# %% ../nbs/05_patchdiff.ipynb #tbal0004
+class TimeBalance:
+    "Weights for the loss at each time, from a running mean of the loss in equal bins of time (our choice; exponent 0 is the paper)."
+
+    def __init__(self,
+        T: int,  # number of diffusion steps
+        exponent: float,  # p: 0 weighs all errors alike, 1 all times
+        bins: int = 20,  # bins of time
+        decay: float = 0.97,  # of the running mean, per step
+        device: str | torch.device = "cpu",  # where the losses are
+    ):
+        self.T, self.exponent, self.decay = T, exponent, decay
+        self.mean = torch.ones(bins, device=device)
+
+    def __call__(self,
+        t: Tensor,  # (B,) int64 in 0..T-1
+        loss: Tensor,  # (B,) loss at these times
+    ) -> Tensor:  # (B,) weights, detached
+        "Weights by the losses of the steps before; then these losses enter the running mean."
+        bins = len(self.mean)
+        member = F.one_hot(t * bins // self.T, bins).float()
+        weight, count = member @ self.mean ** -self.exponent, member.sum(0)
+        seen = loss.detach() @ member / count.clamp(min=1)
+        self.mean = torch.where(count > 0, self.decay * self.mean + (1 - self.decay) * seen, self.mean).clamp(min=1e-8)
+        return weight
+
+    def state_dict(self) -> dict[str, Tensor]:
+        "The running means, for a checkpoint."
+        return {"mean": self.mean}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        "Put the running means back."
+        self.mean = state["mean"].to(self.mean.device)
 
 # %% ../nbs/05_patchdiff.ipynb #040cb3c7
 def draw_pictures(
@@ -205,8 +257,8 @@ def draw_pictures(
     chosen = torch.randint(len(pictures), (batch,), generator=generator, device=pictures.device)
     x, (height, width) = to_model(pictures[chosen]), coords.shape[-2:]
     if not crop or crop >= min(height, width): return x, coords
-    rows = torch.randint(height - crop + 1, (batch,), generator=generator, device=pictures.device).tolist()
-    columns = torch.randint(width - crop + 1, (batch,), generator=generator, device=pictures.device).tolist()
+    first = lambda n: (torch.randint(n + 1, (batch,), generator=generator, device=pictures.device) - crop // 2).clamp(0, n - crop).tolist()
+    rows, columns = first(height), first(width)
     cuts = [(slice(r, r + crop), slice(c, c + crop)) for r, c in zip(rows, columns)]
     return (torch.stack([p[:, r, c] for p, (r, c) in zip(x, cuts)]).contiguous(memory_format=torch.channels_last),
             torch.stack([coords[:, r, c] for r, c in cuts]))
@@ -240,15 +292,15 @@ def train_patchdiff(
     fused = torch.device(device).type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=fused)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.steps)
-    generator = stage_generator(seed, f"patchdiff-train-{level}", device)
+    generator, balance = stage_generator(seed, f"patchdiff-train-{level}", device), TimeBalance(config.T, config.balance, device=device)
 
     def step(_: int) -> Tensor:
         x_0, F = draw_pictures(data, coords, config.batch, config.crop, generator)
-        with autocast(device, config.bf16): loss = denoising_loss(model, x_0, F, alpha_bar, config.sigma_g, generator)
-        optimizer.zero_grad(set_to_none=True); loss.backward(); optimizer.step(); schedule.step()
-        return loss.detach()[None]
+        with autocast(device, config.bf16): t, losses = denoising_losses(model, x_0, F, alpha_bar, config.sigma_g, generator)
+        optimizer.zero_grad(set_to_none=True); (balance(t, losses) * losses).mean().backward(); optimizer.step(); schedule.step()
+        return losses.detach().mean()[None]
 
-    state = dict(model=model, optimizer=optimizer, schedule=schedule, generator=generator)
+    state = dict(model=model, optimizer=optimizer, schedule=schedule, generator=generator, balance=balance)
     history = run_steps(step, config.steps, ["loss"], state, checkpoint, key, label=f"PatchDiff {level}", progress=progress)
     return model.eval(), history
 

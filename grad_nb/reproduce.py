@@ -30,7 +30,7 @@ from .cli import TRAYS_SEED, Task, packed, plain_errors, run_notebook
 from .config import to_dict
 from .data import read_category
 from .pipeline import Run, detect_key, generate_key, open_run
-from .store import atomic_path, fingerprint, pick_device, read_json, write_json
+from .store import fingerprint, pick_device, read_json, write_json
 from .tables import published
 from .trays import make_trays
 

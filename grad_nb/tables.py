@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .cli import packed
+from .config import PRESETS, to_dict
 from .store import atomic_path, read_json
 
 # %% ../nbs/17_tables.ipynb #ba2b7533
@@ -48,9 +49,19 @@ def variant(
     detector: Mapping,  # settings of the detector, as in result.json
 ) -> str:  # a row of Table 4, or "other"
     "Which row of Table 4 some settings belong to."
-    feature, gradient = detector["alpha_1"] > 0, detector["alpha_2"] > 0
-    switches = (feature, bool(detector["noisy_reweighting"]), bool(detector["tail_reweighting"]))
-    return VARIANTS.get(switches, "other") if feature == gradient else "other"
+    feature, gradient, *reweighting = _switches(detector)
+    return VARIANTS.get((feature, *reweighting), "other") if feature == gradient else "other"
+
+
+def _switches(detector: Mapping) -> tuple[bool, ...]:
+    "Which parts of the loss some settings have: feature loss, gradient penalty, noisy and long-tail reweighting."
+    return detector["alpha_1"] > 0, detector["alpha_2"] > 0, bool(detector["noisy_reweighting"]), bool(detector["tail_reweighting"])
+
+
+def _own(result: Mapping) -> bool:
+    "Whether a result has the parts that its preset has; one of a preset that is not ours is taken as it is."
+    own = PRESETS.get(result["preset"])
+    return own is None or _switches(to_dict(own.detector)) == _switches(result["config"]["detector"])
 
 
 def _figures(result: Mapping) -> Iterable[tuple[str, int, str, float]]:
@@ -64,7 +75,7 @@ def _figures(result: Mapping) -> Iterable[tuple[str, int, str, float]]:
                 yield method, level, metric, np.nan if figures[metric] is None else 100 * figures[metric]
 
 # %% ../nbs/17_tables.ipynb #9275fa59
-COLUMNS = ["preset", "dataset", "category", "seed", "variant", "method", "level", "metric", "value", "device", "notes", "file"]
+COLUMNS = ["preset", "dataset", "category", "seed", "variant", "method", "level", "metric", "value", "device", "notes", "file", "own"]
 
 
 def collect(
@@ -76,10 +87,10 @@ def collect(
         result = read_json(path)
         try:
             run = [result[key] for key in ("preset", "dataset", "category", "seed")] + [variant(result["config"]["detector"])]
-            rows += [[*run, *figure, result["device"], "; ".join(result.get("notes", [])), str(path)] for figure in _figures(result)]
+            rows += [[*run, *figure, result["device"], "; ".join(result.get("notes", [])), str(path), _own(result)] for figure in _figures(result)]
         except (KeyError, TypeError, IndexError) as e:
             raise ValueError(f"{path} is not a result of the evaluate stage (no {e}); delete it and run the table again") from None
-    found = pd.DataFrame(rows, columns=COLUMNS)
+    found = pd.DataFrame(rows, columns=COLUMNS).astype({"own": bool})
     files = found.groupby(COLUMNS[:5]).file.unique()
     for run, several in files[files.str.len() > 1].items():
         raise ValueError(f"{several[0]} and {several[1]} are both {' '.join(map(str, run))}; give one folder of runs")
@@ -119,11 +130,11 @@ def values(
     metric: str,  # "image_auroc", "image_auroc_mean" or "pixel_auroc"
     method: str = "GRAD",  # or "gaussian", "nearest"
     level: int = 0,  # of a detector, 0 = all of them fused
-    variant: str = WHOLE,  # row of Table 4
+    variant: str = "",  # row of Table 4; empty = the runs that have the parts which their preset has
 ) -> pd.Series:  # seed → percent
     "One figure of every seed."
     chosen = found[(found.dataset == dataset) & found.category.isin(categories) & (found.metric == metric) & (found.method == method)
-                   & (found.level == level) & (found.variant == variant)]
+                   & (found.level == level) & (found.variant == variant if variant else found.own)]
     grid = chosen.pivot(index="seed", columns="category", values="value")
     whole = chosen.groupby("seed").category.nunique().reindex(grid.index) == len(categories)
     return grid[whole].mean(axis=1, skipna=False)
@@ -154,7 +165,7 @@ def table_1(
     table = table.reindex(list(groups)).fillna("-")
     for method, title in HERE.items():
         table[title] = [cell(values(found, dataset, chosen, "image_auroc_mean", method)) for dataset, chosen in groups.values()]
-    table.attrs["notes"] = _notes(found[found.variant == WHOLE], "mvtec_loco", names)
+    table.attrs["notes"] = _notes(found[found.own], "mvtec_loco", names)
     return table.rename_axis(index="category", columns=None)
 
 # %% ../nbs/17_tables.ipynb #4788db89
@@ -168,7 +179,7 @@ def table_2(
     table = pd.DataFrame(grids).map(_text).rename(index={"GRAD": "GRAD (paper)"})
     for method, title in HERE.items():
         table.loc[title] = [cell(values(found, "mvtec_ad", names, metric, method)) for metric in ("pixel_auroc", "image_auroc")]
-    table.attrs["notes"] = _notes(found[found.variant == WHOLE], "mvtec_ad", names)
+    table.attrs["notes"] = _notes(found[found.own], "mvtec_ad", names)
     return table.rename_axis(index="method")
 
 
@@ -184,7 +195,7 @@ def table_10(
     for method, title in HERE.items():
         both = lambda chosen, m=method: " / ".join(cell(values(found, "mvtec_ad", chosen, metric, m)) for metric in ("pixel_auroc", "image_auroc"))
         table[title] = [both(names if name == "average" else [name]) for name in table.index]
-    table.attrs["notes"] = ["pixel / image", *_notes(found[found.variant == WHOLE], "mvtec_ad", names)]
+    table.attrs["notes"] = ["pixel / image", *_notes(found[found.own], "mvtec_ad", names)]
     return table.rename_axis(index="category", columns=None)
 
 # %% ../nbs/17_tables.ipynb #b953af12

@@ -38,7 +38,7 @@ def fitted(layout="mvtec_loco", **changes):
         torch.manual_seed(0)
         model.detectors_ = [Detector(0.1) for _ in model.levels_]
     model.stats_ = [MapStats.of(maps) for maps in model._maps(pictures(4, seed=1))]
-    model.offset_ = 0.0
+    model.offset_, model.map_limits_, model.banks_, model.n_pictures_, model.versions_ = 0.0, (0.0, 1.0), [None] * len(model.levels_), None, {}
     model.offset_ = float(np.median(model.score_samples(pictures(3)))) - 1e-3
     return model
 

@@ -142,4 +142,4 @@ def test_a_saved_model_scores_the_same_in_another_process(model, trays, tmp_path
 def test_parameters_are_those_of_the_constructor(model):
     assert clone(model).get_params() == model.get_params()
     assert set(model.get_params(deep=False)) == {"preset", "layout", "augmentation", "validation", "false_alarm_rate", "random_state",
-                                                 "device", "progress", "work_dir"}
+                                                 "device", "progress", "work_dir", "explain_patches"}

@@ -438,3 +438,29 @@ def test_coordinates_are_appended_after_the_colours():
     assert torch.equal(with_coords(x, own)[:, 3:], own)
     for bad in ((0, 3), (3, 0), (-1, 2)):
         with pytest.raises(ValueError, match="at least one pixel"): coord_map(*bad)
+
+
+@given(st.integers(1, 64), st.integers(1, 1000), st.integers(0, 2**31))
+def test_stratified_times_take_one_from_each_stratum(n, T, seed):
+    from grad_nb.patchdiff import stratified_times
+    t = stratified_times(n, T, torch.Generator().manual_seed(seed))
+    assert t.dtype == torch.int64 and len(t) == n and t.min() >= 0 and t.max() < T and (t.diff() >= 0).all()
+    low = torch.arange(n) * T / n
+    assert (t >= low.floor() - 1e-3).all() and (t <= (low + T / n).ceil()).all()
+
+
+def test_a_balance_of_zero_is_the_plain_mean_and_one_levels_all_times():
+    from grad_nb.patchdiff import TimeBalance
+    generator = torch.Generator().manual_seed(0)
+    plain, level = TimeBalance(1000, 0.0), TimeBalance(1000, 1.0)
+    true = torch.logspace(-4, 0, 20)
+    for _ in range(3000):
+        t = torch.randint(1000, (8,), generator=generator)
+        loss = true[t * 20 // 1000]
+        assert (plain(t, loss) == 1).all()
+        weighted = level(t, loss) * loss
+    assert torch.allclose(weighted, torch.ones(8), atol=1e-3)
+    state = level.state_dict()
+    other = TimeBalance(1000, 1.0)
+    other.load_state_dict(state)
+    assert (other(t, loss) == level(t, loss)).all()

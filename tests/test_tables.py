@@ -130,6 +130,12 @@ def test_ablation_by_level_and_by_settings_not_by_folder(tmp_path):
     assert set(found.variant) == {"baseline", WHOLE, "other"}
 
 
+def test_a_preset_without_regularisers_fills_the_main_tables(tmp_path):
+    result(tmp_path, "mvtec_ad", "bottle", 0, 0.91, preset="demo")
+    result(tmp_path / "x", "mvtec_ad", "bottle", 0, 0.5, preset="demo", alpha_1=1.0, alpha_2=1e-3)
+    assert table_10(collect(tmp_path)).loc["bottle", "GRAD here"].endswith("91.0")
+
+
 def test_variants():
     on = dict(alpha_1=1, alpha_2=1e-3, noisy_reweighting=True, tail_reweighting=True)
     assert variant(on) == WHOLE and variant(on | {"tail_reweighting": False}) == "+ Noisy Reweighting"
@@ -157,7 +163,7 @@ def test_one_level_is_the_level_of_the_configuration(tmp_path):
     result(tmp_path, "trays", "trays", 0, 0.82, pixel=0.84, preset="demo", notes=["a note"])
     found = collect(tmp_path)
     assert list(values(found, "trays", ["trays"], "image_auroc_mean", level=34)) == [82.0]
-    assert table_4(found, categories=["trays"], dataset="trays").loc[WHOLE, "level 34 here"] == "82.0"
+    assert list(values(found, "trays", ["trays"], "image_auroc_mean", level=34, variant="other")) == [82.0], "demo is no row of Table 4"
     assert "trays: a note" in table_1(found).attrs["notes"] and list(table_1(found).index)[-1] == "trays"
 
 

@@ -118,7 +118,7 @@ def test_first_weights_depend_on_seed_and_level():
 
 # --- kill and resume ------------------------------------------------------------------------------------------------
 
-KILLED = GeneratorConfig(size=16, width=8, steps=420, batch=2, bf16=False)
+KILLED = GeneratorConfig(size=16, width=8, steps=420, batch=2, balance=0.75, bf16=False)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def killed(tmp_path_factory):
         from grad_nb.patchdiff import train_patchdiff
         torch.set_num_threads({torch.get_num_threads()})
         data = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
-        train_patchdiff(data, 5, GeneratorConfig(size=16, width=8, steps=420, batch=2, bf16=False), 7, checkpoint=sys.argv[1], progress=False)
+        train_patchdiff(data, 5, GeneratorConfig(size=16, width=8, steps=420, batch=2, balance=0.75, bf16=False), 7, checkpoint=sys.argv[1], progress=False)
     """)
     child = subprocess.Popen([sys.executable, "-c", script, str(checkpoint)])
     deadline = time.monotonic() + 60
@@ -143,9 +143,9 @@ def killed(tmp_path_factory):
     assert alive and code == -signal.SIGKILL and checkpoint.exists(), "the child was killed in the middle"
     parts = [p for p in folder.iterdir() if p.suffix == ".part"]  # one only if it was killed while it wrote
     done = read_tensors(checkpoint)[1]["state"]["done"]
-    steps, loss = [], patchdiff.denoising_loss
+    steps, loss = [], patchdiff.denoising_losses
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(patchdiff, "denoising_loss", lambda *args: (steps.append(1), loss(*args))[1])
+        patch.setattr(patchdiff, "denoising_losses", lambda *args: (steps.append(1), loss(*args))[1])
         resumed = train_patchdiff(pictures(6, 16), 5, KILLED, 7, checkpoint=checkpoint, progress=False)
     whole = train_patchdiff(pictures(6, 16), 5, KILLED, 7, progress=False)
     return SimpleNamespace(folder=folder, done=done, steps=len(steps), resumed=resumed, whole=whole, parts=parts)

@@ -1,0 +1,200 @@
+"""grad_predict as it is used in a shell: pipes, several folders, heat maps, broken pictures, Ctrl-C, exit statuses."""
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from grad_nb.cli import grad_fit, grad_predict, map_paths, plain_errors
+from grad_nb.data import read_image
+from grad_nb.grad import GRAD, colour_limits
+from grad_nb.plots import heat_overlay
+from grad_nb.trays import make_trays
+
+TINY = ("generator.width=8 generator.steps=3 generator.batch=2 generator.n_samples=4 generator.sample_steps=2 "
+        "detector.width=0.1 detector.steps=3 evaluation.map_size=64 evaluation.batch=2")
+
+
+def run(*args, command="grad_predict", **kwargs) -> subprocess.CompletedProcess:
+    "One command in a process of its own."
+    return subprocess.run(start(*args, command=command), capture_output=True, timeout=120, **({"text": True} | kwargs))
+
+
+def start(*args, command="grad_predict") -> list[str]:
+    return [str(Path(sys.executable).parent / command), *map(str, args)]
+
+
+def called(capsys, *args, **kwargs) -> tuple[int, list[dict], str]:
+    "grad_predict in this process: its exit status, its rows and its stderr."
+    status = 0
+    try: grad_predict(*map(str, args), **kwargs)
+    except SystemExit as e: status = e.code
+    out, err = capsys.readouterr()
+    return status, list(csv.DictReader(io.StringIO(out))), err
+
+
+@pytest.fixture(scope="module")
+def trays(tmp_path_factory) -> Path:
+    return make_trays(tmp_path_factory.mktemp("data"), seed=3, size=64, train=12, validation=0, good=3, logical=3, structural=2, progress=False)
+
+
+@pytest.fixture(scope="module")
+def model(trays, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "m.grad"
+    grad_fit(str(trays / "train/good"), str(path), preset="demo", overrides=TINY, device="cpu", quiet=True)
+    return path
+
+
+@pytest.fixture
+def parts(trays, tmp_path) -> Path:
+    "A folder with three good pictures, free to be damaged."
+    return Path(shutil.copytree(trays / "test/good", tmp_path / "parts"))
+
+
+def test_several_folders_and_pictures(model, trays, capsys):
+    one = trays / "train/good/000.png"
+    status, rows, _ = called(capsys, model, trays / "test/good", one, trays / "test/logical_anomalies")
+    assert status == 0 and len(rows) == 7 and rows[3]["path"] == str(one)
+    want = GRAD.load(model, "cpu").set_params(progress=False)
+    scores = np.r_[want.score_samples(trays / "test/good"), want.score_samples([one]), want.score_samples(trays / "test/logical_anomalies")]
+    assert np.allclose([float(r["score"]) for r in rows], scores, atol=2e-6)
+    assert [r["anomalous"] == "True" for r in rows] == list(scores > want.offset_)
+
+
+def test_nothing_to_judge(model, tmp_path, capsys):
+    for args, said in (((), "nothing to judge"), ((tmp_path,), "holds no pictures"), ((tmp_path / "gone.png",), "does not exist")):
+        status, rows, err = called(capsys, model, *args)
+        assert status == 2 and not rows and said in err and len(err.splitlines()) == 1
+
+
+def test_a_broken_picture_stops_or_is_passed_over(model, parts, capsys):
+    broken = sorted(parts.glob("*.png"))[1]
+    broken.write_bytes(broken.read_bytes()[:100])
+    status, rows, err = called(capsys, model, parts)
+    assert status == 2 and broken.name in err
+    status, rows, err = called(capsys, model, parts, keep_going=True)
+    assert status == 3 and len(rows) == 2 and err.count(str(broken)) == 1 and broken.name not in "".join(r["path"] for r in rows)
+    for p in parts.glob("*.png"): p.write_bytes(b"")
+    status, rows, err = called(capsys, model, parts, keep_going=True)
+    assert status == 3 and rows == [] and err.count("0 bytes") == 3
+
+
+def test_an_anomaly_goes_before_a_broken_picture(trays, model, parts, tmp_path, capsys):
+    strict = GRAD.load(model, "cpu"); strict.offset_ = -1e9; strict.save(tmp_path / "strict.grad")
+    assert called(capsys, tmp_path / "strict.grad", parts, fail_on_anomaly=True)[0] == 1
+    assert called(capsys, tmp_path / "strict.grad", parts)[0] == 0
+    (parts / "000.png").write_bytes(b"")
+    assert called(capsys, tmp_path / "strict.grad", parts, fail_on_anomaly=True, keep_going=True)[0] == 1
+    lax = GRAD.load(model, "cpu"); lax.offset_ = 1e9; lax.save(tmp_path / "lax.grad")
+    assert called(capsys, tmp_path / "lax.grad", parts, fail_on_anomaly=True, keep_going=True)[0] == 3
+
+
+def test_heat_maps_keep_the_proportions_and_the_calibrated_scale(model, tmp_path, capsys):
+    wide = np.random.default_rng(0).integers(0, 256, (1300, 650, 3), np.uint8)
+    (tmp_path / "in").mkdir(); Image.fromarray(wide).save(tmp_path / "in/tall.jpg")
+    status, rows, _ = called(capsys, model, tmp_path / "in", maps=str(tmp_path / "out"))
+    assert status == 0 and rows[0]["map"] == str(tmp_path / "out/tall.jpg.png") and [p.name for p in (tmp_path / "out").iterdir()] == ["tall.jpg.png"]
+    assert Image.open(rows[0]["map"]).size == (512, 1024)
+
+
+def test_a_normal_picture_is_grey_and_an_anomalous_one_is_coloured(model, trays, tmp_path, capsys):
+    fitted = GRAD.load(model, "cpu").set_params(progress=False)
+    picture = trays / "train/good/000.png"
+    level = float(fitted.predict([picture]).maps.max())
+    for name, limits in (("calm", (level + 1, level + 2)), ("hot", (level - 1, level))):
+        fitted.map_limits_ = limits; fitted.save(tmp_path / f"{name}.grad")
+        called(capsys, tmp_path / f"{name}.grad", picture, maps=str(tmp_path / name))
+    calm, hot = (np.asarray(Image.open(tmp_path / name / "000.png")).astype(int) for name in ("calm", "hot"))
+    assert np.abs(calm - read_image(picture).mean(-1, keepdims=True)).max() <= 0.5
+    assert np.ptp(hot, -1).max() > 50
+
+
+def test_the_scale_is_that_of_the_normal_pictures(trays):
+    maps = np.random.default_rng(1).normal(5, 2, (300, 8, 8))
+    low, high = colour_limits(maps, 0.1)
+    assert 0.08 <= (maps.max((1, 2)) > low).mean() <= 0.1 and high - low == pytest.approx(low - np.median(maps))
+    flat = heat_overlay(np.full((40, 40, 3), (90, 120, 150), np.uint8), np.full((5, 5), low), (low, high))
+    assert (flat == 120).all()
+
+
+def test_maps_never_overwrite_pictures_nor_each_other(model, parts, tmp_path, capsys):
+    before = {p: p.read_bytes() for p in parts.iterdir()}
+    status, _, err = called(capsys, model, parts, maps=str(parts))
+    assert status == 2 and "overwrite" in err and before == {p: p.read_bytes() for p in parts.iterdir()}
+    (tmp_path / "link").symlink_to(parts)
+    assert called(capsys, model, parts, maps=str(tmp_path / "link"))[0] == 2
+    with pytest.raises(ValueError, match="same name"): map_paths([Path("a/x.jpg"), Path("a/x.jpg.png")], "out")
+    other = Path(shutil.copytree(parts, tmp_path / "others"))
+    status, rows, _ = called(capsys, model, parts, other, maps=str(tmp_path / "out"))
+    assert status == 0 and len({r["map"] for r in rows}) == 6 and all(Path(r["map"]).is_file() for r in rows)
+
+
+def test_odd_names(model, trays, parts, tmp_path):
+    for p in parts.iterdir(): p.unlink()
+    names = [b"\xc3\xa9t\xc3\xa9 \xe9\x9b\xb6.png", b"not utf-8 \xff.png", b'comma, "quote".png', b"two\nlines.png", b"x" * 251 + b".png", "ü".encode() * 125 + b".jpg"]
+    for i, name in enumerate(names): shutil.copy(trays / f"train/good/{i:03}.png", os.fsencode(parts) + b"/" + name)
+    done = run(model, parts, "--maps", tmp_path / "maps", text=False, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(io.StringIO(done.stdout.decode(errors="surrogateescape"), newline="")))
+    assert {os.fsencode(Path(r["path"]).name) for r in rows} == set(names) and len(list((tmp_path / "maps").iterdir())) == len(names)
+    assert {os.fsencode(r["map"]) for r in rows} == {os.fsencode(p) for p in (tmp_path / "maps").iterdir()}
+    rows = [json.loads(line) for line in run(model, parts, "--format", "jsonl").stdout.splitlines()]
+    assert {os.fsencode(Path(r["path"]).name) for r in rows} == set(names)
+
+
+def test_a_link_that_leads_to_itself_is_passed_over(model, parts, capsys):
+    (parts / "loop.png").symlink_to(parts / "loop.png")
+    (parts / "inside").symlink_to(parts)
+    status, rows, err = called(capsys, model, parts, keep_going=True)
+    assert status == 3 and len(rows) == 3 and "loop.png" in err
+
+
+def test_a_reader_that_stops_early_ends_it_quietly(model, trays):
+    first = subprocess.Popen(start(model, trays / "train/good", trays / "train/good", "--format", "jsonl"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert first.stdout.readline()
+    first.stdout.close()
+    assert first.stderr.read() == "" and first.wait(60) == 141
+
+
+def test_ctrl_c_ends_cleanly(model, trays, tmp_path):
+    "After the first rows of a job that would take minutes."
+    job = start(model, *[trays / "train/good"] * 2000)
+    process = subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(3): process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.strip() == "grad_predict: stopped" and out[-1:] in ("", "\n")
+
+
+def test_a_traceback_only_with_debug(tmp_path):
+    bad = tmp_path / "bad.grad"; bad.write_bytes(b"nonsense")
+    plain, debug = run(bad, tmp_path), run(bad, tmp_path, "--debug")
+    assert plain.returncode == 2 and len(plain.stderr.splitlines()) == 1
+    assert debug.returncode == 1 and "Traceback" in debug.stderr and "bad.grad" in debug.stderr
+
+
+def test_every_command_has_debug():
+    import inspect
+
+    from grad_nb import cli
+    commands = [f for name, f in vars(cli).items() if name.startswith("grad_") and callable(f)]
+    assert len(commands) >= 6 and all("debug" in inspect.signature(f).parameters for f in commands)
+
+
+def test_errors_of_other_kinds_are_one_line_too(capsys):
+    for error, said in ((MemoryError(), "MemoryError"), (OSError(28, "No space left on device", "x"), "No space left"), (RuntimeError("a"), "a")):
+        @plain_errors
+        def command(error=error): raise error
+        with pytest.raises(SystemExit) as stop: command()
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+    @plain_errors
+    def mistaken(): raise KeyError("a defect of the program keeps its traceback")
+    with pytest.raises(KeyError): mistaken()
