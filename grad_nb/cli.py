@@ -88,7 +88,7 @@ def template_parameters(
     source = ast.parse("".join(cells[0]["source"])).body
     return {node.targets[0].id: ast.literal_eval(node.value) for node in source if isinstance(node, ast.Assign)}
 
-
+# %% ../nbs/16_cli.ipynb #02f78df7
 def check_parameters(
     notebook: str | Path,  # a notebook with a cell tagged "parameters"
     values: dict,  # what is to be set
@@ -191,7 +191,7 @@ def grad_demo(
     print("seconds by stage:", ", ".join(f"{name} {s:.0f}" for name, s in result["seconds"].items()), f"; this command {time.perf_counter() - start:.0f}")
     for picture in sorted((run.folder / "pictures").glob("*.png")): print("picture:", picture)
 
-
+# %% ../nbs/16_cli.ipynb #4a44d123
 TRAYS_SEED = 0  # every run of the demo sees the same trays; its own seed is that of the training
 
 # %% ../nbs/16_cli.ipynb #1260d34a
@@ -264,7 +264,7 @@ def grad_fit(
 
 _preset = preset  # the command's option has the same name as the function
 
-
+# %% ../nbs/16_cli.ipynb #533b0b47
 def card_path(
     model: str | Path,  # a model's file
 ) -> Path:  # part.grad → part.md

@@ -88,7 +88,7 @@ class LevelEvidence:
     normal: Neighbour | None  # the nearest normal patch; None if none were kept
     contrastive: Neighbour | None  # the nearest generated patch; None if none were kept
 
-
+# %% ../nbs/11c_explain.ipynb #f4755bce
 @dataclass(frozen=True, eq=False)
 class Explanation:
     "Why a picture got its score."

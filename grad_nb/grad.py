@@ -280,7 +280,7 @@ def save_grad(
     _check_numbers(tensors, meta)
     write_tensors(path, tensors, meta)
 
-
+# %% ../nbs/12_grad.ipynb #291b5fa6
 def _check_numbers(tensors: dict[str, torch.Tensor], meta: dict) -> None:
     "`ValueError` if a weight, the threshold, the colour scale or a standard deviation is not a number that can be used."
     if wrong := [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]: raise ValueError(f"{wrong[0]} holds values that are not finite")

@@ -149,7 +149,7 @@ def plan_batch(
     return {"batch": str(batch / "batch.json"), "folder": str(batch), "gpu": int(kind == "cuda"), "gpus": gpus, "retries": retries, "bench": [values["bench"]] if bench else [],
             "threads": _threads(jobs, gpus), "jobs": [asdict(job) for job in [*jobs, tables]]}
 
-
+# %% ../nbs/18_reproduce.ipynb #9c9aa9df
 def _threads(jobs: Sequence[Job], gpus: int) -> dict[str, int]:
     "Threads of a job of each stage."
     count = Counter(job.notebook for job in jobs)
@@ -235,7 +235,7 @@ def run_job(
     if left is None: raise RuntimeError(f"{marker} ended without its record {job['record']}; run the batch again")
     write_json(folder / marker, left)
 
-
+# %% ../nbs/18_reproduce.ipynb #747f744f
 def _free_gpu(batch: Mapping, job: Mapping) -> TextIO:
     "Take a GPU of this machine, if there are several and no cluster has given one; Snakemake sees to it that one is free."
     needs, given = batch["gpu"] and job["notebook"] in ("generate", "detect"), os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -323,7 +323,7 @@ def _poll(process: subprocess.Popen) -> int | None:
     try: return process.wait(0.5)
     except subprocess.TimeoutExpired: return None
 
-
+# %% ../nbs/18_reproduce.ipynb #0dc7cdf1
 def _saying(folder: Path, jobs: Sequence[Mapping]) -> str:
     "The last progress line of the notebook that wrote last."
     times = {path: path.stat().st_mtime for job in jobs if (path := log_of(folder, job)).exists()}
@@ -439,7 +439,7 @@ def announce(
     if unknown: yield f"no estimate for {unknown} of them: their stages have not been run with this preset here"
     yield "the same with snakemake: " + shlex.join(snakemake_call(batch, "all", executor, options))
 
-
+# %% ../nbs/18_reproduce.ipynb #a330961b
 def dry(
     batch: Mapping,  # what batch.json holds
     executor: str = "",  # a plugin of Snakemake

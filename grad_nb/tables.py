@@ -63,7 +63,7 @@ def _own(result: Mapping) -> bool:
     own = PRESETS.get(result["preset"])
     return own is None or _switches(to_dict(own.detector)) == _switches(result["config"]["detector"])
 
-
+# %% ../nbs/17_tables.ipynb #243f958e
 def _figures(result: Mapping) -> Iterable[tuple[str, int, str, float]]:
     "Method, level (0 = all of them fused), metric and percent of everything that one result holds."
     layout = "levels_loco" if result["dataset"] in ("mvtec_loco", "trays") else "levels_ad"
@@ -269,7 +269,7 @@ def _escape(text: str) -> str:
     "Text with LaTeX's special characters made plain."
     return str(text).translate({ord(c): f"\\{c}" for c in "&%$#_{}"})
 
-
+# %% ../nbs/17_tables.ipynb #382c6083
 def write_tables(
     folder: str | Path,  # where the files go
     tables: Mapping[str, pd.DataFrame],  # name → table
