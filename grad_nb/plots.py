@@ -99,7 +99,7 @@ def save_picture(
     with atomic_path(path) as temporary: Image.fromarray(pixels).save(temporary, format="PNG")
     return Path(path)
 
-
+# %% ../nbs/13_plots.ipynb #76d97abc
 def map_overlays(
     pictures: np.ndarray,  # (N, H, W, 3) uint8
     maps: np.ndarray,  # (N, H, W) pixel maps
