@@ -380,7 +380,7 @@ def _uses(model: GRAD) -> str:
 def card(self: GRAD) -> str:  # Markdown
     "What the model is, how it was made, how to use it, and what not to expect."
     check_is_fitted(self)
-    made = ", ".join(f"{name} {number}" for name, number in self.versions_.items())
+    made = ", ".join(f"{name} {number}" for name, number in sorted(self.versions_.items()))
     settings = json.dumps({"preset": to_dict(self.preset), "layout": self.layout, "augmentation": to_dict(self.augmentation), "validation": self.validation}, indent=1)
     return CARD.format(how=_uses(self), threshold=f"{self.offset_:.6g}", rate=f"{self.false_alarm_rate:.1%}", low=f"{self.map_limits_[0]:.4g}",
                        high=f"{self.map_limits_[1]:.4g}", made=made, settings=settings)
