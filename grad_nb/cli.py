@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRAYS_SEED', 'plain_errors', 'packed', 'template', 'template_parameters', 'check_parameters', 'Task', 'plan',
-           'run_notebook', 'grad_demo', 'run_phase', 'grad_data', 'grad_fit', 'card_path', 'expand', 'map_paths',
-           'write_map', 'grad_predict', 'grad_export', 'grad_bench']
+           'run_notebook', 'last_progress', 'grad_demo', 'cores', 'run_phase', 'grad_data', 'grad_fit', 'card_path',
+           'expand', 'map_paths', 'write_map', 'grad_predict', 'grad_export', 'grad_bench']
 
 # %% ../nbs/16_cli.ipynb #ba779539
 import ast
@@ -119,7 +119,7 @@ def plan(
 # %% ../nbs/16_cli.ipynb #04f05855
 def run_notebook(
     task: Task,  # what to run
-    run: Run,  # the run it belongs to
+    folder: Path,  # of its run; the executed notebook goes to `notebooks` in it
     values: dict,  # parameters of the template, without the level
     threads: int = 0,  # threads for its computations, 0 = the default
     line: int = 0,  # on which terminal line its progress is shown
@@ -127,7 +127,7 @@ def run_notebook(
     hold: Sequence[int] = (),  # open files that the process inherits: a lock on one lasts as long as the process
 ) -> float:  # seconds
     "Run one template with papermill in its own process; `RuntimeError` names the executed notebook if it fails."
-    source, executed = template(task.notebook), run.folder / "notebooks" / f"{task.name}.ipynb"
+    source, executed = template(task.notebook), folder / "notebooks" / f"{task.name}.ipynb"
     values = values | ({} if task.level is None else {"level": task.level})
     check_parameters(source, values)
     executed.parent.mkdir(parents=True, exist_ok=True)
@@ -148,6 +148,15 @@ def _last_line(text: str) -> str:
     return next((part.strip() for part in reversed(text.splitlines()) if part.strip()), "no message")
 
 # %% ../nbs/16_cli.ipynb #151e1e34
+def last_progress(
+    log: str | Path,  # what a running notebook has written on stderr so far; may be absent
+) -> str:  # empty if there is none yet
+    "The last progress line of a notebook."
+    tail = Path(log).read_text(errors="replace")[-400:].replace("\r", "\n") if Path(log).exists() else ""
+    shown = [part.strip() for part in tail.splitlines() if "%|" in part or part.startswith("evaluating")]
+    return shown[-1] if shown else ""
+
+
 def _follow(process: subprocess.Popen, log: Path, name: str, line: int, stop: threading.Event) -> str:
     "Show the last progress line of a notebook, or how long it has run, until it ends or is to stop; returns what it wrote to stderr."
     start = time.perf_counter()
@@ -156,9 +165,7 @@ def _follow(process: subprocess.Popen, log: Path, name: str, line: int, stop: th
             try: return process.communicate(timeout=0.5)[1]
             except subprocess.TimeoutExpired:
                 if stop.is_set(): process.terminate()
-                tail = log.read_text(errors="replace")[-400:].replace("\r", "\n") if log.exists() else ""
-                shown = [part.strip() for part in tail.splitlines() if "%|" in part or part.startswith("evaluating")] or ["starting the notebook"]
-                bar.set_description_str(f"{name}, {time.perf_counter() - start:.0f} s: {shown[-1]}"[:110])
+                bar.set_description_str(f"{name}, {time.perf_counter() - start:.0f} s: {last_progress(log) or 'starting the notebook'}"[:110])
 
 # %% ../nbs/16_cli.ipynb #4cfddc7c
 @call_parse
@@ -195,16 +202,20 @@ def grad_demo(
 TRAYS_SEED = 0  # every run of the demo sees the same trays; its own seed is that of the training
 
 # %% ../nbs/16_cli.ipynb #1260d34a
+def cores() -> int:
+    "CPU cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def run_phase(
     tasks: Sequence[Task],  # notebooks that do not wait for each other
     run: Run,  # the run
     values: dict,  # parameters of the templates
 ) -> None:
     "Run the notebooks of a phase side by side: one for each core, or one after the other on a GPU."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    side_by_side = 1 if run.device.startswith("cuda") else min(cores, len(tasks))
+    side_by_side = 1 if run.device.startswith("cuda") else min(cores(), len(tasks))
     pool, stop = ThreadPoolExecutor(side_by_side), threading.Event()
-    jobs = {pool.submit(run_notebook, task, run, values, max(1, cores // side_by_side), i % side_by_side, stop): task for i, task in enumerate(tasks)}
+    jobs = {pool.submit(run_notebook, task, run.folder, values, max(1, cores() // side_by_side), i % side_by_side, stop): task for i, task in enumerate(tasks)}
     try:
         for job in as_completed(jobs): tqdm.write(f"{jobs[job].name}: {job.result():.0f} s")
     finally:
@@ -226,9 +237,10 @@ def grad_data(
     record = Path(root) / "trays" / "trays.json"
     if category == "trays" and not record.parent.exists(): make_trays(root, seed=seed or 0, size=size or 128, progress=not quiet)
     elif category == "trays" and record.is_file():
+        drawn = read_json(record)
         for name, want in (("seed", seed), ("size", size)):
-            if want is not None and read_json(record).get(name) != want:
-                raise ValueError(f"{record.parent} was drawn with {name} {read_json(record).get(name)}, not {want}; give another folder")
+            if want is not None and drawn.get(name) != want:
+                raise ValueError(f"{record.parent} was drawn with {name} {drawn.get(name)}, not {want}; give another folder")
     found = read_category(root, category)
     print(found)
     problems = check_category(found, progress=not quiet)

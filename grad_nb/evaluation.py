@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .config import EvalConfig
 from .coords import with_coords
 from .detector import cell_centre, map_side
-from .metrics import au_pro, au_spro, auroc_interval, average_precision, f1_max, pixel_auroc_ap, write_tiff_maps
+from .metrics import au_pro, au_spro, auroc_interval, average_precision, check_scores, f1_max, pixel_auroc_ap, write_tiff_maps
 from .patches import PATCH, STRIDE
 from .patchdiff import to_model
 
@@ -172,9 +172,8 @@ def image_auroc(
     scores: np.ndarray,  # (N,) raw scores, higher = more anomalous
     labels: np.ndarray,  # (N,) 1 = anomalous, 0 = normal
 ) -> float:  # in [0, 1], or nan if there is only one class
-    "Area under the ROC curve of image scores. `ValueError` for scores that are not finite."
-    scores, labels = np.asarray(scores, np.float64).ravel(), np.asarray(labels).astype(bool).ravel()
-    if not np.isfinite(scores).all(): raise ValueError(f"{(~np.isfinite(scores)).sum()} scores are not finite")
+    "Area under the ROC curve of image scores. `ValueError` as for `check_scores`."
+    scores, labels = check_scores(scores, labels)
     return float(roc_auc_score(labels, scores)) if 0 < labels.sum() < len(labels) else float("nan")
 
 

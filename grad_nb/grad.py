@@ -30,7 +30,7 @@ from .evaluation import MapStats, fuse, score_maps
 from .explain import Explanation, PatchBank, evidence, make_bank
 from .patches import PATCH
 from .pipeline import make_contrastive, make_detector, run_stage
-from .store import array_sha256, fingerprint, pick_device, read_array, read_tensors, stage_generator, versions, write_tensors
+from .store import array_sha256, check_sealed, fingerprint, pick_device, read_array, read_tensors, stage_generator, versions, write_tensors
 
 # %% ../nbs/12_grad.ipynb #e6380491
 Input = str | Path | np.ndarray | Iterable[str | Path | np.ndarray]  # a folder, files, (N, H, W, 3) uint8, or a stream of files or pictures
@@ -300,7 +300,7 @@ def load_grad(
     if not isinstance(meta, dict) or meta.get("kind") != "GRAD": raise ValueError(f"{path} does not hold a GRAD model")
     if not isinstance(meta.get("format"), int): raise ValueError(f"{path} does not say which version of the layout it has; get the file again")
     if meta["format"] > FORMAT: raise ValueError(f"{path} was written by a newer grad_nb ({meta.get('versions', {}).get('grad_nb', '?')}); upgrade to read it")
-    if meta["format"] > 1: read_tensors(path, sealed=True)
+    if meta["format"] > 1: check_sealed(path)
     try: return _rebuild(tensors, meta, device)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError) as e:
         said = str(e).splitlines()[-1].strip() if str(e) else type(e).__name__

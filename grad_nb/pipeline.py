@@ -295,13 +295,13 @@ def image_figures(
 
 def spro_figures(
     run: Run,  # the run, with masks and their defects
-    maps: np.ndarray,  # (N, map_size, map_size) of the test pictures
+    maps: Sequence[np.ndarray],  # N maps of the test pictures, at their size: `full_size_maps`
     kinds: Sequence[str],  # types of pictures to take, "good" among them
 ) -> dict[str, float]:  # limit → AU-sPRO
     "AU-sPRO of the test pictures of some types, at the size of the pictures."
-    chosen, whole = [i for i, s in enumerate(run.category.test) if s.type in kinds], full_size_maps(run, maps)
+    chosen = [i for i, s in enumerate(run.category.test) if s.type in kinds]
     defects = OnDemand(len(chosen), lambda i: load_defects(run.category.test[chosen[i]], run.category))
-    curve = spro_curve(OnDemand(len(chosen), lambda i: whole[chosen[i]]), defects, run.progress)
+    curve = spro_curve(OnDemand(len(chosen), lambda i: maps[chosen[i]]), defects, run.progress)
     return {f"{limit:g}": area_to(*curve, limit) for limit in SPRO_LIMITS}
 
 # %% ../nbs/11b_pipeline.ipynb #5472129e
@@ -317,9 +317,10 @@ def pixel_figures(
     masks = load_masks(run.category.test, run.preset.evaluation.map_size, show)
     found["pixel_auroc"], found["pixel_ap"] = pixel_auroc_ap(maps, masks, show)
     if run.category.layout != "mvtec_loco": return found | {"au_pro": au_pro(maps, masks, progress=show)}
-    by_type = {kind: spro_figures(run, maps, ("good", kind)) for kind in kinds}
+    whole = full_size_maps(run, maps)
+    by_type = {kind: spro_figures(run, whole, ("good", kind)) for kind in kinds}
     mean = {limit: float(np.mean([f[limit] for f in by_type.values()])) for limit in none}
-    return found | {"au_spro": spro_figures(run, maps, ("good", *kinds)), "au_spro_mean": mean, "au_spro_by_type": by_type}
+    return found | {"au_spro": spro_figures(run, whole, ("good", *kinds)), "au_spro_mean": mean, "au_spro_by_type": by_type}
 
 # %% ../nbs/11b_pipeline.ipynb #pipe0003
 def _evaluate(run: Run) -> tuple[dict, list[str]]:

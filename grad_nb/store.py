@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['atomic_path', 'write_json', 'read_json', 'write_array', 'read_array', 'tensors_sha256', 'write_tensors',
-           'read_tensors', 'stage_seed', 'seeded_weights', 'stage_generator', 'save_checkpoint', 'load_checkpoint',
-           'fingerprint', 'file_sha256', 'array_sha256', 'versions', 'device_name', 'pick_device', 'bf16_supported',
-           'autocast', 'run_steps']
+           'read_tensors', 'check_sealed', 'stage_seed', 'seeded_weights', 'stage_generator', 'save_checkpoint',
+           'load_checkpoint', 'fingerprint', 'file_sha256', 'array_sha256', 'versions', 'device_name', 'pick_device',
+           'bf16_supported', 'autocast', 'run_steps']
 
 # %% ../nbs/00b_store.ipynb #a90f3053
 import hashlib
@@ -121,7 +121,6 @@ def write_tensors(
 # %% ../nbs/00b_store.ipynb #7d83d681
 def read_tensors(
     path: str | Path,  # a file that `write_tensors` made
-    sealed: bool = False,  # refuse a file without a checksum
 ) -> tuple[dict[str, Tensor], Any]:  # tensors on the CPU, and the plain data
     "Read tensors and plain data; runs no code from the file. `ValueError` names a file that is damaged, changed, or a pickle."
     try:
@@ -131,11 +130,23 @@ def read_tensors(
     except (SafetensorError, json.JSONDecodeError, RecursionError) as e:
         raise ValueError(_why_not(path, e)) from None
     seal = about.get("sha256")
-    if (seal or sealed) and seal != tensors_sha256(tensors, about.get("json", "null")):
-        raise ValueError(f"{path} was changed after it was written: its checksum does not fit; get the file again")
+    if seal and seal != tensors_sha256(tensors, about.get("json", "null")): raise ValueError(_changed(path))
     return tensors, meta
 
 
+def check_sealed(
+    path: str | Path,  # a file that `read_tensors` could read
+) -> None:
+    "`ValueError` if a file has lost its checksum; the tensors are not read again."
+    with safe_open(str(path), framework="pt") as f: about = f.metadata() or {}
+    if not about.get("sha256"): raise ValueError(_changed(path))
+
+
+def _changed(path: str | Path) -> str:
+    "What is said of a file whose checksum is wrong or gone."
+    return f"{path} was changed after it was written: its checksum does not fit; get the file again"
+
+# %% ../nbs/00b_store.ipynb #db78080c
 def _why_not(path: str | Path, error: Exception) -> str:
     "What is wrong with a file that safetensors refuses."
     with open(path, "rb") as f: head = f.read(2)

@@ -99,7 +99,7 @@ def _read(self: Journal) -> None:
         self.done.add((name, size, changed))
     self.file.truncate(end)
 
-
+# %% ../nbs/12b_watch.ipynb #c3ec76ab
 @patch
 def add(self: Journal,
     path: Path,  # the picture

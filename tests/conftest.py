@@ -4,6 +4,19 @@ from pathlib import Path
 
 import pytest
 
+from grad_nb.trays import make_trays
+
+TINY = ("generator.size=64 generator.width=8 generator.steps=6 generator.batch=2 generator.n_samples=4 generator.sample_steps=3 "
+        "detector.width=0.1 detector.steps=6 evaluation.map_size=64")  # settings of a run that takes seconds
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    "A folder that holds a few trays; a test that changes them copies it first."
+    root = tmp_path_factory.mktemp("data")
+    make_trays(root, seed=7, size=64, train=8, validation=4, good=6, logical=8, structural=6, progress=False)
+    return root
+
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:

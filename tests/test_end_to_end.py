@@ -9,27 +9,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import TINY
 
 from grad_nb.cli import check_parameters, plan, template, template_parameters
 from grad_nb.config import preset
 from grad_nb.pipeline import Run, detect_stage, evaluate_stage, generate_stage, open_run, split_normals
-from grad_nb.trays import make_trays
-
-TINY = ("generator.size=64 generator.width=8 generator.steps=6 generator.batch=2 generator.n_samples=4 generator.sample_steps=3 "
-        "detector.width=0.1 detector.steps=6 evaluation.map_size=64")
 
 
 def command(name: str, *args: str, **kwargs) -> subprocess.CompletedProcess:
     "Run one of the package's commands as a user does."
     return subprocess.run([Path(sys.executable).parent / name, *args], capture_output=True, text=True, timeout=600, **kwargs)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    "A folder that holds a few trays."
-    root = tmp_path_factory.mktemp("data")
-    make_trays(root, seed=7, size=64, train=8, validation=4, good=6, logical=8, structural=6, progress=False)
-    return root
 
 
 def tiny_run(data: Path, runs: Path, **changes) -> Run:

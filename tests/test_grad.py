@@ -139,6 +139,20 @@ def test_a_saved_model_scores_the_same_in_another_process(model, trays, tmp_path
     assert json.loads(done.stdout) == model.score_samples(trays / "test/good").tolist()
 
 
+def test_a_model_that_was_changed_or_lost_its_checksum_is_refused(model, tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    model.save(tmp_path / "m.grad")
+    with safe_open(str(tmp_path / "m.grad"), framework="pt") as f:
+        tensors, about = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()
+    other = {"changed": about | {"json": about["json"].replace('"offset": ', '"offset": 1')}, "bare": {"json": about["json"]}}
+    for name, metadata in other.items():
+        save_file(tensors, str(tmp_path / f"{name}.grad"), metadata=metadata)
+        with pytest.raises(ValueError, match=f"{name}.grad was changed after it was written"): GRAD.load(tmp_path / f"{name}.grad", "cpu")
+    save_file(tensors, str(tmp_path / "same.grad"), metadata=about)
+    assert GRAD.load(tmp_path / "same.grad", "cpu").offset_ == model.offset_
+
+
 def test_parameters_are_those_of_the_constructor(model):
     assert clone(model).get_params() == model.get_params()
     assert set(model.get_params(deep=False)) == {"preset", "layout", "augmentation", "validation", "false_alarm_rate", "random_state",

@@ -10,21 +10,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import TINY
 
 from grad_nb.reproduce import find_categories, hold_folder, in_words, job_done, lock, official, plan_batch
-from grad_nb.trays import make_trays
 
-TINY = ("generator.size=64 generator.width=8 generator.steps=6 generator.batch=2 generator.n_samples=4 generator.sample_steps=3 "
-        "detector.width=0.1 detector.steps=6 evaluation.map_size=64")
 COMMAND = Path(sys.executable).parent / "grad_reproduce"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    "A folder with trays in it."
-    root = tmp_path_factory.mktemp("data")
-    make_trays(root, seed=7, size=64, train=8, validation=4, good=6, logical=8, structural=6, progress=False)
-    return root
 
 
 def arguments(data: Path, runs: Path, *more: str) -> list[str]:
