@@ -319,7 +319,7 @@ def generate(
     with autocast(device, config.bf16), tqdm(total=config.n_samples, desc=f"sampling {model.level}", disable=not progress) as bar:
         for start in range(0, config.n_samples, config.sample_batch):
             n = min(config.sample_batch, config.n_samples - start)
-            made[start : start + n] = to_bytes(sample(model, n, config.size, alpha_bar, generator, config.sample_steps))
+            made[start : start + n] = to_bytes(sample(model, n, config.size, alpha_bar, generator, config.sample_steps, spacing=config.spacing))
             bar.update(n)
     return made
 
