@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -285,6 +286,7 @@ def grad_fit(
     preset: str = "fast",  # "paper", "fast" or "demo"
     layout: str = "mvtec_ad",  # detectors of Table 7: "mvtec_ad" one level, "mvtec_loco" all of them
     category: str = "",  # take the augmentation of this MVTec category
+    validation: float = 0.1,  # share of the pictures held out for the threshold
     false_alarm_rate: float = 0.05,  # share of normal pictures allowed above the threshold
     seed: int = 0,  # random_state of the model
     overrides: str = "",  # settings to change, for instance "detector.steps=10"
@@ -295,14 +297,23 @@ def grad_fit(
 ):
     "Train a model on a folder of normal pictures; write it to one file, and a model card (Markdown) beside it."
     settings = override(_preset(preset), parse_overrides(overrides))
-    fitted = GRAD(settings, layout, augmentation(category), false_alarm_rate=false_alarm_rate, random_state=seed,
-                  device=device, progress=not quiet, work_dir=work_dir).fit(pictures)
+    _writable(model)
+    fitted = GRAD(settings, layout, augmentation(category), validation, false_alarm_rate, seed, device, not quiet, work_dir).fit(pictures)
     fitted.save(model)
     with atomic_path(card_path(model)) as temporary: temporary.write_text(fitted.card(), encoding="utf-8")
     print(f"{model}: threshold {fitted.offset_:.3f} at a false-alarm rate of {false_alarm_rate:.0%} on held-out normal pictures")
 
 
 _preset = preset  # the command's option has the same name as the function
+
+
+def _writable(path: str | Path) -> None:
+    "`ValueError` if a file cannot be written: known before the training, not after it."
+    try:
+        if Path(path).is_dir(): raise IsADirectoryError(21, "it is a folder")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=Path(path).parent): pass
+    except OSError as e: raise ValueError(f"{path} cannot be written ({e.strerror}); give another file") from None
 
 # %% ../nbs/16_cli.ipynb #533b0b47
 def card_path(
@@ -314,16 +325,22 @@ def card_path(
 
 # %% ../nbs/16_cli.ipynb #2bb05a7f
 def expand(
-    given: Sequence[str | Path],  # pictures and folders of pictures
+    given: Sequence[str | Path],  # pictures, folders of pictures, and "-" for the names on stdin, one a line
 ) -> list[Path]:  # the pictures, folder by folder
     "Folders as the pictures in them; a file stays as it is, even if it is absent. `DataError` for an empty folder or nothing at all."
-    found = []
-    for path in map(Path, given):
-        inside = picture_files(path) if path.is_dir() else [path]
+    found, names = [], [line for name in given for line in (sys.stdin.read().splitlines() if str(name) == "-" else [name])]
+    for path in map(Path, names):
+        inside = picture_files(path) if _is_folder(path) else [path]
         if not inside: raise DataError(f"{path} holds no pictures; give a folder of pictures, or files")
         found += inside
     if not found: raise DataError("there is nothing to judge; give pictures, folders of pictures, or a folder to --watch")
     return found
+
+
+def _is_folder(path: Path) -> bool:
+    "Whether a path is a folder; no path that can be is none, and is reported when it is to be read."
+    try: return path.is_dir()
+    except (OSError, ValueError): return False
 
 
 def _row_writer(
@@ -379,7 +396,7 @@ def write_map(
 @plain_errors
 def grad_predict(
     model: str,  # file that grad_fit wrote
-    *pictures: str,  # pictures, and folders of pictures
+    *pictures: str,  # pictures, and folders of pictures; - reads their names from stdin
     format: str = "csv",  # "csv" or "jsonl", on stdout
     maps: str = None,  # folder for a heat map (PNG) of each picture
     keep_going: store_true = False,  # name broken pictures on stderr and go on; exit status 3 at the end
