@@ -334,7 +334,7 @@ def localised(
     maps, scores = read_array(run.folder / "maps.npy"), pd.read_csv(run.folder / "scores.csv")
     limits, chosen = map_limits(maps[np.flatnonzero(scores.label == 0)], maps), spread_over_types(scores, n)
     samples = [run.category.test[i] for i in chosen]
-    titles = [f"{s.type.removesuffix('_anomalies').replace('_', ' ')}\n{scores.score[i]:.1f}" for i, s in zip(chosen, samples)]
+    titles = [f"{s.type.removesuffix('_anomalies').replace('_', ' ')}\n{scores.score[i]:.3g}" for i, s in zip(chosen, samples)]
     masks = load_masks(samples, side) if run.category.has_masks else None
     return Localised(load_images(samples, side), np.asarray(maps[chosen], np.float32), limits, masks, titles)
 

@@ -167,17 +167,15 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_command(tmp_path):
-    def command(*args): return subprocess.run([sys.executable, "-c", "import sys; from fastcore.script import anno_parser; from grad_nb.cli import grad_data; sys.argv[0] = 'grad_data'; grad_data()",
-                                               *map(str, args)], capture_output=True, text=True)
+    def command(*args): return subprocess.run([Path(sys.executable).parent / "grad_data", *map(str, args)], capture_output=True, text=True)
     made = command("trays", tmp_path / "data", "--size", "64", "--quiet")
     assert made.returncode == 0 and "740 pictures" in made.stdout, made.stderr
     with tarfile.open(tmp_path / "t.tar.xz", "w:xz") as tar: tar.add(tmp_path / "data/trays", "trays")
     wrong = command("unpack", tmp_path / "t.tar.xz", tmp_path / "copy", "--quiet")
     assert wrong.returncode == 2 and "official" in wrong.stderr and not (tmp_path / "copy").exists()
-    done = command("unpack", tmp_path / "t.tar.xz", tmp_path / "copy", "--any_archive", "--quiet")
+    done = command("unpack", tmp_path / "t.tar.xz", tmp_path / "copy", "--any-archive", "--quiet")
     assert done.returncode == 0 and "740 pictures" in done.stdout and "no problems" in done.stdout, done.stderr
     (tmp_path / "copy/trays/test/good/000.png").write_bytes(b"")
     checked = command("check", tmp_path / "copy", "--quiet")
     assert checked.returncode == 1 and "000.png is empty" in checked.stdout
     for words in (("look",), ("unpack", "a"), ("check",), ("check", "a", "b")): assert command(*words).returncode == 2
-    assert Path(tmp_path / "data/trays").is_dir()
