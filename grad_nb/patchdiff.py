@@ -5,8 +5,8 @@ r"""A diffusion model that sees only $n\times n$ pixels: what it draws is right 
 # %% auto #0
 __all__ = ['PixelNorm', 'Pointwise', 'time_embedding', 'fourier_coords', 'Block', 'check_level', 'PatchDiff', 'gradient_support',
            'bounding_box', 'to_model', 'to_bytes', 'stratified_times', 'denoising_losses', 'denoising_loss',
-           'TimeBalance', 'draw_pictures', 'new_patchdiff', 'train_patchdiff', 'generate', 'save_patchdiff',
-           'load_patchdiff']
+           'TimeBalance', 'draw_pictures', 'new_patchdiff', 'gradients_of_batch', 'train_patchdiff', 'generate',
+           'save_patchdiff', 'load_patchdiff']
 
 # %% ../nbs/05_patchdiff.ipynb #d7dbafac
 import math
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .config import GeneratorConfig, to_dict
 from .coords import coord_map, with_coords
 from .diffusion import alpha_bars, global_noise, q_sample, sample
-from .store import (array_sha256, autocast, fingerprint, read_tensors, run_steps, seeded_weights,
+from .store import (array_sha256, autocast, fingerprint, halving, read_tensors, run_steps, seeded_weights,
                            stage_generator, write_tensors)
 
 # %% ../nbs/05_patchdiff.ipynb #88e3cc44
@@ -231,10 +231,10 @@ class TimeBalance:
     ) -> Tensor:  # (B,) weights, detached
         "Weights by the losses of the steps before; then these losses enter the running mean."
         bins = len(self.mean)
-        member = F.one_hot(t * bins // self.T, bins).float()
+        member = (t[:, None] * bins // self.T == torch.arange(bins, device=t.device)).float()
         weight, count = member @ self.mean ** -self.exponent, member.sum(0)
         seen = loss.detach() @ member / count.clamp(min=1)
-        self.mean = torch.where(count > 0, self.decay * self.mean + (1 - self.decay) * seen, self.mean).clamp(min=1e-8)
+        self.mean.copy_(torch.where(count > 0, self.decay * self.mean + (1 - self.decay) * seen, self.mean).clamp(min=1e-8))
         return weight
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -243,7 +243,7 @@ class TimeBalance:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         "Put the running means back."
-        self.mean = state["mean"].to(self.mean.device)
+        self.mean.copy_(state["mean"])
 
 # %% ../nbs/05_patchdiff.ipynb #040cb3c7
 def draw_pictures(
@@ -255,13 +255,12 @@ def draw_pictures(
 ) -> tuple[Tensor, Tensor]:  # (batch, 3, h, w) in [-1, 1] and (2, h, w) or (batch, 2, h, w)
     "A batch for PatchDiff: whole pictures, or random crops with their coordinates."
     chosen = torch.randint(len(pictures), (batch,), generator=generator, device=pictures.device)
-    x, (height, width) = to_model(pictures[chosen]), coords.shape[-2:]
-    if not crop or crop >= min(height, width): return x, coords
-    first = lambda n: (torch.randint(n + 1, (batch,), generator=generator, device=pictures.device) - crop // 2).clamp(0, n - crop).tolist()
-    rows, columns = first(height), first(width)
-    cuts = [(slice(r, r + crop), slice(c, c + crop)) for r, c in zip(rows, columns)]
-    return (torch.stack([p[:, r, c] for p, (r, c) in zip(x, cuts)]).contiguous(memory_format=torch.channels_last),
-            torch.stack([coords[:, r, c] for r, c in cuts]))
+    height, width = coords.shape[-2:]
+    if not crop or crop >= min(height, width): return to_model(pictures[chosen]), coords
+    first = lambda n: (torch.randint(n + 1, (batch,), generator=generator, device=pictures.device) - crop // 2).clamp(0, n - crop)
+    along = torch.arange(crop, device=pictures.device)
+    rows, columns = (first(height)[:, None] + along)[:, :, None], (first(width)[:, None] + along)[:, None]
+    return to_model(pictures[chosen[:, None, None], rows, columns]), coords[:, rows, columns].movedim(1, 0)
 
 # %% ../nbs/05_patchdiff.ipynb #515fbade
 def new_patchdiff(
@@ -272,6 +271,27 @@ def new_patchdiff(
     "A PatchDiff whose first weights depend on the seed and the level alone."
     with seeded_weights(seed, f"patchdiff-init-{level}"):
         return PatchDiff(level, config.width, config.fourier)
+
+# %% ../nbs/05_patchdiff.ipynb #oom00001
+def gradients_of_batch(
+    model: PatchDiff,  # its gradients are set
+    balance: TimeBalance,  # weights of the losses
+    x_0: Tensor,  # (B, 3, h, w) pictures in [-1, 1]
+    coords: Tensor,  # (2, h, w) or (B, 2, h, w)
+    alpha_bar: Tensor,  # (T,)
+    config: GeneratorConfig,  # sigma_g, and whether to use mixed precision
+    generator: torch.Generator,  # source of randomness
+    some: int,  # pictures at a time: B, or fewer if the memory is too small for B
+) -> Tensor:  # (B,) losses, detached
+    "Loss and gradients of one step; in parts, the gradients are those of the whole batch."
+    model.zero_grad(set_to_none=True)
+    losses = []
+    for i in range(0, len(x_0), some):
+        x, places = x_0[i : i + some], coords if coords.ndim == 3 else coords[i : i + some]
+        with autocast(x.device, config.bf16): t, loss = denoising_losses(model, x, places, alpha_bar, config.sigma_g, generator)
+        ((balance(t, loss) * loss).mean() * (len(x) / len(x_0))).backward()
+        losses.append(loss.detach())
+    return torch.cat(losses)
 
 # %% ../nbs/05_patchdiff.ipynb #3d2c4f0d
 def train_patchdiff(
@@ -294,11 +314,15 @@ def train_patchdiff(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.steps)
     generator, balance = stage_generator(seed, f"patchdiff-train-{level}", device), TimeBalance(config.T, config.balance, device=device)
 
+    fits = config.batch  # pictures at a time, fewer if the memory is too small
+
     def step(_: int) -> Tensor:
+        nonlocal fits
         x_0, F = draw_pictures(data, coords, config.batch, config.crop, generator)
-        with autocast(device, config.bf16): t, losses = denoising_losses(model, x_0, F, alpha_bar, config.sigma_g, generator)
-        optimizer.zero_grad(set_to_none=True); (balance(t, losses) * losses).mean().backward(); optimizer.step(); schedule.step()
-        return losses.detach().mean()[None]
+        learn = lambda some: gradients_of_batch(model, balance, x_0, F, alpha_bar, config, generator, some)
+        losses, fits = halving(learn, fits)
+        optimizer.step(); schedule.step()
+        return losses.mean()[None]
 
     state = dict(model=model, optimizer=optimizer, schedule=schedule, generator=generator, balance=balance)
     history = run_steps(step, config.steps, ["loss"], state, checkpoint, key, label=f"PatchDiff {level}", progress=progress)
@@ -317,10 +341,12 @@ def generate(
     generator = stage_generator(seed, f"patchdiff-sample-{model.level}", device)
     model = model.eval().to(device, memory_format=torch.channels_last)
     with autocast(device, config.bf16), tqdm(total=config.n_samples, desc=f"sampling {model.level}", disable=not progress) as bar:
-        for start in range(0, config.n_samples, config.sample_batch):
-            n = min(config.sample_batch, config.n_samples - start)
-            made[start : start + n] = to_bytes(sample(model, n, config.size, alpha_bar, generator, config.sample_steps))
-            bar.update(n)
+        done, fits = 0, config.sample_batch
+        while done < config.n_samples:
+            left = config.n_samples - done
+            found, fits = halving(lambda n, left=left: to_bytes(sample(model, min(n, left), config.size, alpha_bar, generator, config.sample_steps, spacing=config.spacing)), fits)
+            made[done : done + len(found)] = found
+            done += len(found); bar.update(len(found))
     return made
 
 # %% ../nbs/05_patchdiff.ipynb #23ef79f0
