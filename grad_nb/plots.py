@@ -145,7 +145,7 @@ def field_figure(
     for ax, shown, title in zip(axes[:, 0], (picture, noised), ("a real picture", "noised,\nas PatchDiff sees it")): ax.imshow(shown); ax.set_title(title, fontsize=8)
     for (above, below), colour, (level, support) in zip(axes[:, 1:].T, colours, supports.items()):
         first, last, left, right = boxes[level]
-        for ax in axes[:, 0]: ax.add_patch(plt.Rectangle((left - 0.5, first - 0.5), right - left + 1, last - first + 1, fill=False, color=colour, lw=1.4))
+        for ax in axes[:, 0]: ax.add_patch(plt.Rectangle((left - 0.5, first - 0.5), right - left + 1, last - first + 1, fill=False, color=colour, lw=1.1))
         window, (y, x) = _window(picture, support, pixel, half)
         above.imshow(window); above.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, color="red", lw=1.4))
         above.set_title(f"level {level}\nsees {last - first + 1} × {right - left + 1} pixels", fontsize=8)
@@ -340,24 +340,25 @@ def _heat_bar(figure: Figure, room: float) -> None:
 def localisation_figure(
     models: Mapping[str, Localised],  # label, for instance the category → its pictures and maps
     side: float = 1.1,  # side of one picture, inches
+    across: int = 1,  # models side by side
     bar: bool = True,  # show what the colours mean
     title: str = "",  # above all
 ) -> Figure:
     "Pictures above, the same with their anomaly map and the true outline below, model by model (Figures 6 and 8)."
     n, many = max(len(m.pictures) for m in models.values()), len(models) > 1 or "" not in models
     left, above, below = 0.95 * many, 0.3 + 0.25 * bool(title), 0.55 * bar
-    band = 2 * side + 0.34  # two rows and their titles
-    width, height = side * n + left, band * len(models) + above - 0.34 + below
+    band, block = 2 * side + 0.34, side * n + left  # of one model: two rows and their titles, its label and pictures
+    width, height = block * min(across, len(models)), band * -(-len(models) // across) + above - 0.34 + below
     figure = plt.figure(figsize=(width, height), dpi=72)
     for k, (label, model) in enumerate(models.items()):
+        first, top, w, h = left + block * (k % across), 1 - (above + band * (k // across)) / height, side / width, side / height
         for i in range(len(model.pictures)):
-            x, y, w, h = (left + side * i) / width, 1 - (above + band * k) / height, side / width, side / height
-            upper, lower = (figure.add_axes((x, y - h * row, 0.97 * w, 0.97 * h)) for row in (1, 2))
+            upper, lower = (figure.add_axes(((first + side * i) / width, top - h * row, 0.97 * w, 0.97 * h)) for row in (1, 2))
             upper.imshow(model.pictures[i]); lower.imshow(heat_overlay(model.pictures[i], model.maps[i], model.limits))
             if model.masks is not None and model.masks[i].any(): lower.contour(model.masks[i], [0.5], colors="cyan", linewidths=0.8)
             if i < len(model.titles): upper.set_title(model.titles[i], fontsize=7, pad=2)
             _bare(upper); _bare(lower)
-        if many: figure.text((left - 0.08) / width, (height - above - band * k - side) / height, label.replace("_", "\n"), fontsize=8, ha="right", va="center")
+        if many: figure.text((first - 0.08) / width, top - h, label.replace("_", "\n"), fontsize=8, ha="right", va="center")
     if bar: _heat_bar(figure, below)
     if title: figure.text(0.5, 1 - 0.05 / height, title, fontsize=10, ha="center", va="top")
     return figure
