@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,11 +32,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from .config import augmentation, override, preset
-from .data import DataError, check_category, picture_files, read_category, read_image
+from .data import OFFICIAL, DataError, category_folders, check_category, picture_files, read_category, read_image, survey
 from .grad import GRAD
 from .pipeline import Run, detect_key, evaluate_stage, generate_key, open_run, parse_overrides, result_table, stage_done
 from .store import atomic_path, bf16_supported, pick_device, read_json, versions, write_json
 from .trays import make_trays
+from .unpack import unpack
 from .watch import watch as watch_folder
 
 # %% ../nbs/16_cli.ipynb #3f96c9a3
@@ -201,6 +203,36 @@ def grad_demo(
 # %% ../nbs/16_cli.ipynb #4a44d123
 TRAYS_SEED = 0  # every run of the demo sees the same trays; its own seed is that of the training
 
+# %% ../nbs/16_cli.ipynb #c00dc415
+def _draw_trays(folder: Path, seed: int | None, size: int | None, progress: bool) -> None:
+    "Draw the trays, unless the very same are there."
+    record = folder / "trays" / "trays.json"
+    if not record.parent.exists(): make_trays(folder, seed=seed or 0, size=size or 128, progress=progress)
+    elif record.is_file():
+        drawn = read_json(record)
+        for name, want in (("seed", seed), ("size", size)):
+            if want is not None and drawn.get(name) != want:
+                raise ValueError(f"{record.parent} was drawn with {name} {drawn.get(name)}, not {want}; give another folder")
+
+
+def _check_data(folder: str | Path, decode: bool, progress: bool) -> int:
+    "Print what is in a folder and what is wrong with it; the number of problems."
+    roots, problems = category_folders(folder), 0
+    for root in roots:
+        found = survey(root, progress)
+        print(found)
+        problems += len(found.problems)
+        if decode and not found.problems:
+            broken = check_category(read_category(root), progress)
+            for _, problem in broken: print(f"  {problem}")
+            print("  every picture and mask can be read" if not broken else f"  {len(broken)} files cannot be used")
+            problems += len(broken)
+    names = {Path(os.path.abspath(root)).name for root in roots}
+    for layout in sorted({OFFICIAL[name].layout for name in names if name in OFFICIAL} if len(roots) > 1 else ()):
+        if rest := [name for name, o in OFFICIAL.items() if o.layout == layout and name not in names]: print(f"not here, of {layout}: {', '.join(rest)}")
+    print(f"{problems} problems" if problems else f"{len(roots)} categories, no problems" if len(roots) > 1 else "no problems")
+    return problems
+
 # %% ../nbs/16_cli.ipynb #1260d34a
 def cores() -> int:
     "CPU cores that this process may use."
@@ -226,26 +258,23 @@ def run_phase(
 @call_parse
 @plain_errors
 def grad_data(
-    root: str,  # folder that holds the category's folder
-    category: str = "",  # category to check; "trays" is made if it is not there
-    seed: int = None,  # of the trays, 0 if not given
-    size: int = None,  # side of the trays' pictures, 128 pixels if not given
+    action: str,  # "check DIR", "unpack ARCHIVE DIR" or "trays DIR"
+    *paths: str,  # DIR: a category, a data set or a folder of data sets; for unpack a new folder; for trays where trays/ goes
+    decode: store_true = False,  # check: also decode every picture and mask (minutes instead of seconds)
+    any_archive: store_true = False,  # unpack: an archive whose hash is not official, too
+    seed: int = None,  # trays: 0 if not given
+    size: int = None,  # trays: their side, 128 pixels if not given
     quiet: store_true = False,  # no progress bars
     debug: store_true = False,  # show the traceback of an error
 ):
-    "Make the trays, or open every picture and mask of a category and list what is wrong."
-    record = Path(root) / "trays" / "trays.json"
-    if category == "trays" and not record.parent.exists(): make_trays(root, seed=seed or 0, size=size or 128, progress=not quiet)
-    elif category == "trays" and record.is_file():
-        drawn = read_json(record)
-        for name, want in (("seed", seed), ("size", size)):
-            if want is not None and drawn.get(name) != want:
-                raise ValueError(f"{record.parent} was drawn with {name} {drawn.get(name)}, not {want}; give another folder")
-    found = read_category(root, category)
-    print(found)
-    problems = check_category(found, progress=not quiet)
-    for path, problem in problems: print(f"{path}: {problem}")
-    print(f"{len(problems)} problems" if problems else "every picture and mask can be read")
+    "Check a data set against the official counts, unpack an official archive, or draw the trays."
+    forms = {"check": ("DIR",), "unpack": ("ARCHIVE", "DIR"), "trays": ("DIR",)}
+    if action not in forms or len(paths) != len(forms[action]):
+        raise ValueError(f"say one of: {', '.join(f'grad_data {name} ' + ' '.join(needs) for name, needs in forms.items())}")
+    if action == "unpack": print(f"{paths[1]}: {unpack(*paths, any_archive, not quiet)} files")
+    if action == "trays": _draw_trays(Path(paths[0]), seed, size, not quiet)
+    where = {"check": paths[-1], "unpack": paths[-1], "trays": Path(paths[0]) / "trays"}[action]
+    problems = _check_data(where, decode, not quiet)
     if problems: sys.exit(1)
 
 # %% ../nbs/16_cli.ipynb #5601b610
@@ -257,6 +286,7 @@ def grad_fit(
     preset: str = "fast",  # "paper", "fast" or "demo"
     layout: str = "mvtec_ad",  # detectors of Table 7: "mvtec_ad" one level, "mvtec_loco" all of them
     category: str = "",  # take the augmentation of this MVTec category
+    validation: float = 0.1,  # share of the pictures held out for the threshold
     false_alarm_rate: float = 0.05,  # share of normal pictures allowed above the threshold
     seed: int = 0,  # random_state of the model
     overrides: str = "",  # settings to change, for instance "detector.steps=10"
@@ -267,14 +297,23 @@ def grad_fit(
 ):
     "Train a model on a folder of normal pictures; write it to one file, and a model card (Markdown) beside it."
     settings = override(_preset(preset), parse_overrides(overrides))
-    fitted = GRAD(settings, layout, augmentation(category), false_alarm_rate=false_alarm_rate, random_state=seed,
-                  device=device, progress=not quiet, work_dir=work_dir).fit(pictures)
+    _writable(model)
+    fitted = GRAD(settings, layout, augmentation(category), validation, false_alarm_rate, seed, device, not quiet, work_dir).fit(pictures)
     fitted.save(model)
     with atomic_path(card_path(model)) as temporary: temporary.write_text(fitted.card(), encoding="utf-8")
     print(f"{model}: threshold {fitted.offset_:.3f} at a false-alarm rate of {false_alarm_rate:.0%} on held-out normal pictures")
 
 
 _preset = preset  # the command's option has the same name as the function
+
+
+def _writable(path: str | Path) -> None:
+    "`ValueError` if a file cannot be written: known before the training, not after it."
+    try:
+        if Path(path).is_dir(): raise IsADirectoryError(21, "it is a folder")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=Path(path).parent): pass
+    except OSError as e: raise ValueError(f"{path} cannot be written ({e.strerror}); give another file") from None
 
 # %% ../nbs/16_cli.ipynb #533b0b47
 def card_path(
@@ -286,16 +325,22 @@ def card_path(
 
 # %% ../nbs/16_cli.ipynb #2bb05a7f
 def expand(
-    given: Sequence[str | Path],  # pictures and folders of pictures
+    given: Sequence[str | Path],  # pictures, folders of pictures, and "-" for the names on stdin, one a line
 ) -> list[Path]:  # the pictures, folder by folder
     "Folders as the pictures in them; a file stays as it is, even if it is absent. `DataError` for an empty folder or nothing at all."
-    found = []
-    for path in map(Path, given):
-        inside = picture_files(path) if path.is_dir() else [path]
+    found, names = [], [line for name in given for line in (sys.stdin.read().splitlines() if str(name) == "-" else [name])]
+    for path in map(Path, names):
+        inside = picture_files(path) if _is_folder(path) else [path]
         if not inside: raise DataError(f"{path} holds no pictures; give a folder of pictures, or files")
         found += inside
     if not found: raise DataError("there is nothing to judge; give pictures, folders of pictures, or a folder to --watch")
     return found
+
+
+def _is_folder(path: Path) -> bool:
+    "Whether a path is a folder; no path that can be is none, and is reported when it is to be read."
+    try: return path.is_dir()
+    except (OSError, ValueError): return False
 
 
 def _row_writer(
@@ -351,7 +396,7 @@ def write_map(
 @plain_errors
 def grad_predict(
     model: str,  # file that grad_fit wrote
-    *pictures: str,  # pictures, and folders of pictures
+    *pictures: str,  # pictures, and folders of pictures; - reads their names from stdin
     format: str = "csv",  # "csv" or "jsonl", on stdout
     maps: str = None,  # folder for a heat map (PNG) of each picture
     keep_going: store_true = False,  # name broken pictures on stderr and go on; exit status 3 at the end

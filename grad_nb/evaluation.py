@@ -11,7 +11,7 @@ __all__ = ['HALF_DOWN', 'resize_pictures', 'score_maps', 'image_scores', 'upsamp
 # %% ../nbs/11_evaluation.ipynb #ba912e91
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from .detector import cell_centre, map_side
 from .metrics import au_pro, au_spro, auroc_interval, average_precision, check_scores, f1_max, pixel_auroc_ap, write_tiff_maps
 from .patches import PATCH, STRIDE
 from .patchdiff import to_model
+from .store import halving
 
 # %% ../nbs/11_evaluation.ipynb #f86b1641
 HALF_DOWN = 2.0**-10  # taken off before rounding to bytes, so that exact halves round the same way on every processor
@@ -54,13 +55,18 @@ def score_maps(
     batch: int = 16,  # pictures scored together
     progress: bool = False,  # show a progress bar
 ) -> np.ndarray:  # (N, h, w) float32 logits, higher = more anomalous
-    "Score maps of pictures; each picture's map is independent of the others."
+    "Score maps of pictures; each picture's map is independent of the others. A batch too large for the device is halved."
     detector = detector.eval().to(device, memory_format=torch.channels_last)
     side = map_side(size)
-    maps = np.empty((len(pictures), side, side), np.float32)
-    for i in tqdm(range(0, len(pictures), batch), "scoring", disable=not progress, leave=False):
-        x = to_model(torch.from_numpy(np.array(resize_pictures(pictures[i : i + batch], size))).to(device))
-        with torch.inference_mode(): maps[i : i + batch] = detector(with_coords(x))[:, 0].float().cpu().numpy()
+    maps, done = np.empty((len(pictures), side, side), np.float32), 0
+    def judge(start, batch):
+        x = to_model(torch.from_numpy(np.array(resize_pictures(pictures[start : start + batch], size))).to(device))
+        with torch.inference_mode(): return detector(with_coords(x))[:, 0].float().cpu().numpy()
+    with tqdm(total=len(pictures), desc="scoring", disable=not progress, leave=False) as bar:
+        while done < len(pictures):
+            found, batch = halving(partial(judge, done), batch)
+            maps[done : done + len(found)] = found
+            done += len(found); bar.update(len(found))
     return maps
 
 

@@ -5,8 +5,8 @@ r"""A diffusion model that sees only $n\times n$ pixels: what it draws is right 
 # %% auto #0
 __all__ = ['PixelNorm', 'Pointwise', 'time_embedding', 'fourier_coords', 'Block', 'check_level', 'PatchDiff', 'gradient_support',
            'bounding_box', 'to_model', 'to_bytes', 'stratified_times', 'denoising_losses', 'denoising_loss',
-           'TimeBalance', 'draw_pictures', 'new_patchdiff', 'train_patchdiff', 'generate', 'save_patchdiff',
-           'load_patchdiff']
+           'TimeBalance', 'draw_pictures', 'new_patchdiff', 'gradients_of_batch', 'train_patchdiff', 'generate',
+           'save_patchdiff', 'load_patchdiff']
 
 # %% ../nbs/05_patchdiff.ipynb #d7dbafac
 import math
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .config import GeneratorConfig, to_dict
 from .coords import coord_map, with_coords
 from .diffusion import alpha_bars, global_noise, q_sample, sample
-from .store import (array_sha256, autocast, fingerprint, read_tensors, run_steps, seeded_weights,
+from .store import (array_sha256, autocast, fingerprint, halving, read_tensors, run_steps, seeded_weights,
                            stage_generator, write_tensors)
 
 # %% ../nbs/05_patchdiff.ipynb #88e3cc44
@@ -272,6 +272,27 @@ def new_patchdiff(
     with seeded_weights(seed, f"patchdiff-init-{level}"):
         return PatchDiff(level, config.width, config.fourier)
 
+# %% ../nbs/05_patchdiff.ipynb #oom00001
+def gradients_of_batch(
+    model: PatchDiff,  # its gradients are set
+    balance: TimeBalance,  # weights of the losses
+    x_0: Tensor,  # (B, 3, h, w) pictures in [-1, 1]
+    coords: Tensor,  # (2, h, w) or (B, 2, h, w)
+    alpha_bar: Tensor,  # (T,)
+    config: GeneratorConfig,  # sigma_g, and whether to use mixed precision
+    generator: torch.Generator,  # source of randomness
+    some: int,  # pictures at a time: B, or fewer if the memory is too small for B
+) -> Tensor:  # (B,) losses, detached
+    "Loss and gradients of one step; in parts, the gradients are those of the whole batch."
+    model.zero_grad(set_to_none=True)
+    losses = []
+    for i in range(0, len(x_0), some):
+        x, places = x_0[i : i + some], coords if coords.ndim == 3 else coords[i : i + some]
+        with autocast(x.device, config.bf16): t, loss = denoising_losses(model, x, places, alpha_bar, config.sigma_g, generator)
+        ((balance(t, loss) * loss).mean() * (len(x) / len(x_0))).backward()
+        losses.append(loss.detach())
+    return torch.cat(losses)
+
 # %% ../nbs/05_patchdiff.ipynb #3d2c4f0d
 def train_patchdiff(
     pictures: np.ndarray,  # (N, H, W, 3) uint8 normal pictures of side config.size
@@ -293,11 +314,15 @@ def train_patchdiff(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.steps)
     generator, balance = stage_generator(seed, f"patchdiff-train-{level}", device), TimeBalance(config.T, config.balance, device=device)
 
+    fits = config.batch  # pictures at a time, fewer if the memory is too small
+
     def step(_: int) -> Tensor:
+        nonlocal fits
         x_0, F = draw_pictures(data, coords, config.batch, config.crop, generator)
-        with autocast(device, config.bf16): t, losses = denoising_losses(model, x_0, F, alpha_bar, config.sigma_g, generator)
-        optimizer.zero_grad(set_to_none=True); (balance(t, losses) * losses).mean().backward(); optimizer.step(); schedule.step()
-        return losses.detach().mean()[None]
+        learn = lambda some: gradients_of_batch(model, balance, x_0, F, alpha_bar, config, generator, some)
+        losses, fits = halving(learn, fits)
+        optimizer.step(); schedule.step()
+        return losses.mean()[None]
 
     state = dict(model=model, optimizer=optimizer, schedule=schedule, generator=generator, balance=balance)
     history = run_steps(step, config.steps, ["loss"], state, checkpoint, key, label=f"PatchDiff {level}", progress=progress)
@@ -316,10 +341,12 @@ def generate(
     generator = stage_generator(seed, f"patchdiff-sample-{model.level}", device)
     model = model.eval().to(device, memory_format=torch.channels_last)
     with autocast(device, config.bf16), tqdm(total=config.n_samples, desc=f"sampling {model.level}", disable=not progress) as bar:
-        for start in range(0, config.n_samples, config.sample_batch):
-            n = min(config.sample_batch, config.n_samples - start)
-            made[start : start + n] = to_bytes(sample(model, n, config.size, alpha_bar, generator, config.sample_steps, spacing=config.spacing))
-            bar.update(n)
+        done, fits = 0, config.sample_batch
+        while done < config.n_samples:
+            left = config.n_samples - done
+            found, fits = halving(lambda n, left=left: to_bytes(sample(model, min(n, left), config.size, alpha_bar, generator, config.sample_steps, spacing=config.spacing)), fits)
+            made[done : done + len(found)] = found
+            done += len(found); bar.update(len(found))
     return made
 
 # %% ../nbs/05_patchdiff.ipynb #23ef79f0

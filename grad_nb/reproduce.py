@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOTEBOOK', 'official', 'find_categories', 'Job', 'run_jobs', 'category_jobs', 'plan_batch', 'job_done', 'drop_stale',
-           'lock', 'hold_folder', 'log_of', 'run_job', 'estimate', 'in_words', 'snakemake_call', 'follow', 'summary',
-           'why', 'grad_reproduce', 'run_batch', 'clear_logs', 'announce', 'dry']
+           'hold_folder', 'log_of', 'run_job', 'estimate', 'in_words', 'snakemake_call', 'follow', 'summary', 'why',
+           'grad_reproduce', 'run_batch', 'clear_logs', 'announce', 'dry']
 
 # %% ../nbs/18_reproduce.ipynb #d5ec3bb5
 import importlib.util
@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import IO, Annotated
 
 import torch
 from fastcore.script import call_parse, store_true
@@ -29,7 +29,7 @@ from .cli import TRAYS_SEED, Task, cores, last_progress, packed, plain_errors, r
 from .config import to_dict
 from .data import read_category
 from .pipeline import Run, detect_key, generate_key, open_run
-from .store import fingerprint, pick_device, read_json, write_json
+from .store import fingerprint, lock, pick_device, read_json, write_json
 from .tables import published
 from .trays import make_trays
 
@@ -180,24 +180,9 @@ def drop_stale(
         if not job_done(batch["folder"], job): (Path(batch["folder"]) / job["marker"]).unlink(missing_ok=True)
 
 # %% ../nbs/18_reproduce.ipynb #828c612c
-def lock(
-    path: str | Path,  # file that stands for what is locked
-    wait: bool = True,  # until it is free
-) -> TextIO | None:  # the open file, locked until it is closed or the process ends; None if another process has it
-    "Take a lock of the kernel."
-    import fcntl
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    handle = open(path, "a")
-    try: fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        handle.close()
-        return None
-    return handle
-
-
 def hold_folder(
     folder: str | Path,  # of the batch
-) -> TextIO:  # to be kept open
+) -> IO:  # to be kept open
     "Take the folder of a batch for this process; `RuntimeError` if another batch is running in it."
     held = lock(Path(folder) / "done" / ".driver.lock", wait=False)
     if held is None: raise RuntimeError(f"another batch is running in {folder}; wait until it has ended, or end it")
@@ -230,7 +215,7 @@ def run_job(
     write_json(folder / marker, left)
 
 # %% ../nbs/18_reproduce.ipynb #747f744f
-def _free_gpu(batch: Mapping, job: Mapping) -> TextIO:
+def _free_gpu(batch: Mapping, job: Mapping) -> IO:
     "Take a GPU of this machine, if there are several and no cluster has given one; Snakemake sees to it that one is free."
     needs, given = batch["gpu"] and job["notebook"] in ("generate", "detect"), os.environ.get("CUDA_VISIBLE_DEVICES")
     names = given.split(",") if given else [str(i) for i in range(batch["gpus"])]

@@ -19,10 +19,7 @@ from fastcore.basics import patch
 
 from .data import DataError, picture_files
 from .grad import GRAD
-from .store import array_sha256, fingerprint
-
-try: import fcntl
-except ImportError: fcntl = None  # there are no such locks on Windows
+from .store import array_sha256, fingerprint, lock_file
 
 # %% ../nbs/12b_watch.ipynb #c03cd376
 Stamp = tuple[int, int]  # bytes, and time of the last change in nanoseconds
@@ -66,16 +63,9 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self.path, "a+b", buffering=0)
         try:
-            self._lock()
+            if not lock_file(self.file): raise ValueError(f"{self.path} is in use by another process; stop that one, or give another journal")
             self._read()
         except BaseException: self.file.close(); raise
-
-    def _lock(self) -> None:
-        "Keep other processes out, where the system can."
-        try:
-            if fcntl: fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise ValueError(f"{self.path} is in use by another process; stop that one, or give another journal") from None
-        except OSError: pass  # a file system without locks
 
     def __enter__(self) -> "Journal": return self
 
