@@ -52,12 +52,13 @@ def random_affine(
 
 
 def turn(
-    grid: Tensor,  # (P * m, s, s, 2) places, x and y: m crops for each picture
+    grid: Tensor,  # (P * m, s, s, 2) places as `crop_grid` gives them: m crops for each picture
     A: Tensor,  # (P, 2, 2) one matrix for each picture
 ) -> Tensor:  # (P * m, s, s, 2)
-    "The places A F(p), written out: a matrix product of two columns would be slower."
-    a = A.repeat_interleave(len(grid) // len(A), 0)[:, None, None]
-    return grid[..., :1] * a[..., 0] + grid[..., 1:] * a[..., 1]
+    "The places A F(p). Along a crop x changes by columns and y by rows only, so two lines are turned and added, with (x, y) as one complex number."
+    a = A.repeat_interleave(len(grid) // len(A), 0)[..., None, None]
+    x, y = grid[:, :1, :, 0], grid[:, :, :1, 1]
+    return torch.view_as_real(torch.complex(a[:, 0, 0] * x, a[:, 1, 0] * x) + torch.complex(a[:, 0, 1] * y, a[:, 1, 1] * y))
 
 
 def look_up(
