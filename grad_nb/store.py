@@ -6,8 +6,8 @@
 __all__ = ['log', 'atomic_path', 'lock_file', 'lock', 'alone', 'write_json', 'read_json', 'write_array', 'read_array',
            'tensors_sha256', 'write_tensors', 'read_tensors', 'check_sealed', 'stage_seed', 'seeded_weights',
            'stage_generator', 'save_checkpoint', 'load_checkpoint', 'fingerprint', 'file_sha256', 'array_sha256',
-           'versions', 'device_name', 'pick_device', 'bf16_supported', 'autocast', 'halving', 'TimeUp', 'time_limit',
-           'time_left', 'keep_memory', 'run_steps']
+           'versions', 'device_name', 'pick_device', 'git_state', 'bf16_supported', 'autocast', 'halving', 'TimeUp',
+           'time_limit', 'time_left', 'keep_memory', 'run_steps']
 
 # %% ../nbs/00b_store.ipynb #a90f3053
 import ctypes
@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import platform
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -331,6 +332,17 @@ def pick_device(
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"device {name!r} cannot be used here ({str(e).splitlines()[0]}); try 'cpu' or 'auto'") from None
     return torch.device(name)
+
+# %% ../nbs/00b_store.ipynb #git00001
+def git_state() -> dict[str, Any] | None:  # commit, and the tracked files that differ from it; None if the package is not a checkout
+    "The commit of the repository that this package lies in; an installed package, also one inside another repository, has none."
+    here = Path(__file__).resolve() if "__file__" in globals() else Path.cwd() / "00b_store.ipynb"
+    ask = lambda *words: subprocess.run(["git", "-C", str(here.parent), *words], capture_output=True, text=True, timeout=30, check=True).stdout
+    try:
+        ask("ls-files", "--error-unmatch", here.name)
+        changed = [line[3:] for line in ask("status", "--porcelain", "--untracked-files=no").splitlines()]
+        return {"commit": ask("rev-parse", "HEAD").strip(), "changed": changed}
+    except (OSError, subprocess.SubprocessError): return None
 
 # %% ../nbs/00b_store.ipynb #2f942280
 def bf16_supported(
