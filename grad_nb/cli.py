@@ -32,11 +32,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from .config import augmentation, override, preset
-from .data import DataError, check_category, picture_files, read_category, read_image
+from .data import OFFICIAL, DataError, category_folders, check_category, picture_files, read_category, read_image, survey
 from .grad import GRAD
 from .pipeline import Run, detect_key, evaluate_stage, generate_key, open_run, parse_overrides, result_table, stage_done
 from .store import atomic_path, bf16_supported, pick_device, read_json, versions, write_json
 from .trays import make_trays
+from .unpack import unpack
 from .watch import watch as watch_folder
 
 # %% ../nbs/16_cli.ipynb #3f96c9a3
@@ -202,6 +203,36 @@ def grad_demo(
 # %% ../nbs/16_cli.ipynb #4a44d123
 TRAYS_SEED = 0  # every run of the demo sees the same trays; its own seed is that of the training
 
+# %% ../nbs/16_cli.ipynb #c00dc415
+def _draw_trays(folder: Path, seed: int | None, size: int | None, progress: bool) -> None:
+    "Draw the trays, unless the very same are there."
+    record = folder / "trays" / "trays.json"
+    if not record.parent.exists(): make_trays(folder, seed=seed or 0, size=size or 128, progress=progress)
+    elif record.is_file():
+        drawn = read_json(record)
+        for name, want in (("seed", seed), ("size", size)):
+            if want is not None and drawn.get(name) != want:
+                raise ValueError(f"{record.parent} was drawn with {name} {drawn.get(name)}, not {want}; give another folder")
+
+
+def _check_data(folder: str | Path, decode: bool, progress: bool) -> int:
+    "Print what is in a folder and what is wrong with it; the number of problems."
+    roots, problems = category_folders(folder), 0
+    for root in roots:
+        found = survey(root, progress)
+        print(found)
+        problems += len(found.problems)
+        if decode and not found.problems:
+            broken = check_category(read_category(root), progress)
+            for _, problem in broken: print(f"  {problem}")
+            print("  every picture and mask can be read" if not broken else f"  {len(broken)} files cannot be used")
+            problems += len(broken)
+    names = {Path(os.path.abspath(root)).name for root in roots}
+    for layout in sorted({OFFICIAL[name].layout for name in names if name in OFFICIAL} if len(roots) > 1 else ()):
+        if rest := [name for name, o in OFFICIAL.items() if o.layout == layout and name not in names]: print(f"not here, of {layout}: {', '.join(rest)}")
+    print(f"{problems} problems" if problems else f"{len(roots)} categories, no problems" if len(roots) > 1 else "no problems")
+    return problems
+
 # %% ../nbs/16_cli.ipynb #1260d34a
 def cores() -> int:
     "CPU cores that this process may use."
@@ -227,26 +258,23 @@ def run_phase(
 @call_parse
 @plain_errors
 def grad_data(
-    root: str,  # folder that holds the category's folder
-    category: str = "",  # category to check; "trays" is made if it is not there
-    seed: int = None,  # of the trays, 0 if not given
-    size: int = None,  # side of the trays' pictures, 128 pixels if not given
+    action: str,  # "check DIR", "unpack ARCHIVE DIR" or "trays DIR"
+    *paths: str,  # DIR: a category, a data set or a folder of data sets; for unpack a new folder; for trays where trays/ goes
+    decode: store_true = False,  # check: also decode every picture and mask (minutes instead of seconds)
+    any_archive: store_true = False,  # unpack: an archive whose hash is not official, too
+    seed: int = None,  # trays: 0 if not given
+    size: int = None,  # trays: their side, 128 pixels if not given
     quiet: store_true = False,  # no progress bars
     debug: store_true = False,  # show the traceback of an error
 ):
-    "Make the trays, or open every picture and mask of a category and list what is wrong."
-    record = Path(root) / "trays" / "trays.json"
-    if category == "trays" and not record.parent.exists(): make_trays(root, seed=seed or 0, size=size or 128, progress=not quiet)
-    elif category == "trays" and record.is_file():
-        drawn = read_json(record)
-        for name, want in (("seed", seed), ("size", size)):
-            if want is not None and drawn.get(name) != want:
-                raise ValueError(f"{record.parent} was drawn with {name} {drawn.get(name)}, not {want}; give another folder")
-    found = read_category(root, category)
-    print(found)
-    problems = check_category(found, progress=not quiet)
-    for path, problem in problems: print(f"{path}: {problem}")
-    print(f"{len(problems)} problems" if problems else "every picture and mask can be read")
+    "Check a data set against the official counts, unpack an official archive, or draw the trays."
+    forms = {"check": ("DIR",), "unpack": ("ARCHIVE", "DIR"), "trays": ("DIR",)}
+    if action not in forms or len(paths) != len(forms[action]):
+        raise ValueError(f"say one of: {', '.join(f'grad_data {name} ' + ' '.join(needs) for name, needs in forms.items())}")
+    if action == "unpack": print(f"{paths[1]}: {unpack(*paths, any_archive, not quiet)} files")
+    if action == "trays": _draw_trays(Path(paths[0]), seed, size, not quiet)
+    where = {"check": paths[-1], "unpack": paths[-1], "trays": Path(paths[0]) / "trays"}[action]
+    problems = _check_data(where, decode, not quiet)
     if problems: sys.exit(1)
 
 # %% ../nbs/16_cli.ipynb #5601b610
@@ -415,18 +443,23 @@ def _rows(
 @plain_errors
 def grad_export(
     model: str,  # file that grad_fit wrote
-    onnx: str = "model.onnx",  # file to write
+    output: str = None,  # file to write; beside the model, with the ending of the format, if not given
+    format: str = "onnx",  # "onnx" for ONNX Runtime, "torch" for torch.export
     debug: store_true = False,  # show the traceback of an error
 ):
-    "Write a model as one ONNX file, and compare it with the model on three random pictures."
-    from grad_nb.export import OnnxScorer, largest_difference, to_onnx
+    "Write a model as one ONNX file, or as a program of torch.export, and compare it with the model on three random pictures."
+    from grad_nb.export import FORMATS, largest_difference
+    if format not in FORMATS: raise ValueError(f"format must be {' or '.join(FORMATS)}, not {format!r}")
+    suffix, write, reader = FORMATS[format]
+    path = Path(output or Path(model).with_suffix(suffix))
+    if path.exists() and path.samefile(model): raise ValueError(f"{path} is the model itself; give another file to --output")
     fitted = GRAD.load(model, "cpu")
-    try: to_onnx(fitted, onnx)
+    try: write(fitted, path)
     except ImportError as e: raise RuntimeError(str(e)) from None
     size = fitted.preset.generator.size
-    print(f"{onnx}: {Path(onnx).stat().st_size / 1e6:.1f} MB, pictures of {size} x {size} pixels as bytes, threshold {fitted.offset_:.3f}")
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, pictures of {size} x {size} pixels as bytes, threshold {fitted.offset_:.3f}")
     pictures = np.random.default_rng(0).integers(0, 256, (3, size, size, 3), dtype=np.uint8)
-    try: print(f"largest difference to the model, scores and maps: {largest_difference(fitted, OnnxScorer(onnx), pictures):.1e}")
+    try: print(f"largest difference to the model, scores and maps: {largest_difference(fitted, reader(path), pictures):.1e}")
     except ImportError as e: print(f"not compared: {e}")
 
 # %% ../nbs/16_cli.ipynb #bce7ad8f

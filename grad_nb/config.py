@@ -30,6 +30,7 @@ class GeneratorConfig:
     T: int = 1000  # diffusion steps (appendix)
     n_samples: int = 1000  # contrastive pictures per level ("Training Settings")
     sample_steps: int = 1000  # reverse steps: T = Algorithm 2, fewer = strided (our choice)
+    spacing: float = 1.0  # of these steps, 1 = an even stride, more = shorter strides towards the end (our choice)
     sample_batch: int = 32  # pictures sampled together (our choice)
     bf16: bool = True  # mixed precision where the processor has it (our choice)
 
@@ -37,6 +38,7 @@ class GeneratorConfig:
         _at_least(self, 1, "size", "steps", "batch", "T", "n_samples", "sample_steps", "sample_batch")
         _at_least(self, 0, "fourier", "crop", "lr", "weight_decay", "balance", "sigma_g")
         if self.width < 2 or self.width % 2: raise ValueError(f"width must be even and at least 2, not {self.width}")
+        if not self.spacing >= 1: raise ValueError(f"spacing must be at least 1, not {self.spacing}")
         if self.sample_steps > self.T: raise ValueError(f"sample_steps={self.sample_steps} is more than T={self.T}")
 
 
@@ -166,13 +168,15 @@ class Preset:
 PRESETS = MappingProxyType({p.name: p for p in (
     Preset("paper"),
     Preset("fast",
-        generator=GeneratorConfig(size=128, width=24, fourier=3, steps=3000, batch=16, crop=48, lr=6e-3, balance=0.75, n_samples=300, sample_steps=40),
-        detector=DetectorConfig(width=0.5, steps=8000, pictures=8, block=2, alpha_1=0.0, alpha_2=0.0),
+        generator=GeneratorConfig(size=128, width=24, fourier=3, steps=2000, batch=16, crop=48, lr=6e-3, balance=0.75,
+                                  n_samples=160, sample_steps=30, spacing=1.5),
+        detector=DetectorConfig(width=0.5, steps=8000, pictures=8, block=4, alpha_1=0.0, alpha_2=0.0),
         levels_ad=(Level(34, 128, (5, 9, 13)),),
         levels_loco=(Level(34, 128, (5, 9, 13)), Level(68, 64, (5, 9, 13)), Level(91, 48, (9, 13, 17)))),
     Preset("demo",
-        generator=GeneratorConfig(size=64, width=16, fourier=3, steps=1500, batch=28, crop=24, lr=8e-3, balance=0.75, n_samples=128, sample_steps=30),
-        detector=DetectorConfig(width=0.25, steps=2400, pictures=8, block=2, alpha_1=0.0, alpha_2=0.0),
+        generator=GeneratorConfig(size=64, width=16, fourier=3, steps=1500, batch=28, crop=24, lr=8e-3, balance=0.75,
+                                  n_samples=128, sample_steps=30, spacing=1.5),
+        detector=DetectorConfig(width=0.25, steps=1500, pictures=8, block=4, alpha_1=0.1, sigma_c=0.02, shared_pass=True),
         levels_ad=(Level(34, 64, (3, 5, 17)),),
         levels_loco=(Level(34, 64, (3, 5, 17)),)),
 )})
@@ -191,16 +195,16 @@ def override(
     changes: Mapping[str, Any],  # dotted path of a field → its new value
 ) -> Any:  # a new object of the same type
     "`config` with some fields changed. `ValueError` for an unknown field or a value of the wrong type."
+    names, new = [f.name for f in fields(config)], {}
     for path, value in changes.items():
         head, _, rest = path.partition(".")
-        names = [f.name for f in fields(config)]
         if head not in names:
             near = get_close_matches(head, names, n=1)
             raise ValueError(f"{type(config).__name__} has no setting {head!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         old = getattr(config, head)
         if rest and not is_dataclass(old): raise ValueError(f"{head!r} is a single value and has no setting {rest!r}")
-        config = replace(config, **{head: override(old, {rest: value}) if rest else _as_type_of(old, value, path)})
-    return config
+        new[head] = new.get(head, {}) | {rest: value} if rest else _as_type_of(old, value, path)
+    return replace(config, **{head: override(getattr(config, head), value) if isinstance(value, dict) else value for head, value in new.items()})
 
 
 def _as_type_of(old, value, path):

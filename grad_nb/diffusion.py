@@ -72,10 +72,13 @@ def reverse_step(
 def timesteps(
     T: int,  # number of diffusion steps
     steps: int,  # how many of them to visit, 1..T
-) -> list[int]:  # falling from T-1 to 0 (just T-1 for a single step)
-    "The times that a sampler visits: all of them, or an even stride."
+    spacing: float = 1.0,  # 1 = an even stride, more = shorter strides towards 0 (our choice)
+) -> list[int]:  # falling from T-1 to 0 (just T-1 for a single step); fewer than `steps` where two would coincide
+    "The times that a sampler visits: all of them, or a stride."
     if not 1 <= steps <= T: raise ValueError(f"between 1 and {T} steps can be taken, not {steps}")
-    return torch.linspace(T - 1, 0, steps, dtype=torch.float64).round().long().tolist()
+    if not spacing >= 1: raise ValueError(f"spacing must be at least 1, not {spacing}")
+    even = torch.linspace(1, 0, steps, dtype=torch.float64)
+    return torch.unique((even**spacing * (T - 1)).round().long()).flip(0).tolist()
 
 
 @torch.inference_mode()
@@ -88,9 +91,10 @@ def sample(
     steps: int | None = None,  # reverse steps; all T if not given
     clip: bool = True,  # clip the estimate of x_0 (our choice)
     progress: bool = False,  # show a progress bar
+    spacing: float = 1.0,  # of the times, see `timesteps`
 ) -> Tensor:  # (n, 3, size, size) in [-1, 1] if clipped
     "Pictures from noise: Algorithm 2, or a stride through it."
-    times = timesteps(len(alpha_bar), len(alpha_bar) if steps is None else steps)
+    times = timesteps(len(alpha_bar), len(alpha_bar) if steps is None else steps, spacing)
     x = torch.randn(n, 3, size, size, generator=generator, device=generator.device)
     for t, s in zip(tqdm(times, "sampling", disable=not progress, leave=False), times[1:] + [None]):
         eps_hat = model(with_coords(x), torch.full((n,), t, device=x.device)).to(x.dtype)

@@ -231,10 +231,10 @@ class TimeBalance:
     ) -> Tensor:  # (B,) weights, detached
         "Weights by the losses of the steps before; then these losses enter the running mean."
         bins = len(self.mean)
-        member = F.one_hot(t * bins // self.T, bins).float()
+        member = (t[:, None] * bins // self.T == torch.arange(bins, device=t.device)).float()
         weight, count = member @ self.mean ** -self.exponent, member.sum(0)
         seen = loss.detach() @ member / count.clamp(min=1)
-        self.mean = torch.where(count > 0, self.decay * self.mean + (1 - self.decay) * seen, self.mean).clamp(min=1e-8)
+        self.mean.copy_(torch.where(count > 0, self.decay * self.mean + (1 - self.decay) * seen, self.mean).clamp(min=1e-8))
         return weight
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -243,7 +243,7 @@ class TimeBalance:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         "Put the running means back."
-        self.mean = state["mean"].to(self.mean.device)
+        self.mean.copy_(state["mean"])
 
 # %% ../nbs/05_patchdiff.ipynb #040cb3c7
 def draw_pictures(
@@ -255,13 +255,12 @@ def draw_pictures(
 ) -> tuple[Tensor, Tensor]:  # (batch, 3, h, w) in [-1, 1] and (2, h, w) or (batch, 2, h, w)
     "A batch for PatchDiff: whole pictures, or random crops with their coordinates."
     chosen = torch.randint(len(pictures), (batch,), generator=generator, device=pictures.device)
-    x, (height, width) = to_model(pictures[chosen]), coords.shape[-2:]
-    if not crop or crop >= min(height, width): return x, coords
-    first = lambda n: (torch.randint(n + 1, (batch,), generator=generator, device=pictures.device) - crop // 2).clamp(0, n - crop).tolist()
-    rows, columns = first(height), first(width)
-    cuts = [(slice(r, r + crop), slice(c, c + crop)) for r, c in zip(rows, columns)]
-    return (torch.stack([p[:, r, c] for p, (r, c) in zip(x, cuts)]).contiguous(memory_format=torch.channels_last),
-            torch.stack([coords[:, r, c] for r, c in cuts]))
+    height, width = coords.shape[-2:]
+    if not crop or crop >= min(height, width): return to_model(pictures[chosen]), coords
+    first = lambda n: (torch.randint(n + 1, (batch,), generator=generator, device=pictures.device) - crop // 2).clamp(0, n - crop)
+    along = torch.arange(crop, device=pictures.device)
+    rows, columns = (first(height)[:, None] + along)[:, :, None], (first(width)[:, None] + along)[:, None]
+    return to_model(pictures[chosen[:, None, None], rows, columns]), coords[:, rows, columns].movedim(1, 0)
 
 # %% ../nbs/05_patchdiff.ipynb #515fbade
 def new_patchdiff(
@@ -345,7 +344,7 @@ def generate(
         done, fits = 0, config.sample_batch
         while done < config.n_samples:
             left = config.n_samples - done
-            found, fits = halving(lambda n, left=left: to_bytes(sample(model, min(n, left), config.size, alpha_bar, generator, config.sample_steps)), fits)
+            found, fits = halving(lambda n, left=left: to_bytes(sample(model, min(n, left), config.size, alpha_bar, generator, config.sample_steps, spacing=config.spacing)), fits)
             made[done : done + len(found)] = found
             done += len(found); bar.update(len(found))
     return made

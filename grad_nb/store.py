@@ -6,18 +6,22 @@
 __all__ = ['log', 'atomic_path', 'lock_file', 'lock', 'alone', 'write_json', 'read_json', 'write_array', 'read_array',
            'tensors_sha256', 'write_tensors', 'read_tensors', 'stage_seed', 'seeded_weights', 'stage_generator',
            'save_checkpoint', 'load_checkpoint', 'fingerprint', 'file_sha256', 'array_sha256', 'versions',
-           'device_name', 'pick_device', 'bf16_supported', 'autocast', 'halving', 'run_steps']
+           'device_name', 'pick_device', 'bf16_supported', 'autocast', 'halving', 'TimeUp', 'time_limit', 'time_left',
+           'keep_memory', 'run_steps']
 
 # %% ../nbs/00b_store.ipynb #a90f3053
+import ctypes
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
@@ -363,6 +367,36 @@ def _restore(part: Any, state: Any) -> None:
         for name, value in moments.items():
             if value.ndim and value.shape == weight.shape: moments[name] = torch.empty_like(weight).copy_(value)
 
+# %% ../nbs/00b_store.ipynb #train002
+class TimeUp(Exception):
+    "The time is over; what was done is saved."
+
+
+_end: ContextVar[float] = ContextVar("end of the time that is left", default=math.inf)
+
+
+@contextmanager
+def time_limit(
+    seconds: float,  # from now on
+) -> Iterator[None]:
+    "Inside the `with`, loops of `run_steps` save their state and raise `TimeUp` when the time is over."
+    token = _end.set(time.monotonic() + seconds)
+    try: yield
+    finally: _end.reset(token)
+
+
+def time_left() -> float:  # seconds; infinity without a limit
+    "What is left of the innermost `time_limit`."
+    return _end.get() - time.monotonic()
+
+# %% ../nbs/00b_store.ipynb #train004
+def keep_memory() -> bool:  # whether the C library agreed
+    "Let freed memory serve the next step instead of returning to the system (glibc; elsewhere nothing happens)."
+    trim_threshold, mmap_threshold = -1, -3  # parameters of mallopt(3)
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError): return False
+    return bool(mallopt(mmap_threshold, 1 << 30) and mallopt(trim_threshold, 2**31 - 1))
+
 # %% ../nbs/00b_store.ipynb #186830e1
 def run_steps(
     step: Callable[[int], Tensor],  # number of the step → its figures, a detached tensor (len(names),)
@@ -374,22 +408,26 @@ def run_steps(
     every: int = 200,  # steps between checkpoints
     label: str = "training",  # the progress bar's text
     progress: bool = True,  # show a progress bar
+    pause: float = 0.0,  # seconds between checkpoints, at least
 ) -> pd.DataFrame:  # (steps, len(names)): the figures of every step
-    "Run a training that can be killed at any time and continues bit for bit."
-    done, rows = 0, []
+    "Run a training that can be killed at any time and continues bit for bit. `TimeUp` at the end of a `time_limit`; the state is saved."
+    done, rows, saved_at = 0, [], time.monotonic()
+    keep_memory()
     if checkpoint and (saved := load_checkpoint(checkpoint, key)):
         rows, done = list(saved.pop("rows").unbind()), saved.pop("done")
         for name, value in saved.items(): _restore(state[name], value)
         log.info("%s continues after step %d of %d", label, done, steps)
+    save = lambda n: checkpoint and save_checkpoint(checkpoint, key, rows=_together(rows), done=n, **{k: _state_of(v) for k, v in state.items()})
     for i in (bar := tqdm(range(done, steps), label, initial=done, total=steps, disable=not progress)):
+        if time_left() <= 0: bar.close(); save(i); raise TimeUp(f"{label}: {i:,} of {steps:,} steps done")
         rows.append(step(i).double())
         if progress and (i + 1) % 50 == 0: bar.set_postfix({names[0]: f"{_together(rows[-50:])[:, 0].mean().item():.4f}"})
-        if checkpoint and (i + 1) % every == 0 and i + 1 < steps:
-            save_checkpoint(checkpoint, key, rows=_together(rows), done=i + 1, **{k: _state_of(v) for k, v in state.items()})
+        if (i + 1) % every == 0 and i + 1 < steps and time.monotonic() - saved_at >= pause: save(i + 1); saved_at = time.monotonic()
+    if done < steps and time_left() < math.inf: save(steps)  # what comes next may be cut off
     return pd.DataFrame(_together(rows).numpy() if rows else [], columns=list(names))
 
 
 def _together(rows: list[Tensor]) -> Tensor:
     "Rows as one tensor on the CPU; those of a resumed training are there already, the new ones may be on a GPU."
     new = next((i for i, row in enumerate(rows) if row.device.type != "cpu"), len(rows))
-    return torch.cat([torch.stack(part).cpu() for part in (rows[:new], rows[new:]) if part])
+    return torch.cat([torch.stack(part).cpu() for part in (rows[:new], rows[new:]) if part]) if rows else torch.empty(0, 0)

@@ -80,7 +80,7 @@ def batch_losses(
     reweight: bool = True,  # False: all weights equal
 ) -> tuple[Tensor, dict[str, Tensor]]:  # the total loss of Eq. 7, and its parts with the effective sample sizes
     "Equation 7 for one batch; the features are pushed into the banks."
-    config, detector, x = learner.config, learner.detector, torch.cat([batch.positives, batch.negatives])
+    config, detector, x = learner.config, learner.detector, batch.patches
     seen = noised(x, config.sigma_c, learner.generator) if config.shared_pass and config.alpha_1 else x
     features = detector.features(seen)
     logits, flat = detector.head(features).float().flatten(), features.float().movedim(1, -1).flatten(0, 2)

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(p.stem for p in (ROOT / "grad_nb").glob("*.py") if p.stem[0] != "_")
-TOOLS = ("nbdev", "papermill", "IPython", "ipykernel", "jupyter_core", "nbconvert", "nbformat", "diffusers", "onnx", "onnxruntime", "hypothesis")
+TOOLS = ("nbdev", "papermill", "IPython", "ipykernel", "jupyter_core", "nbconvert", "nbformat", "diffusers", "onnx", "onnxruntime", "hypothesis", "panel", "bokeh")
 
 
 def test_every_module_imports_with_the_tools_out_of_reach():
@@ -67,7 +67,7 @@ def test_the_wheel_works_in_an_empty_environment(tmp_path):
     code = (f"import importlib, importlib.util\nfor name in {MODULES!r}: importlib.import_module('grad_nb.' + name)\n"
             f"assert not [n for n in ('nbdev', 'papermill', 'IPython', 'ipykernel', 'nbconvert') if importlib.util.find_spec(n)]")
     subprocess.run([python, "-c", code], check=True, cwd=tmp_path)
-    made = subprocess.run([binaries / "grad_data", str(tmp_path / "data"), "--category", "trays", "--size", "64", "--quiet"], capture_output=True, text=True)
+    made = subprocess.run([binaries / "grad_data", "trays", str(tmp_path / "data"), "--size", "64", "--quiet"], capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     tiny = ("generator.width=8 generator.steps=3 generator.batch=2 generator.n_samples=4 generator.sample_steps=2 "
             "detector.width=0.1 detector.steps=3 evaluation.map_size=64")
