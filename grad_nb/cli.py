@@ -52,7 +52,7 @@ def plain_errors(
         except BrokenPipeError: _leave_pipe(); sys.exit(141)
         except (ValueError, OSError, RuntimeError, MemoryError) as e:
             if kwargs.get("debug") or os.environ.get("GRAD_NB_DEBUG"): raise
-            print(f"{command.__name__}: {str(e) or type(e).__name__}", file=sys.stderr)
+            print(f"{command.__name__}: {'; '.join(str(e).splitlines()) or type(e).__name__}", file=sys.stderr)
             sys.exit(2)
     return wrapped
 

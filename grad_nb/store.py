@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['log', 'atomic_path', 'lock_file', 'lock', 'alone', 'write_json', 'read_json', 'write_array', 'read_array',
-           'tensors_sha256', 'write_tensors', 'read_tensors', 'check_sealed', 'stage_seed', 'seeded_weights',
-           'stage_generator', 'save_checkpoint', 'load_checkpoint', 'fingerprint', 'file_sha256', 'array_sha256',
-           'versions', 'device_name', 'pick_device', 'git_state', 'bf16_supported', 'autocast', 'halving', 'TimeUp',
-           'time_limit', 'time_left', 'keep_memory', 'run_steps']
+           'tensors_sha256', 'write_tensors', 'read_tensors', 'stage_seed', 'seeded_weights', 'stage_generator',
+           'save_checkpoint', 'load_checkpoint', 'fingerprint', 'file_sha256', 'array_sha256', 'versions',
+           'device_name', 'pick_device', 'git_state', 'bf16_supported', 'autocast', 'halving', 'TimeUp', 'time_limit',
+           'time_left', 'keep_memory', 'run_steps']
 
 # %% ../nbs/00b_store.ipynb #a90f3053
 import ctypes
@@ -136,8 +136,8 @@ def read_array(
 ) -> np.ndarray:  # a read-only memory map
     "Open an array without loading it; `ValueError` names the file if it is not one."
     try: found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as e:
-        if isinstance(e, FileNotFoundError): raise
+    except FileNotFoundError: raise
+    except Exception as e:  # a damaged head gives ValueError, EOFError, SyntaxError, TokenError, OverflowError, ...
         raise ValueError(f"{path} is not an array that can be read ({e}); delete it and make it again") from None
     if not isinstance(found, np.ndarray): raise ValueError(f"{path} is not an array but an archive; delete it and make it again")
     return found
@@ -176,24 +176,13 @@ def read_tensors(
         with safe_open(str(path), framework="pt") as f:
             tensors, about = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
         meta = json.loads(about.get("json", "null"))
-    except (SafetensorError, json.JSONDecodeError, RecursionError) as e:
+    except (SafetensorError, ValueError, RecursionError) as e:
         raise ValueError(_why_not(path, e)) from None
-    seal = about.get("sha256")
-    if seal and seal != tensors_sha256(tensors, about.get("json", "null")): raise ValueError(_changed(path))
+    if not (seal := about.get("sha256")):
+        raise ValueError(f"{path} has no checksum: something else than grad_nb wrote it, or a version before its first release, or it was damaged; get it again")
+    if seal != tensors_sha256(tensors, about.get("json", "null")):
+        raise ValueError(f"{path} was changed after it was written: its checksum does not fit; get the file again")
     return tensors, meta
-
-
-def check_sealed(
-    path: str | Path,  # a file that `read_tensors` could read
-) -> None:
-    "`ValueError` if a file has lost its checksum; the tensors are not read again."
-    with safe_open(str(path), framework="pt") as f: about = f.metadata() or {}
-    if not about.get("sha256"): raise ValueError(_changed(path))
-
-
-def _changed(path: str | Path) -> str:
-    "What is said of a file whose checksum is wrong or gone."
-    return f"{path} was changed after it was written: its checksum does not fit; get the file again"
 
 # %% ../nbs/00b_store.ipynb #db78080c
 def _why_not(path: str | Path, error: Exception) -> str:
