@@ -32,7 +32,7 @@ from .detector import load_detector
 from .evaluation import MapStats
 from .explain import Explanation
 from .grad import GRAD, colour_limits
-from .plots import explanation_figure, heat_overlay, map_overlays, score_histogram
+from .plots import at_most, explanation_figure, heat_overlay, map_overlays, score_histogram
 from .store import pick_device, read_array, read_json
 
 # %% ../nbs/16b_show.ipynb #show0006
@@ -159,23 +159,13 @@ def verdict(
     return f"{gallery.names[i]}: {sample.type}, score {gallery.scores[i]:.3f} {'>' if above else '<='} {threshold:.3f}: {outcome}"
 
 # %% ../nbs/16b_show.ipynb #show0017
-def _at_most(
-    pixels: np.ndarray,  # (H, W, 3) uint8
-    side: int = 768,  # longest side that is shown, pixels
-) -> np.ndarray:  # (h, w, 3) uint8
-    "A picture in its own proportions, made smaller if it is too large to be shown."
-    scale = side / max(pixels.shape[:2])
-    if scale >= 1: return pixels
-    return np.asarray(Image.fromarray(pixels).resize([max(1, round(n * scale)) for n in pixels.shape[1::-1]], Image.Resampling.LANCZOS))
-
-
 def picture_figure(
     gallery: Gallery,  # the run
     i: int,  # number of the picture
 ) -> Figure:
     "A test picture, its map with the colour scale, and its true defect. `DataError` if picture or mask cannot be read any more."
     sample, limits = gallery.samples[i], gallery.model.map_limits_
-    pixels, heat = _at_most(read_image(sample.path)), np.asarray(gallery.maps[i], np.float32)
+    pixels, heat = at_most(read_image(sample.path), 768), np.asarray(gallery.maps[i], np.float32)
     figure = Figure(figsize=(9.4, 2.9 * pixels.shape[0] / pixels.shape[1] + 0.4), dpi=100, layout="constrained")
     axes = dict(zip(("picture", "map", "bar", "truth"), figure.subplots(1, 4, width_ratios=(1, 1, 0.05, 1))))
     axes["picture"].imshow(pixels); axes["map"].imshow(heat_overlay(pixels, heat, limits)); axes["truth"].imshow(_outlined(sample, pixels))
