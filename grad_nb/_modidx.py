@@ -390,6 +390,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'grad_nb.show.open_gallery': ('show.html#open_gallery', 'grad_nb/show.py'),
                               'grad_nb.show.or_text': ('show.html#or_text', 'grad_nb/show.py'),
                               'grad_nb.show.picture_figure': ('show.html#picture_figure', 'grad_nb/show.py'),
+                              'grad_nb.show.plain_text': ('show.html#plain_text', 'grad_nb/show.py'),
                               'grad_nb.show.png': ('show.html#png', 'grad_nb/show.py'),
                               'grad_nb.show.sheet_figure': ('show.html#sheet_figure', 'grad_nb/show.py'),
                               'grad_nb.show.tally': ('show.html#tally', 'grad_nb/show.py'),
