@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(p.stem for p in (ROOT / "grad_nb").glob("*.py") if p.stem[0] != "_")
-TOOLS = ("nbdev", "papermill", "IPython", "ipykernel", "jupyter_core", "nbconvert", "nbformat", "diffusers", "onnx", "onnxruntime", "hypothesis")
+TOOLS = ("nbdev", "papermill", "IPython", "ipykernel", "jupyter_core", "nbconvert", "nbformat", "diffusers", "onnx", "onnxruntime", "hypothesis", "panel", "bokeh")
 
 
 def test_every_module_imports_with_the_tools_out_of_reach():
