@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['save_figure', 'speed_figure', 'picture_rows', 'picture_table', 'field_figure', 'history_curves', 'FeatureCloud',
            'coords_rgb', 'times', 'patches_figure', 'weight_overlay', 'weight_figure', 'map_limits', 'heat_overlay',
-           'save_picture', 'Localised', 'localisation_figure', 'map_overlays', 'explanation_figure', 'score_histogram']
+           'save_picture', 'Localised', 'localisation_figure', 'map_overlays', 'at_most', 'explanation_figure',
+           'score_histogram']
 
 # %% ../nbs/13_plots.ipynb #75c0f9c7
 from collections.abc import Mapping, Sequence
@@ -375,25 +376,50 @@ def map_overlays(
     return localisation_figure({"": Localised(pictures, maps, limits, masks, titles)}, side, bar=False)
 
 # %% ../nbs/13_plots.ipynb #c7d55b3e
+def at_most(
+    pixels: np.ndarray,  # (H, W, 3) uint8
+    side: int,  # longest side, pixels
+) -> np.ndarray:  # (h, w, 3) uint8; the picture itself if it is not larger
+    "A picture in its own proportions, small enough to be shown."
+    scale = side / max(pixels.shape[:2])
+    if scale >= 1: return pixels
+    return np.asarray(Image.fromarray(pixels).resize([max(1, round(n * scale)) for n in pixels.shape[1::-1]], Image.Resampling.LANCZOS))
+
+
+def _framed(
+    ax: plt.Axes,  # where
+    known: np.ndarray | None,  # (34, 34, 3) uint8, or None if there is none
+    colour: str,  # of the frame
+    title: str,  # above it
+) -> None:
+    "A patch in a frame of the colour of its box."
+    ax.set_title(title, fontsize=7)
+    if known is None: return _bare(ax)
+    ax.imshow(known, interpolation="nearest")
+    ax.set_xticks([]); ax.set_yticks([])
+    for edge in ax.spines.values(): edge.set(visible=True, color=colour, linewidth=2)
+
+# %% ../nbs/13_plots.ipynb #plot0010
 def explanation_figure(
     explanation: Explanation,  # of `GRAD.explain`
     side: float = 1.5,  # side of one picture, inches
 ) -> Figure:
-    "The evidence of each detector in a row: place, patch, nearest normal and nearest generated patch."
-    levels = explanation.levels
-    figure, axes = plt.subplots(len(levels), 4, figsize=(4.4 * side, 1.3 * side * len(levels)), dpi=72, squeeze=False, layout="constrained")
-    shown = heat_overlay(explanation.picture, explanation.heat_map, explanation.limits)
-    origin = lambda known: "none kept" if known is None else f"picture {known.picture}, distance {known.distance:.2f}"
+    "The evidence of each detector in a row: place, map, patch, nearest normal and nearest generated patch."
+    levels, shown = explanation.levels, at_most(explanation.picture, 768)
+    heat, scale = heat_overlay(shown, explanation.heat_map, explanation.limits), shown.shape[0] / explanation.picture.shape[0]
+    figure, axes = plt.subplots(len(levels), 5, figsize=(5.4 * side, 1.35 * side * len(levels)), dpi=72, squeeze=False, layout="constrained")
     for line, found in zip(axes, levels):
-        left, top, right, bottom = found.box
-        line[0].imshow(shown)
-        line[0].add_patch(plt.Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, color="cyan", lw=1.2))
-        line[1].imshow(found.patch)
-        for ax, known in zip(line[2:], (found.normal, found.contrastive)):
-            if known is not None: ax.imshow(known.patch)
-        titles = (f"level {found.level}, score {found.score:.2f}", "the patch", f"nearest normal\n{origin(found.normal)}",
-                  f"nearest generated\n{origin(found.contrastive)}")
-        for ax, title in zip(line, titles): ax.set_title(title, fontsize=7); _bare(ax)
+        line[0].imshow(shown); line[1].imshow(heat)
+        line[0].set_title("the patch and its neighbours", fontsize=7); line[1].set_title(f"level {found.level}, score {found.score:.2f}", fontsize=7)
+        for ax in line[:2]: _bare(ax)
+        near = {"cyan": (found, "highest patch"), "limegreen": (found.normal, "nearest normal"), "orange": (found.contrastive, "nearest generated")}
+        for ax, (colour, (known, title)) in zip(line[2:], near.items()):
+            said = "none kept" if known is None else "" if known is found else f"picture {known.picture}, distance {known.distance:.2f}"
+            _framed(ax, None if known is None else known.patch, colour, f"{title}\n{said}")
+            if known is None: continue
+            left, top, right, bottom = (scale * edge for edge in known.box)
+            box = dict(fill=False, color=colour, lw=1.6 if known is found else 1.1, ls="-" if known is found else "--")
+            line[0].add_patch(plt.Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, **box))
     verdict = "anomalous" if explanation.anomalous else "normal"
     figure.suptitle(f"{verdict}: score {explanation.score:.2f}, threshold {explanation.threshold:.2f}", fontsize=8)
     return figure

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NORMALS', 'ORDERS', 'MAX_UPLOAD', 'LOOPBACK', 'model_of_run', 'Gallery', 'data_of_run', 'open_gallery', 'choose',
            'tally', 'verdict', 'picture_figure', 'histogram_figure', 'sheet_figure', 'judge_upload', 'told', 'png',
-           'or_text', 'browse_tab', 'drop_tab', 'make_page', 'free_port', 'open_for_show', 'grad_show']
+           'plain_text', 'or_text', 'browse_tab', 'drop_tab', 'make_page', 'free_port', 'open_for_show', 'grad_show']
 
 # %% ../nbs/16b_show.ipynb #show0004
 import contextlib
@@ -32,7 +32,7 @@ from .detector import load_detector
 from .evaluation import MapStats
 from .explain import Explanation
 from .grad import GRAD, colour_limits
-from .plots import explanation_figure, heat_overlay, map_overlays, score_histogram
+from .plots import at_most, explanation_figure, heat_overlay, map_overlays, score_histogram
 from .store import pick_device, read_array, read_json
 
 # %% ../nbs/16b_show.ipynb #show0006
@@ -137,7 +137,7 @@ def choose(
     if order == "by name": return found
     return found[np.argsort(gallery.scores[found] * (-1 if order == ORDERS[0] else 1), kind="stable")]
 
-
+# %% ../nbs/16b_show.ipynb #show0034
 def tally(
     gallery: Gallery,  # the run
     threshold: float,  # above it a picture is called anomalous
@@ -159,23 +159,13 @@ def verdict(
     return f"{gallery.names[i]}: {sample.type}, score {gallery.scores[i]:.3f} {'>' if above else '<='} {threshold:.3f}: {outcome}"
 
 # %% ../nbs/16b_show.ipynb #show0017
-def _at_most(
-    pixels: np.ndarray,  # (H, W, 3) uint8
-    side: int = 768,  # longest side that is shown, pixels
-) -> np.ndarray:  # (h, w, 3) uint8
-    "A picture in its own proportions, made smaller if it is too large to be shown."
-    scale = side / max(pixels.shape[:2])
-    if scale >= 1: return pixels
-    return np.asarray(Image.fromarray(pixels).resize([max(1, round(n * scale)) for n in pixels.shape[1::-1]], Image.Resampling.LANCZOS))
-
-
 def picture_figure(
     gallery: Gallery,  # the run
     i: int,  # number of the picture
 ) -> Figure:
     "A test picture, its map with the colour scale, and its true defect. `DataError` if picture or mask cannot be read any more."
     sample, limits = gallery.samples[i], gallery.model.map_limits_
-    pixels, heat = _at_most(read_image(sample.path)), np.asarray(gallery.maps[i], np.float32)
+    pixels, heat = at_most(read_image(sample.path), 768), np.asarray(gallery.maps[i], np.float32)
     figure = Figure(figsize=(9.4, 2.9 * pixels.shape[0] / pixels.shape[1] + 0.4), dpi=100, layout="constrained")
     axes = dict(zip(("picture", "map", "bar", "truth"), figure.subplots(1, 4, width_ratios=(1, 1, 0.05, 1))))
     axes["picture"].imshow(pixels); axes["map"].imshow(heat_overlay(pixels, heat, limits)); axes["truth"].imshow(_outlined(sample, pixels))
@@ -221,7 +211,7 @@ def sheet_figure(
     size = gallery.maps.shape[-1]
     chosen, maps = [gallery.samples[i] for i in numbers], np.asarray(gallery.maps[numbers], np.float32)
     masks = np.stack([load_mask(s, size) if s.masks else np.zeros((size, size), bool) for s in chosen])
-    titles = [f"{s.path.parent.name[:12]} {s.path.stem[:8]}\n{gallery.scores[i]:.2f}".replace("$", " ") for i, s in zip(numbers, chosen)]
+    titles = [f"{s.type[:13]}\n{s.path.stem[-8:]}: {gallery.scores[i]:.2f}".replace("$", " ") for i, s in zip(numbers, chosen)]
     return map_overlays(load_images(chosen, size), maps, gallery.model.map_limits_, masks, titles)
 
 # %% ../nbs/16b_show.ipynb #show0023
@@ -261,6 +251,15 @@ def png(
         return buffer.getvalue()
 
 
+def plain_text(
+    text: str,  # anything, shown as it is
+    **styles: str,  # CSS of the whole
+) -> "pn.viewable.Viewable":  # noqa: F821
+    "Text as part of a page, never read as HTML."
+    import panel as pn
+    return pn.pane.Str(text, styles=styles, stylesheets=["pre { white-space: pre-wrap; margin: 0; font-family: inherit; }"], sizing_mode="stretch_width")
+
+
 def or_text(
     make: Callable,  # gives a figure, text, or None
 ) -> "pn.viewable.Viewable":  # noqa: F821
@@ -268,8 +267,7 @@ def or_text(
     import panel as pn
     try: made = make()
     except (ValueError, OSError, RuntimeError, MemoryError) as e: made = str(e) or type(e).__name__
-    if made is None or isinstance(made, str): return pn.pane.Str(made or "", styles={"white-space": "pre-wrap"}, sizing_mode="stretch_width")
-    return pn.pane.PNG(png(made), sizing_mode="scale_width", max_width=1000)
+    return plain_text(made or "") if made is None or isinstance(made, str) else pn.pane.PNG(png(made), sizing_mode="scale_width", max_width=1000)
 
 # %% ../nbs/16b_show.ipynb #show0028
 def browse_tab(
@@ -278,10 +276,11 @@ def browse_tab(
     "Choose a picture; see it, its map, its mask, its verdict at any threshold, and why."
     import panel as pn
     w, kinds, start = pn.widgets, sorted({s.type for s in gallery.samples}, key=lambda k: (k != "good", k)), gallery.model.offset_
-    low, high = min(gallery.scores.min(), start), max(gallery.scores.max(), start)
+    low = float(min(gallery.scores.min(), start))
+    high = max(float(gallery.scores.max()), start, low + 1e-6)
     kind = w.Select(name="type", options={"all": "all"} | {k: k for k in kinds})
     order, wrong = w.Select(name="order", options=list(ORDERS)), w.Checkbox(name="only wrong verdicts")
-    threshold = w.FloatSlider(name="threshold", start=float(low), end=float(high), value=start, step=float(high - low) / 500 or 1.0)
+    threshold = w.FloatSlider(name="threshold", start=low, end=high, value=start, step=(high - low) / 500)
     picture = w.Select(name="pictures", size=16, options={})
     reset, why = w.Button(name="the model's threshold"), w.Toggle(name="explain this picture")
     def refill(*_):
@@ -296,9 +295,9 @@ def browse_tab(
     parts = _views(gallery, picture, threshold, why)
     sheet = pn.bind(lambda options: or_text(lambda: sheet_figure(gallery, list(options.values()))), picture.param.options)
     side = pn.Column(kind, order, wrong, picture, threshold, reset, why, width=320)
-    return pn.Column(pn.Row(side, pn.Column(*parts, sizing_mode="stretch_width")), pn.pane.Str("the first of the list:"), sheet)
+    return pn.Column(pn.Row(side, pn.Column(*parts, sizing_mode="stretch_width")), plain_text("The first of the list:"), sheet)
 
-
+# %% ../nbs/16b_show.ipynb #show0035
 def _views(gallery: Gallery, picture, threshold, why) -> list:
     "What depends on the picture and the threshold."
     import panel as pn
@@ -325,7 +324,7 @@ def drop_tab(
         text = or_text(first)
         return pn.Column(text, *(or_text(lambda: explanation_figure(found[0])) for _ in found))
     hint = "PNG, JPEG, BMP, TIFF or WebP; it is judged on this computer and not kept:"
-    return pn.Column(pn.pane.Str(hint), given, pn.bind(judged, given, given.param.filename), sizing_mode="stretch_width")
+    return pn.Column(plain_text(hint), given, pn.bind(judged, given, given.param.filename), sizing_mode="stretch_width")
 
 
 def make_page(
@@ -333,10 +332,10 @@ def make_page(
 ) -> "pn.viewable.Viewable":  # noqa: F821
     "The whole page; every window of a browser gets one of its own."
     import panel as pn
-    if isinstance(found, GRAD): return pn.Column(pn.pane.Str("a model", styles={"font-size": "1.4em"}), drop_tab(found), sizing_mode="stretch_width")
-    head = pn.pane.Str(found.title, styles={"font-size": "1.4em"})
-    notes = pn.pane.Str("\n".join(found.notes), styles={"white-space": "pre-wrap", "color": "#444"}, sizing_mode="stretch_width")
-    return pn.Column(head, notes, pn.Tabs(("test pictures", browse_tab(found)), ("a picture of your own", drop_tab(found.model))), sizing_mode="stretch_width")
+    large = {"font-size": "1.4em"}
+    if isinstance(found, GRAD): return pn.Column(plain_text(f"a model, threshold {found.offset_:.3f}", **large), drop_tab(found), sizing_mode="stretch_width")
+    tabs = pn.Tabs(("test pictures", browse_tab(found)), ("a picture of your own", drop_tab(found.model)), sizing_mode="stretch_width")
+    return pn.Column(plain_text(found.title, **large), plain_text("\n".join(found.notes), color="#444"), tabs, sizing_mode="stretch_width")
 
 # %% ../nbs/16b_show.ipynb #show0031
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -389,3 +388,4 @@ def grad_show(
     room = 2 * MAX_UPLOAD  # a file travels as base64
     pn.serve(lambda: make_page(found), port=port, address=host, show=browser, title="grad_nb", websocket_origin=origins,
              websocket_max_message_size=room, http_server_kwargs={"max_buffer_size": room}, verbose=False)
+    raise KeyboardInterrupt  # the server returns only when it is told to stop

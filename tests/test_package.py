@@ -1,7 +1,9 @@
 """What is installed: the library runs without the tools that its notebooks are made with."""
 import ast
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -9,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from fastcore.script import anno_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(p.stem for p in (ROOT / "grad_nb").glob("*.py") if p.stem[0] != "_")
@@ -51,6 +54,17 @@ def test_public_functions_are_documented():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and node.col_offset == 0:
                 assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
+
+
+COMMANDS = re.findall(r"^    (grad_\w+) = ([\w.]+):(\w+)$", (ROOT / "settings.ini").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command, module, name", COMMANDS)
+def test_every_command_and_each_of_its_options_says_what_it_does(command, module, name):
+    parser = anno_parser(getattr(importlib.import_module(module), name), prog=command)
+    assert command == name and parser.description and len(parser.description.splitlines()[0]) > 20
+    for action in parser._actions: assert action.help and len(action.help) > 8, f"{command} does not say what {action.dest} is"
+    assert parser.format_help().startswith(f"usage: {command}")
 
 
 @pytest.mark.slow
