@@ -28,7 +28,7 @@ from .detector import Detector, load_detector, save_detector
 from .evaluation import MapStats, fuse, image_scores, resize_pictures, score_maps, summary, trivial
 from .metrics import OnDemand, area_to, au_pro, auroc_interval, average_precision, f1_max, pixel_auroc_ap, resize_map, spro_curve, write_tiff_maps
 from .patchdiff import generate, save_patchdiff, train_patchdiff
-from .store import (alone, atomic_path, device_name, file_sha256, fingerprint, git_state, pick_device, read_array, read_json,
+from .store import (TimeUp, alone, atomic_path, device_name, file_sha256, fingerprint, git_state, pick_device, read_array, read_json,
                            versions, write_array, write_json)
 from .training import train_detector
 
@@ -136,14 +136,19 @@ def run_stage(
     make: Callable[[], tuple[dict, Sequence[str]]],  # does the work → figures to record, and the files written
     device: str | torch.device = "cpu",  # where it computes, for the record
 ) -> dict:  # the record; "skipped" tells whether anything was done
-    "Run a stage, or take its record if nothing has changed. `ValueError` if another process is at it."
+    "Run a stage, or take its record if nothing has changed; one that is cut by a `time_limit` adds up its seconds. `ValueError` if another process is at it."
     def record_of() -> dict | None: return (found := stage_done(folder, name, key)) and found | {"skipped": True}
     if record := record_of(): return record
     with alone(folder / f".{name}.lock", f"{folder} ({name})", patience=PATIENCE):
         if record := record_of(): return record
-        start = time.perf_counter()
-        figures, files = make()
-        record = {"stage": name, "fingerprint": key, "seconds": round(time.perf_counter() - start, 2), "device": device_name(device),
+        start, pieces = time.perf_counter(), folder / f".{name}.pieces.json"
+        try: before = read_json(pieces)["seconds"] if read_json(pieces)["fingerprint"] == key else 0.0
+        except (FileNotFoundError, ValueError, KeyError, TypeError): before = 0.0
+        spent = lambda: round(before + time.perf_counter() - start, 2)
+        try: figures, files = make()
+        except TimeUp: write_json(pieces, {"fingerprint": key, "seconds": spent()}); raise
+        pieces.unlink(missing_ok=True)
+        record = {"stage": name, "fingerprint": key, "seconds": spent(), "device": device_name(device),
                   "versions": versions(), "outputs": {f: file_sha256(folder / f) for f in files}, **figures}
         write_json(folder / f"{name}.json", record)
     log.info("%s: %s took %.1f s", folder, name, record["seconds"])
@@ -173,14 +178,14 @@ def make_contrastive(
     "Train a PatchDiff and make its contrastive set: the work of a generate stage."
     tag = f"{level:02d}"
     files = [f"generator-{tag}.safetensors", f"contrastive/level-{tag}.npy", f"history/generate-{tag}.csv"]
-    checkpoint, start = folder / f"generator-{tag}.checkpoint", time.perf_counter()
+    checkpoint, sampled, start = folder / f"generator-{tag}.checkpoint", folder / f"contrastive-{tag}.checkpoint", time.perf_counter()
     model, history = train_patchdiff(normals, level, config, seed, device, checkpoint, progress)
     trained = time.perf_counter()
-    made = generate(model, config, seed, device, progress)
+    made = generate(model, config, seed, device, progress, sampled)
     save_patchdiff(folder / files[0], model)
     write_array(folder / files[1], made)
     write_table(folder / files[2], history)
-    checkpoint.unlink(missing_ok=True)
+    for file in (checkpoint, sampled): file.unlink(missing_ok=True)
     seconds = {"train": round(trained - start, 2), "sample": round(time.perf_counter() - trained, 2)}
     return {"level": level, "loss": history.loss.tail(100).mean(), "parts": seconds}, files
 

@@ -7,7 +7,7 @@ __all__ = ['log', 'atomic_path', 'lock_file', 'lock', 'alone', 'write_json', 're
            'tensors_sha256', 'write_tensors', 'read_tensors', 'stage_seed', 'seeded_weights', 'stage_generator',
            'save_checkpoint', 'load_checkpoint', 'fingerprint', 'file_sha256', 'array_sha256', 'versions',
            'device_name', 'pick_device', 'git_state', 'bf16_supported', 'autocast', 'halving', 'TimeUp', 'time_limit',
-           'time_left', 'keep_memory', 'run_steps']
+           'pause_of', 'time_left', 'keep_memory', 'run_steps']
 
 # %% ../nbs/00b_store.ipynb #a90f3053
 import ctypes
@@ -395,6 +395,13 @@ def time_limit(
     token = _end.set(time.monotonic() + seconds)
     try: yield
     finally: _end.reset(token)
+
+
+def pause_of(
+    device: str | torch.device,  # where a training runs
+) -> float:  # seconds between checkpoints, at least
+    "On a GPU a step is so short that writing a checkpoint after every few of them would take longer than they do."
+    return 30.0 if torch.device(device).type == "cuda" else 0.0
 
 
 def time_left() -> float:  # seconds; infinity without a limit
