@@ -44,7 +44,12 @@ def close_figures():
 
 def pictures(n, side=12, seed=0): return np.random.default_rng(seed).integers(0, 256, (n, side, side, 3), np.uint8)
 def shown(figure): return [np.asarray(ax.images[0].get_array()) for ax in figure.axes if ax.images]
-def words(figure): return [t.get_text() for t in figure.findobj(plt.Text) if t.get_text()]
+
+
+def words(figure):
+    "All texts of a figure; labels of ticks are there once it was drawn."
+    figure.canvas.draw()
+    return [t.get_text() for t in figure.findobj(plt.Text) if t.get_text() and t.get_visible()]
 
 
 def overlapping(figure):
@@ -88,7 +93,6 @@ def test_field_figure_marks_the_support_and_dims_the_rest():
     whole, five, seventeen, noised, made, empty = figure.axes
     assert [(p.get_xy(), p.get_width(), p.get_height()) for p in whole.patches] == [((6.5, 9.5), 5, 5), ((0.5, 3.5), 17, 17)]
     window, (x, y) = np.asarray(five.images[0].get_array()), five.patches[0].get_xy()
-    assert (window == picture).all(-1).sum() == 0 or window.shape != picture.shape
     y, x = int(y + 0.5), int(x + 0.5)
     assert (window[y - 2 : y + 3, x - 2 : x + 3] == picture[10:15, 7:12]).all() and window[y, x + 4].min() >= 191  # pale outside
     assert "17 × 17" in seventeen.get_title() and made.images and not empty.images and not overlapping(figure)
