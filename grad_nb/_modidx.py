@@ -687,6 +687,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'grad_nb.unpack._Progress': ('unpack.html#_progress', 'grad_nb/unpack.py'),
                                 'grad_nb.unpack._Progress.__init__': ('unpack.html#_progress.__init__', 'grad_nb/unpack.py'),
                                 'grad_nb.unpack._Progress.read': ('unpack.html#_progress.read', 'grad_nb/unpack.py'),
+                                'grad_nb.unpack._decompressed': ('unpack.html#_decompressed', 'grad_nb/unpack.py'),
                                 'grad_nb.unpack._hash': ('unpack.html#_hash', 'grad_nb/unpack.py'),
                                 'grad_nb.unpack._refusal': ('unpack.html#_refusal', 'grad_nb/unpack.py'),
                                 'grad_nb.unpack._workplace': ('unpack.html#_workplace', 'grad_nb/unpack.py'),

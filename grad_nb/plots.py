@@ -39,18 +39,21 @@ def save_figure(
 
 # %% ../nbs/13_plots.ipynb #f1a00002
 def _bubbles(ax: plt.Axes, points: pd.DataFrame, area: float) -> None:
-    "One mark and one label for each method."
-    for p in points.itertuples():
-        colour, known = "tab:red" if p.ours else "tab:blue", np.isfinite(p.parameters)
+    "One mark and one label for each method; labels of ours take turns, because their latencies lie close together."
+    ours = 0
+    for p in points.sort_values("latency_ms").itertuples():
+        colour, known, turn = "tab:red" if p.ours else "tab:blue", np.isfinite(p.parameters), ours % 2
+        ours += bool(p.ours)
         if not np.isfinite(p.auroc):
             ax.axvline(p.latency_ms, color=colour, lw=1, ls="--")
-            ax.annotate(f"{p.method}: accuracy not measured", (p.latency_ms, 0.03), (3, 0), xycoords=("data", "axes fraction"),
-                        textcoords="offset points", rotation=90, fontsize=7, color=colour, va="bottom")
+            ax.annotate(f"{p.method}: accuracy not measured", (p.latency_ms, 0.02), (2 if turn else -2, 0), xycoords=("data", "axes fraction"),
+                        textcoords="offset points", rotation=90, fontsize=7, color=colour, va="bottom", ha="left" if turn else "right")
             continue
         style = dict(s=area * p.parameters / 1e6, alpha=0.55, color=colour) if known else dict(s=36, marker="D", facecolors="none", edgecolors=colour)
         ax.scatter(p.latency_ms, p.auroc, zorder=3, **style)
-        radius = np.sqrt(style["s"] / np.pi) if known else 4
-        ax.annotate(p.method, (p.latency_ms, p.auroc), (0, radius + 3), textcoords="offset points", fontsize=8, ha="center", color=colour if p.ours else "0.15")
+        away = (np.sqrt(style["s"] / np.pi) if known else 4) + 3
+        ax.annotate(p.method, (p.latency_ms, p.auroc), (0, -away if turn else away), textcoords="offset points", fontsize=8, ha="center",
+                    va="top" if turn else "bottom", color=colour if p.ours else "0.15")
 
 
 def speed_figure(

@@ -93,11 +93,12 @@ def test_a_link_and_a_file_through_it_write_nothing_outside(tmp_path):
 
 
 @quickly
-@given(share=st.floats(0, 0.8), mode=st.sampled_from(["w", "w:gz", "w:xz"]))
+@given(share=st.floats(0, 1, exclude_max=True), mode=st.sampled_from(["w", "w:gz", "w:xz"]))
 def test_an_archive_that_was_cut_anywhere_is_refused(tmp_path_factory, share, mode):
     folder = tmp_path_factory.mktemp("cut")
     path = archive(folder / "a", [(f"p/{i}.png", os.urandom(9000)) for i in range(4)], mode)
-    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    length = path.stat().st_size - (9216 if mode == "w" else 0)  # tar fills its last block of 10,240 bytes with zeros
+    path.write_bytes(path.read_bytes()[: int(share * length)])
     assert "damaged" in refused(path, folder / "out")
 
 
