@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -419,7 +420,7 @@ def grad_predict(
     def report(path, error): broken.append(path); print(f"grad_predict: {error}", file=sys.stderr, flush=True)
     write = _row_writer(format, ["path", "score", "anomalous"] + ["map"] * bool(maps))
     if watch: rows = watch_folder(fitted, watch, journal, every, before=draw)
-    else: rows = _rows(fitted, files, draw, report if keep_going else None)
+    else: rows = _rows(fitted, files, draw, report if keep_going else None, bool(maps))
     for row in rows:
         anomalies += row.get("anomalous", False)
         report(row["path"], row["error"]) if "error" in row else write(row)
@@ -432,10 +433,11 @@ def _rows(
     files: Sequence[Path],  # the pictures
     draw: Callable[[Path, np.ndarray], dict],  # picture and pixel map → more of its row
     report: Callable | None,  # is told of broken pictures; they are errors if None
+    maps: bool,  # whether pixel maps are needed
 ) -> Iterator[dict]:
     "The rows of grad_predict, as they are made."
-    for batch in model.stream(files, report):
-        for path, score, label, heat_map in zip(batch.paths, batch.scores, batch.labels, batch.maps):
+    for batch in model.stream(files, report, maps):
+        for path, score, label, heat_map in zip(batch.paths, batch.scores, batch.labels, repeat(None) if batch.maps is None else batch.maps):
             yield {"path": str(path), "score": round(float(score), 6), "anomalous": bool(label)} | draw(path, heat_map)
 
 # %% ../nbs/16_cli.ipynb #3c98d629
