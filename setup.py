@@ -25,7 +25,7 @@ config = ConfigParser(delimiters=["="])
 config.read(ROOT / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("run", "batch", "export", "show", "dev")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("run", "batch", "export", "show", "compare", "openvino", "dev")}
 extras["batch"] += extras["run"]
 extras["dev"] += extras["batch"] + extras["export"]
 

@@ -36,7 +36,7 @@ from .metrics import pixel_auroc_ap
 from .pipeline import (Run, contrastive_set, dataset_name, detect_key, generate_key, generate_stage, load_normals, make_contrastive, make_detector,
                               open_run, parse_overrides, run_stage, stage_done)
 from .quality import generator_report, loss_curve
-from .reproduce import lock
+from .store import lock
 from .selection import SelectionConfig, criterion, pseudo_sets, selection_split
 from .store import fingerprint, read_array, read_json, write_json
 from .tables import COLUMNS, VARIANTS, variant, write_tables

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -419,7 +420,7 @@ def grad_predict(
     def report(path, error): broken.append(path); print(f"grad_predict: {error}", file=sys.stderr, flush=True)
     write = _row_writer(format, ["path", "score", "anomalous"] + ["map"] * bool(maps))
     if watch: rows = watch_folder(fitted, watch, journal, every, before=draw)
-    else: rows = _rows(fitted, files, draw, report if keep_going else None)
+    else: rows = _rows(fitted, files, draw, report if keep_going else None, bool(maps))
     for row in rows:
         anomalies += row.get("anomalous", False)
         report(row["path"], row["error"]) if "error" in row else write(row)
@@ -432,10 +433,11 @@ def _rows(
     files: Sequence[Path],  # the pictures
     draw: Callable[[Path, np.ndarray], dict],  # picture and pixel map → more of its row
     report: Callable | None,  # is told of broken pictures; they are errors if None
+    maps: bool,  # whether pixel maps are needed
 ) -> Iterator[dict]:
     "The rows of grad_predict, as they are made."
-    for batch in model.stream(files, report):
-        for path, score, label, heat_map in zip(batch.paths, batch.scores, batch.labels, batch.maps):
+    for batch in model.stream(files, report, maps):
+        for path, score, label, heat_map in zip(batch.paths, batch.scores, batch.labels, repeat(None) if batch.maps is None else batch.maps):
             yield {"path": str(path), "score": round(float(score), 6), "anomalous": bool(label)} | draw(path, heat_map)
 
 # %% ../nbs/16_cli.ipynb #3c98d629
@@ -471,18 +473,28 @@ def grad_bench(
     runs: int = 30,  # timed runs of each row
     threads: int = 0,  # threads of CPU work, 0 = torch's default
     preset: str = "fast",  # whose training and sampling steps are timed: "paper", "fast" or "demo"
-    quick: store_true = False,  # the detectors only, and at most five runs
+    quick: store_true = False,  # the detectors and the way to a verdict only, and at most five runs
+    peers: store_true = False,  # also run other detectors beside this one; needs the option "compare"
+    protocol: store_true = False,  # also 2,000 runs of all levels, mean of the last 1,000
     json_file: str = "",  # also write the rows, with their protocol, here
     debug: store_true = False,  # show the traceback of an error
 ):
-    "Time the detectors in float32 and bf16, and a step of every training and sampling; random weights."
-    from grad_nb.benchmark import bench_detectors, bench_stages
+    "Time the detectors, every stage from a picture to a verdict, and a step of every training and sampling; random weights."
+    from grad_nb import benchmark as b
     where, runs = pick_device(device), min(runs, 5) if quick else runs
-    precisions = (False, True) if bf16_supported(where) else (False,)
-    found = {"versions": versions(), "preset": preset, "stages": [] if quick else bench_stages(_preset(preset), device=where, threads=threads),
-             "detectors": [row for bf16 in precisions for row in bench_detectors(device=where, batch=batch, bf16=bf16, threads=threads, runs=runs)]}
-    for name in ("detectors", "stages"):
-        if found[name]: print(f"{name}: random weights, milliseconds, {found[name][0]['device']}\n{_bench_table(found[name])}\n")
+    rest = {} if quick else {"stages": b.bench_stages(_preset(preset), device=where, threads=threads),
+                             "terms": b.bench_terms(_preset(preset).detector, _preset(preset).levels("mvtec_ad")[0].size, device=where, threads=threads),
+                             "ways": b.bench_ways(batch=batch, threads=threads, runs=min(runs, 10)), "growth": b.bench_growth()}
+    limits = b.ceilings(where, threads=threads)
+    found = {"versions": versions(), "preset": preset, "ceilings": limits, **rest,
+             "path": b.bench_path(batch=batch, threads=threads, runs=min(runs, 15), limits=limits) if where.type == "cpu" else [],
+             "detectors": [row for bf16 in ((False, True) if bf16_supported(where) else (False,))
+                           for row in b.bench_detectors(device=where, batch=batch, bf16=bf16, threads=threads, runs=runs)]}
+    if protocol: found["protocol"] = [b.bench_protocol(device=where)]
+    if peers: from grad_nb.peers import bench_peers; found["peers"] = bench_peers(batch=batch, threads=threads, runs=min(runs, 10))
+    print("ceilings: " + ", ".join(f"{name} {value:.0f} {'GB/s' if name == 'copy' else 'GFLOP/s'}" for name, value in limits.items()) + "\n")
+    for name in ("detectors", "path", "ways", "protocol", "peers", "stages", "terms", "growth"):
+        if found.get(name): print(f"{name}: random weights, milliseconds, {found[name][0]['device']}\n{_bench_table(found[name])}\n")
     if json_file: write_json(json_file, found)
 
 

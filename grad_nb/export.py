@@ -20,14 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from .config import EvalConfig
 from .coords import coord_map
 from .detector import Detector, map_side
 from .evaluation import HALF_DOWN, MapStats, blur_matrix, upsampling_matrix
-from .grad import GRAD
+from .grad import GRAD, check_is_fitted
 from .store import atomic_path, versions
 
 # %% ../nbs/14_export.ipynb #ca3991d9

@@ -16,9 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy.integrate import trapezoid
-from scipy.ndimage import label
-from sklearn.metrics import average_precision_score, precision_recall_curve
 from tqdm import tqdm
 
 from .data import Sample
@@ -42,6 +39,7 @@ def average_precision(
 ) -> float:  # in [0, 1], or nan if nothing is anomalous
     "Precision averaged over the recall gained at each threshold; tied scores are one threshold. `ValueError` for scores that are not finite."
     scores, labels = check_scores(scores, labels)
+    from sklearn.metrics import average_precision_score
     return float(average_precision_score(labels, scores)) if labels.any() else float("nan")
 
 
@@ -52,6 +50,7 @@ def f1_max(
     "The largest F1 of all thresholds, which the test set itself chooses. `ValueError` for scores that are not finite."
     scores, labels = check_scores(scores, labels)
     if not labels.any(): return float("nan")
+    from sklearn.metrics import precision_recall_curve
     precision, recall, _ = precision_recall_curve(labels, scores)
     return float((2 * precision * recall / np.maximum(precision + recall, 1e-300)).max())
 
@@ -108,6 +107,7 @@ def _inside(values: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def _regions(values: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, list[tuple[np.ndarray, float]]]:
     "The values inside a mask, and those of each 8-connected component with its area."
     inside, mask = _inside(values, mask)
+    from scipy.ndimage import label
     region = label(mask, np.ones((3, 3)))[0][mask]
     order = np.argsort(region, kind="stable")
     groups = np.split(inside[order], np.flatnonzero(np.diff(region[order])) + 1) if len(inside) else []
@@ -199,6 +199,7 @@ def area_to(
     if not len(fpr): return float("nan")
     k = int(np.searchsorted(fpr, limit))  # the first corner at or beyond the limit
     last = overlap[k - 1] + (limit - fpr[k - 1]) / (fpr[k] - fpr[k - 1]) * (overlap[k] - overlap[k - 1])
+    from scipy.integrate import trapezoid
     return min(float(trapezoid(np.append(overlap[:k], last), np.append(fpr[:k], limit)) / limit), 1.0)
 
 

@@ -207,7 +207,7 @@ def table_3(
     rows = [{"method": "GRAD (paper)" if name == "GRAD" else name, "latency (ms)": f"{latency[name]:g}", "FPS": f"{fps[name]:g}",
              "device": "NVIDIA Tesla V100", "protocol": "not given"} for name in latency.index]
     source = measured
-    if isinstance(measured, (str, Path)): measured = read_json(source).get("detectors", []) if str(source) else []
+    if isinstance(measured, (str, Path)): found = read_json(source) if str(source) else {}; measured = found.get("detectors", []) + [row for row in found.get("peers", []) if "error" not in row]
     try: rows += [_speed_row(row) for row in measured]
     except (KeyError, TypeError) as e: raise ValueError(f"{source} has no rows of grad_bench (no {e}); write it with grad_bench --json-file") from None
     if not measured: rows.append({"method": "GRAD here"} | dict.fromkeys(("latency (ms)", "FPS", "device", "protocol"), "-"))
@@ -218,7 +218,7 @@ def table_3(
 
 def _speed_row(row: Mapping) -> dict:
     "One measured row of Table 3, with its protocol in words."
-    return {"method": f"GRAD here, {row['detectors']}", "latency (ms)": f"{row['median_ms']:.3g} ({row['p10_ms']:.3g} to {row['p90_ms']:.3g})",
+    return {"method": row["method"] if "method" in row else f"GRAD here, {row['detectors']}", "latency (ms)": f"{row['median_ms']:.3g} ({row['p10_ms']:.3g} to {row['p90_ms']:.3g})",
             "FPS": f"{row['pictures_per_s']:.4g}", "device": row["device"],
             "protocol": f"batch {row['batch']}, {row['precision']}, transfers {row['transfers']}, {row['runs']} runs, random weights"}
 

@@ -21,7 +21,7 @@ from grad_nb.ablation import (FIGURES, KEYS, SETS, TABLE_4, Piece, ablate, ablat
                               seed_interval, slug, table_4_figures, tables_of)
 from grad_nb.config import PRESETS, override, to_dict
 from grad_nb.pipeline import load_normals, open_run
-from grad_nb.reproduce import lock
+from grad_nb.store import lock
 from grad_nb.selection import SelectionConfig, selection_split
 from grad_nb.store import read_json, write_json
 from grad_nb.tables import collect, table_4, variant

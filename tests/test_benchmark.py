@@ -12,15 +12,21 @@ from grad_nb import benchmark
 from grad_nb.benchmark import (
     Latency,
     bench_detectors,
+    bench_growth,
+    bench_protocol,
     bench_stages,
     count_operations,
     latency,
+    layer_bytes,
     operations,
     time_per_step,
+    verdict,
 )
 from grad_nb.cli import grad_bench
 from grad_nb.config import Level, override, preset
 from grad_nb.detector import TABLE_8, Decoder, Detector
+from grad_nb.evaluation import score_maps
+from grad_nb.inference import FastDetector, loops
 from grad_nb.patchdiff import PatchDiff
 from grad_nb.store import read_json
 
@@ -148,12 +154,13 @@ def test_stages_time_the_real_functions(monkeypatch):
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
-    real = bench_detectors
-    monkeypatch.setattr(benchmark, "bench_detectors", lambda **k: real((48, 34), width=0.1, **k))
+    for name, small in (("bench_detectors", {"sizes": (48, 34), "width": 0.1}), ("bench_path", {"sizes": (48, 34), "width": 0.1}), ("ceilings", {"scale": 64})):
+        monkeypatch.setattr(benchmark, name, lambda *a, real=getattr(benchmark, name), small=small, **k: real(*a, **k | small))
     grad_bench("cpu", batch=2, runs=7, threads=1, quick=True, json_file=str(tmp_path / "bench.json"))
     out, found = capsys.readouterr().out, read_json(tmp_path / "bench.json")
     assert "48 + 34" in out and "random weights" in out and "float32" in out and "cpu (1 threads)" in out
-    assert found["stages"] == [] and found["detectors"][0]["runs"] == 5 and found["detectors"][0]["batch"] == 2 and "torch" in found["versions"]
+    assert "stages" not in found and "peers" not in found and found["path"][-1]["stage"] == "bytes to score, map and label" and found["ceilings"]["copy"] > 0
+    assert found["detectors"][0]["runs"] == 5 and found["detectors"][0]["batch"] == 2 and "torch" in found["versions"]
 
 
 @pytest.mark.gpu
@@ -161,3 +168,52 @@ def test_the_command(tmp_path, capsys, monkeypatch):
 def test_on_a_gpu(transfers):
     rows = bench_detectors((64,), "cuda", batch=4, bf16=True, runs=3, transfers=transfers)
     assert rows[0]["transfers"] == ("inside" if transfers else "outside") and rows[0]["device"].startswith("cuda")
+
+
+def test_bytes_and_products_of_layers():
+    assert layer_bytes(nn.Conv2d(2, 3, 1, bias=False), torch.empty(1, 2, 4, 4)) == {"": 4 * (32 + 48 + 6)}
+    fast = FastDetector(Detector(0.1), 48)  # no layer of it is wide enough for the tiles
+    assert fast.products == sum(count_operations(Detector(0.1), 48).values())
+    assert FastDetector(Detector(), 64).products < (0.7 if loops() else 1.01) * sum(count_operations(Detector(), 64).values())
+
+
+@pytest.mark.parametrize("ms, gflop, mb, share, bound", [(10, 1, 1, 1.0, "arithmetic"), (10, 0, 50, 0.5, "memory"), (100, 1, 1, 0.1, "calls")])
+def test_what_bounds_a_stage(ms, gflop, mb, share, bound):
+    found = verdict(ms, gflop, mb, {"matmul float32": 100, "copy": 10})
+    assert found["share"] == pytest.approx(share) and found["bound"] == bound
+
+
+def test_growth_measures_what_it_says(monkeypatch):
+    seen = []
+    monkeypatch.setattr(benchmark, "score_levels", lambda nets, x, sizes, batch: seen.append((len(nets), x.shape[:2], tuple(sizes))))
+    rows = bench_growth((20,), (64,), (1,), (2,), 40, 0.1)
+    assert [(row["varies"], row["value"], row["pictures"]) for row in rows] == [("pictures", 20, 20), ("pixels", 64, 16), ("threads", 1, 64), ("levels", 2, 32)]
+    assert seen[:3] == [(1, (16, 40), (40,)), (1, (16, 40), (40,)), (1, (4, 40), (40,))] and seen[-1] == (2, (16, 80), (80, 40))
+
+
+def test_the_protocol_reports_the_second_half(monkeypatch):
+    now, calls = [0.0], []
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def judge(self, pictures): calls.append(1); now[0] += 100 if len(calls) <= 4 else 1
+    monkeypatch.setattr(benchmark.Captured, "__call__", judge)
+    row = bench_protocol((48,), "cpu", runs=8, width=0.1)
+    assert row["mean_ms"] == 1000 and row["runs"] == 8 and row["pictures_per_s"] == 1 and row["transfers"] == "none (cpu)"
+
+
+def test_all_levels_together_on_the_cpu():
+    nets, x = [Detector(0.25).eval(), Detector(0.1).eval()], torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    judge = benchmark.Captured(nets, (64, 48), 2, 64, "cpu")
+    for net, size, (scores, maps) in zip(nets, (64, 48), judge(x)):
+        assert np.allclose(maps, score_maps(net, x.numpy(), size), atol=1e-4) and torch.equal(scores, maps.amax((1, 2)))
+    with pytest.raises(ValueError, match="pictures are"): judge(x[:1])
+
+
+@pytest.mark.gpu
+def test_one_graph_for_all_levels():
+    nets, x = [Detector().eval(), Detector().eval()], torch.randint(0, 256, (2, 128, 128, 3), dtype=torch.uint8)
+    plain = [score_maps(net, x.numpy(), size) for net, size in zip(nets, (128, 64))]
+    judge = benchmark.Captured(nets, (128, 64), 2, 128, "cuda")
+    for _ in range(2):
+        for (scores, maps), expected in zip(judge(x.pin_memory()), plain):
+            assert np.abs(maps.numpy() - expected).max() < 0.05 * expected.std() and torch.equal(scores, maps.amax((1, 2)))

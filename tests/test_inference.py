@@ -1,0 +1,196 @@
+"""The fast way to a score map is the plain way: same function, same scores, fewer multiplications."""
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from grad_nb import evaluation, inference
+from grad_nb.config import preset
+from grad_nb.coords import with_coords
+from grad_nb.data import load_images, read_category
+from grad_nb.detector import Detector
+from grad_nb.evaluation import fuse, image_auroc, resize_pictures, score_levels, score_maps
+from grad_nb.grad import GRAD
+from grad_nb.inference import FastDetector, Winograd, best_tile, loops, prepared, score_map, unstrided, winograd, winograd_matrices
+
+TOLERANCE = 1e-3  # of the standard deviation of the logits
+
+
+def plain(detector, pictures):
+    "Logits by the network as it stands in Table 8."
+    x = torch.from_numpy(np.asarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.inference_mode(): return detector(with_coords(x))[:, 0]
+
+
+def pictures(n, size, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+
+
+def detector(width=1.0, seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = Detector(width).eval()
+        for conv in made.modules():
+            if isinstance(conv, nn.Conv2d): nn.init.normal_(conv.bias, std=0.1)
+        return made
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("r", [2, 3])
+def test_the_matrices_are_exact(m, r):
+    AT, G, BT = winograd_matrices(m, r)
+    g, d = torch.randn(r, dtype=torch.float64), torch.randn(m + r - 1, dtype=torch.float64)
+    assert torch.allclose(AT @ ((G @ g) * (BT @ d)), d.unfold(0, r, 1) @ g, atol=1e-10)
+
+
+def test_a_tile_without_points_is_an_error():
+    with pytest.raises(ValueError, match="points"): winograd_matrices(8, 3)
+
+
+@settings(max_examples=15, deadline=None)
+@given(m=st.sampled_from([2, 4, 6]), r=st.sampled_from([2, 3]), h=st.integers(3, 17), w=st.integers(3, 17), c=st.integers(1, 5), k=st.integers(1, 5))
+def test_the_reference_is_a_convolution(m, r, h, w, c, k):
+    x, weight, bias = torch.randn(2, h, w, c).double(), torch.randn(k, c, r, r).double(), torch.randn(k).double()
+    expected = F.conv2d(x.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1)
+    assert torch.allclose(winograd(x, weight, bias, m), expected, atol=1e-8)
+
+
+@pytest.mark.skipif(loops() is None, reason="there is no C compiler")
+@pytest.mark.parametrize("m, r, fold", [(2, 3, 1), (4, 3, 1), (6, 3, 1), (2, 2, 2), (4, 2, 2), (4, 2, 1)])
+@pytest.mark.parametrize("side", [8, 13, 19])
+def test_the_compiled_layer_is_a_convolution_with_relu(m, r, fold, side):
+    C, K = 32, 96
+    x, weight, bias = torch.randn(3, side, side, C), torch.randn(K, C, r * fold, r * fold) / C, torch.randn(K)
+    expected = F.conv2d(x.permute(0, 3, 1, 2).double(), weight.double(), bias.double(), fold).relu().permute(0, 2, 3, 1)
+    layer = Winograd(unstrided(weight) if fold == 2 else weight, bias, side, fold, m, loops())
+    found = layer(x, [torch.full((n,), torch.nan) for n in layer.memory(3)], torch.full(expected.shape, torch.nan))
+    assert layer.out == expected.shape[1] and (found - expected).abs().max() < TOLERANCE * expected.std() and found.min() == 0
+
+
+@pytest.mark.skipif(loops() is None, reason="there is no C compiler")
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 49, 241])
+def test_the_product_takes_any_number_of_rows(rows):
+    V, U, M = torch.randn(2, rows, 64), torch.randn(2, 64, 96), torch.full((2, rows, 96), torch.nan)
+    inference._call(loops().product, V, inference._packed(U, loops()), None, 2, rows, 64, 96, rows * 64, rows * 96, 48, M)
+    assert torch.allclose(M, V @ U, atol=1e-3)
+
+
+@pytest.mark.parametrize("width, size", [(1.0, 64), (1.0, 75), (0.5, 100), (0.25, 64), (0.1, 50), (0.25, 34)])
+@pytest.mark.parametrize("native", [True, False])
+def test_fast_is_plain(width, size, native, monkeypatch):
+    if not native: monkeypatch.setattr(inference, "loops", lambda: None)
+    d = detector(width)
+    fast, seen = FastDetector(d, size), pictures(5, size)
+    expected = plain(d, seen)
+    assert (fast(torch.from_numpy(seen)) - expected).abs().max() < TOLERANCE * (expected.std() if size > 34 else 1)
+    assert native is False or loops() is None or width < 0.25 or size == 34 or any(isinstance(layer, Winograd) for layer in fast.layers)
+
+
+def test_any_batch_gives_the_same_scores():
+    d, seen = detector(0.5), pictures(19, 64)
+    whole = score_maps(d, seen, 64, batch=19)
+    for batch in (1, 3, 16): assert np.allclose(score_maps(d, seen, 64, batch=batch), whole, atol=TOLERANCE * whole.std())
+
+
+def test_memory_is_not_shared_between_calls():
+    d, seen = detector(0.25), pictures(2, 64)
+    first = score_map(d, torch.from_numpy(seen[:1]))
+    kept = first.clone()
+    score_map(d, torch.from_numpy(seen[1:]))
+    assert torch.equal(first, kept)
+
+
+def test_nothing_that_is_not_a_number_is_hidden():
+    d = detector(0.25)
+    with torch.no_grad(): d.body[4].weight[0, 0, 0, 0] = torch.nan
+    assert score_map(d, torch.from_numpy(pictures(1, 64))).isnan().any()
+
+
+def test_new_weights_are_seen():
+    d, seen = detector(0.25), torch.from_numpy(pictures(1, 64))
+    before, form = score_map(d, seen), prepared(d, 64)
+    assert prepared(d, 64) is form
+    with torch.no_grad(): d.body[0].bias += 0.5
+    assert prepared(d, 64) is not form and not torch.allclose(score_map(d, seen), before)
+    d.load_state_dict(detector(0.25, seed=1).state_dict())
+    assert torch.allclose(score_map(d, seen), score_map(detector(0.25, seed=1), seen), atol=1e-4)
+
+
+def test_other_networks_take_the_plain_way():
+    net = nn.Conv2d(5, 1, 34, 4)
+    x = torch.from_numpy(pictures(2, 50))
+    assert torch.allclose(score_map(net, x), net(with_coords(x.permute(0, 3, 1, 2).float() / 127.5 - 1))[:, 0], atol=1e-5)
+
+
+def test_the_rule_takes_the_shape_alone():
+    assert best_tile(58, 3) == 6 and best_tile(8, 3) == 2 and best_tile(62, 2) == 4
+    assert all(best_tile(side, r) in (0, 2, 4, 6) for side in range(1, 80) for r in (2, 3))
+
+
+def test_a_compiler_that_lies_is_not_believed(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(inference, "_sum", lambda row, names, real=inference._sum: real([2 * v for v in row], names))
+    loops.cache_clear()
+    try: assert loops() is None
+    finally: loops.cache_clear()
+
+
+@pytest.mark.parametrize("variable, value", [("GRAD_NB_NATIVE", "0"), ("CC", "no-such-compiler")])
+def test_without_a_compiler(monkeypatch, tmp_path, variable, value):
+    monkeypatch.setenv(variable, value); monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    loops.cache_clear()
+    try: assert loops() is None
+    finally: loops.cache_clear()
+
+
+def test_levels_are_the_detectors_one_by_one():
+    seen, nets, sizes = pictures(3, 96), [detector(0.25), detector(0.25, 1), detector(0.1, 2)], (96, 64, 48)
+    together = score_levels(nets, seen, sizes, batch=2)
+    for net, size, maps in zip(nets, sizes, together):
+        expected = plain(net, resize_pictures(seen, size)).numpy()
+        assert np.abs(maps - expected).max() < TOLERANCE * expected.std()
+
+
+def fitted(levels="mvtec_loco"):
+    "A model with random weights, as if fitted."
+    model = GRAD(preset("demo"), "mvtec_ad", device="cpu", progress=False)
+    model.levels_, model.detectors_ = model.preset.levels("mvtec_ad"), [detector(0.25)]
+    model.stats_, model.offset_, model.map_limits_ = [evaluation.MapStats(0.0, 1.0)], 0.0, (0.0, 1.0)
+    return model
+
+
+def test_scores_alone_make_no_maps(monkeypatch):
+    model, seen = fitted(), pictures(4, 64)
+    expected = model.predict(seen)
+    assert expected.maps is not None
+    monkeypatch.setattr(evaluation, "blur_matrix", lambda *a: pytest.fail("a map was blurred"))
+    evaluation._placing.cache_clear()
+    assert (model.score_samples(seen) == expected.scores).all() and model.predict(seen, maps=False).maps is None
+    scores, none = fuse([np.zeros((1, 8, 8), np.float32)] * 2, [64, 64], [evaluation.MapStats(0, 1)] * 2, 64, with_maps=False)
+    assert none is None and scores.shape == (1,)
+
+
+@pytest.mark.slow
+def test_the_auroc_of_bottle_is_the_same(real_data):
+    category = read_category(real_data / "mvtec_ad", "bottle")
+    chosen = category.test[::4]
+    seen, labels = load_images(chosen, 128), np.array([s.label for s in chosen])
+    d = detector(0.5)
+    fast, slow = score_maps(d, seen, 128).max((1, 2)), plain(d, seen).numpy().max((1, 2))
+    assert np.abs(fast - slow).max() < TOLERANCE * slow.std() * 10 and image_auroc(fast, labels) == image_auroc(slow, labels)
+
+
+@pytest.mark.parametrize("command", ["import grad_nb.grad", "from grad_nb.cli import grad_predict; grad_predict.__doc__"])
+def test_nothing_heavy_is_imported(command):
+    heavy = ("sklearn", "scipy", "matplotlib", "torchvision", "onnx", "onnxruntime", "anomalib", "openvino", "IPython", "torch._dynamo", "torch._inductor")
+    code = f"import sys; import torch; before = set(sys.modules); {command}; new = set(sys.modules) - before; print(*[n for n in {heavy} if n in new], len(new))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *loaded, count = done.stdout.split()
+    assert not loaded, f"{command} imports {loaded}"
+    assert int(count) < 900
