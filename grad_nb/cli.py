@@ -54,12 +54,14 @@ def plain_errors(
         except (ValueError, OSError, RuntimeError, MemoryError) as e:
             if kwargs.get("debug") or os.environ.get("GRAD_NB_DEBUG"): raise
             print(f"{command.__name__}: {'; '.join(str(e).splitlines()) or type(e).__name__}", file=sys.stderr)
+            try: sys.stdout.flush()
+            except OSError: _leave_pipe()  # the disk that stdout goes to is full
             sys.exit(2)
     return wrapped
 
 
 def _leave_pipe() -> None:
-    "Send what is left in stdout nowhere: its reader has gone, and Python would complain about that at its end."
+    "Send what is left in stdout nowhere: it cannot be written, and Python would complain about that at its end."
     try: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError): pass
 
