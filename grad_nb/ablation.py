@@ -36,9 +36,8 @@ from .metrics import pixel_auroc_ap
 from .pipeline import (Run, contrastive_set, dataset_name, detect_key, generate_key, generate_stage, load_normals, make_contrastive, make_detector,
                               open_run, parse_overrides, run_stage, stage_done)
 from .quality import generator_report, loss_curve
-from .reproduce import lock
 from .selection import SelectionConfig, criterion, pseudo_sets, selection_split
-from .store import fingerprint, read_array, read_json, write_json
+from .store import fingerprint, lock, read_array, read_json, write_json
 from .tables import COLUMNS, VARIANTS, variant, write_tables
 from .trays import make_trays
 
@@ -300,9 +299,9 @@ def pieces(
             if (c.run.folder, n) not in sets:
                 stage, whose = f"generate-{n:02d}", "" if c.run.preset.generator == ablation.run.preset.generator else f" of {c.name}"
                 sets[c.run.folder, n] = f"seed {c.run.seed}, contrastive set {n}{whose}"
-                found.append(Piece(sets[c.run.folder, n], c.run.folder / f".{stage}.lock",
+                found.append(Piece(sets[c.run.folder, n], c.run.folder / f".{stage}.taken",
                                    lambda r=c.run, n=n, s=stage: stage_done(r.folder, s, generate_key(r, n)), lambda r=c.run, n=n: generate_stage(r, n)))
-        found.append(Piece(f"seed {c.run.seed}, level {c.level}, {c.name}", c.folder / f".{c.stage}.lock", lambda c=c: cell_done(c),
+        found.append(Piece(f"seed {c.run.seed}, level {c.level}, {c.name}", c.folder / f".{c.stage}.taken", lambda c=c: cell_done(c),
                            lambda c=c: run_stage(c.folder, c.stage, cell_key(c), lambda: train(c), c.run.device),
                            tuple(name for (folder, _), name in sets.items() if folder == c.run.folder)))
     return found + ([_trivial_piece(ablation)] if ablation.part == "detector" else [])
@@ -317,7 +316,7 @@ def _trivial_piece(ablation: Ablation) -> Piece:
         normal, test = (load_images(chosen, size) for chosen in (run.category.train, run.category.test))
         found = trivial(normal, test, [s.type for s in run.category.test], size)
         return {"kind": "trivial", "preset": run.preset.name, "dataset": dataset_name(run.category), "category": run.category.name, "trivial": found}, []
-    return Piece("trivial baselines", folder / ".trivial.lock", lambda: stage_done(folder, "trivial", key), lambda: run_stage(folder, "trivial", key, work))
+    return Piece("trivial baselines", folder / ".trivial.taken", lambda: stage_done(folder, "trivial", key), lambda: run_stage(folder, "trivial", key, work))
 
 # %% ../nbs/18b_ablation.ipynb #abl00022
 def run_pieces(

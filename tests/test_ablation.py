@@ -21,9 +21,8 @@ from grad_nb.ablation import (FIGURES, KEYS, SETS, TABLE_4, Piece, ablate, ablat
                               seed_interval, slug, table_4_figures, tables_of)
 from grad_nb.config import PRESETS, override, to_dict
 from grad_nb.pipeline import load_normals, open_run
-from grad_nb.reproduce import lock
 from grad_nb.selection import SelectionConfig, selection_split
-from grad_nb.store import read_json, write_json
+from grad_nb.store import lock, read_json, write_json
 from grad_nb.tables import collect, table_4, variant
 
 TINY = ("generator.size=64 generator.width=8 generator.steps=4 generator.batch=2 generator.n_samples=4 generator.sample_steps=2 generator.crop=0 "
@@ -168,7 +167,7 @@ def test_the_detector_never_sees_a_held_out_picture(done, monkeypatch, tmp_path)
     assert learnt == {p.tobytes() for p in normals[train]} and not learnt & {p.tobytes() for p in normals[held]}
 
 
-def test_locked_pieces_are_left_to_the_process_that_has_them(done, tmp_path):
+def test_locked_pieces_are_left_to_the_process_that_has_them(tmp_path):
     order, made = [], set()
     piece = lambda name: Piece(name, tmp_path / f".{name}.lock", lambda: {"seconds": 0} if name in made else None, lambda: (order.append(name), made.add(name), {"seconds": 0})[-1])
     todo = [piece(n) for n in "abc"]
