@@ -14,6 +14,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'grad_nb.ablation._panel': ('ablation.html#_panel', 'grad_nb/ablation.py'),
                                   'grad_nb.ablation._ready': ('ablation.html#_ready', 'grad_nb/ablation.py'),
                                   'grad_nb.ablation._row': ('ablation.html#_row', 'grad_nb/ablation.py'),
+                                  'grad_nb.ablation._strength': ('ablation.html#_strength', 'grad_nb/ablation.py'),
                                   'grad_nb.ablation._told': ('ablation.html#_told', 'grad_nb/ablation.py'),
                                   'grad_nb.ablation._trivial_piece': ('ablation.html#_trivial_piece', 'grad_nb/ablation.py'),
                                   'grad_nb.ablation._try': ('ablation.html#_try', 'grad_nb/ablation.py'),

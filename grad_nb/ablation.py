@@ -36,9 +36,8 @@ from .metrics import pixel_auroc_ap
 from .pipeline import (Run, contrastive_set, dataset_name, detect_key, generate_key, generate_stage, load_normals, make_contrastive, make_detector,
                               open_run, parse_overrides, run_stage, stage_done)
 from .quality import generator_report, loss_curve
-from .store import lock
 from .selection import SelectionConfig, criterion, pseudo_sets, selection_split
-from .store import fingerprint, read_array, read_json, write_json
+from .store import fingerprint, lock, read_array, read_json, write_json
 from .tables import COLUMNS, VARIANTS, variant, write_tables
 from .trays import make_trays
 
@@ -64,19 +63,30 @@ ADDED = MappingProxyType({"baseline": dict(OFF)} | {f"only {part}": _with(OFF, O
                          | {"no wrong coordinates": {**OFF, "detector.wrong_coordinates": False}})
 
 # %% ../nbs/18b_ablation.ipynb #abl00009
+def _strength(
+    changes: Mapping,  # of a named set
+    preset: Preset,  # whose regularisers may have another strength
+) -> dict:
+    "The same changes, regularisers that are on as strong as in the preset."
+    own = {f"detector.{name}": getattr(preset.detector, name) for name in ("alpha_1", "alpha_2")}
+    return {path: own[path] if own.get(path) and value else value for path, value in changes.items()}
+
+
 def _open_values(preset: Preset) -> dict[str, dict]:
     "Values that the paper does not give, each changed alone in the whole method."
-    lr = preset.detector.lr
-    changes = {"beta_density": (0.3, 3.0), "alpha_1": (0.1, 10.0), "alpha_2": (1e-4, 1e-2), "sigma_c": (0.03, 0.3), "sigma_z": (0.03, 0.3),
-               "penalise": ("probability",), "shared_pass": (True,), "reweight_from": (0.5,), "weight_decay": (0.0, 1e-2), "lr": (lr / 3, lr * 3)}
-    return {"the whole method": dict(ON)} | {f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}".lower(): {**ON, f"detector.{name}": value}
-                                             for name, values in changes.items() for value in values}
+    whole = _strength(ON, preset)
+    d = override(preset, whole).detector
+    changes = {name: (getattr(d, name) / by, getattr(d, name) * by) for name, by in
+               {"beta_density": 3, "alpha_1": 10, "alpha_2": 10, "sigma_c": 3, "sigma_z": 3, "weight_decay": 10, "lr": 3}.items()}
+    changes |= {"penalise": ({"logit": "probability", "probability": "logit"}[d.penalise],), "shared_pass": (not d.shared_pass,), "reweight_from": (0.0 if d.reweight_from else 0.5,)}
+    told = lambda value: f"{value:.2g}" if isinstance(value, float) else str(value).lower()
+    return {"the whole method": whole} | {f"{name} {told(value)}": {**whole, f"detector.{name}": value} for name, values in changes.items() for value in values}
 
 
 def _generators(preset: Preset) -> dict[str, dict]:
     "Settings of PatchDiff, each changed alone in the preset."
     g = preset.generator
-    changes = {"sigma_g": (0.0, 0.02, 0.1), "fourier": (0, 3), "width": (max(2, g.width // 4 * 2), 2 * g.width), "balance": (0.0, 0.75), "crop": (0,),
+    changes = {"sigma_g": (0.0, 0.02, 0.1), "fourier": (0, 3), "width": (max(2, g.width // 4 * 2), 2 * g.width), "balance": (0.0, 0.75), "crop": (0,), "spacing": (1.0, 2.0),
                "sample_steps": (10, 100, g.T), "steps": (max(1, g.steps // 3),)}
     return {"the preset": {}} | {f"{name} {value:g}": {f"generator.{name}": value} for name, values in changes.items() for value in values
                                  if value != getattr(g, name)}
@@ -97,7 +107,7 @@ def parse_variants(
         except json.JSONDecodeError as e: raise ValueError(f"the variants are not valid JSON ({e}); write {{\"name\": {{\"detector.lr\": 1e-4}}}}") from None
     if not isinstance(text, Mapping):
         if unknown := set(text.split()) - set(named): raise ValueError(f"no set of variants {', '.join(sorted(unknown))}; there are {', '.join(named)}, or JSON")
-        text = {name: changes for part in text.split() or ("table4", "removed") for name, changes in named[part]().items()}
+        text = {name: _strength(changes, preset) if part in ("table4", "removed", "added") else changes for part in text.split() or ("table4", "removed") for name, changes in named[part]().items()}
     found = {name: parse_overrides(changes) if isinstance(changes, str) else dict(changes) for name, changes in text.items()}
     if not found: raise ValueError("no variants; give at least one")
     for changes in found.values(): override(preset, changes)
@@ -289,9 +299,9 @@ def pieces(
             if (c.run.folder, n) not in sets:
                 stage, whose = f"generate-{n:02d}", "" if c.run.preset.generator == ablation.run.preset.generator else f" of {c.name}"
                 sets[c.run.folder, n] = f"seed {c.run.seed}, contrastive set {n}{whose}"
-                found.append(Piece(sets[c.run.folder, n], c.run.folder / f".{stage}.lock",
+                found.append(Piece(sets[c.run.folder, n], c.run.folder / f".{stage}.taken",
                                    lambda r=c.run, n=n, s=stage: stage_done(r.folder, s, generate_key(r, n)), lambda r=c.run, n=n: generate_stage(r, n)))
-        found.append(Piece(f"seed {c.run.seed}, level {c.level}, {c.name}", c.folder / f".{c.stage}.lock", lambda c=c: cell_done(c),
+        found.append(Piece(f"seed {c.run.seed}, level {c.level}, {c.name}", c.folder / f".{c.stage}.taken", lambda c=c: cell_done(c),
                            lambda c=c: run_stage(c.folder, c.stage, cell_key(c), lambda: train(c), c.run.device),
                            tuple(name for (folder, _), name in sets.items() if folder == c.run.folder)))
     return found + ([_trivial_piece(ablation)] if ablation.part == "detector" else [])
@@ -306,7 +316,7 @@ def _trivial_piece(ablation: Ablation) -> Piece:
         normal, test = (load_images(chosen, size) for chosen in (run.category.train, run.category.test))
         found = trivial(normal, test, [s.type for s in run.category.test], size)
         return {"kind": "trivial", "preset": run.preset.name, "dataset": dataset_name(run.category), "category": run.category.name, "trivial": found}, []
-    return Piece("trivial baselines", folder / ".trivial.lock", lambda: stage_done(folder, "trivial", key), lambda: run_stage(folder, "trivial", key, work))
+    return Piece("trivial baselines", folder / ".trivial.taken", lambda: stage_done(folder, "trivial", key), lambda: run_stage(folder, "trivial", key, work))
 
 # %% ../nbs/18b_ablation.ipynb #abl00022
 def run_pieces(

@@ -21,13 +21,12 @@ from grad_nb.ablation import (FIGURES, KEYS, SETS, TABLE_4, Piece, ablate, ablat
                               seed_interval, slug, table_4_figures, tables_of)
 from grad_nb.config import PRESETS, override, to_dict
 from grad_nb.pipeline import load_normals, open_run
-from grad_nb.store import lock
 from grad_nb.selection import SelectionConfig, selection_split
-from grad_nb.store import read_json, write_json
+from grad_nb.store import lock, read_json, write_json
 from grad_nb.tables import collect, table_4, variant
 
 TINY = ("generator.size=64 generator.width=8 generator.steps=4 generator.batch=2 generator.n_samples=4 generator.sample_steps=2 generator.crop=0 "
-        "detector.width=0.1 detector.steps=4 detector.patches=32 evaluation.map_size=64")
+        "detector.width=0.1 detector.steps=4 detector.pictures=4 detector.block=1 detector.patches=32 evaluation.map_size=64")
 TWO = {"baseline": dict(TABLE_4["baseline"]), "+ Long-tail Reweighting": dict(TABLE_4["+ Long-tail Reweighting"])}
 
 
@@ -55,9 +54,19 @@ def test_every_set_of_variants_fits_every_preset(name):
         assert len({str(to_dict(p)) for p in made}) == len(made) > 3, f"two variants of {part} are the same"
 
 
+def test_regularisers_are_as_strong_as_in_the_preset():
+    own = override(PRESETS["fast"], {"detector.alpha_1": 0.25, "detector.alpha_2": 0.5})
+    found = parse_variants("table4 removed", own)
+    strength = lambda name: (found[name]["detector.alpha_1"], found[name]["detector.alpha_2"])
+    assert strength("baseline") == (0, 0) and strength("+ Long-tail Reweighting") == (0.25, 0.5) and strength("all but gradient penalty") == (0.25, 0)
+    assert parse_variants("sensitivity", own)["alpha_2 5"] == {**found["+ Long-tail Reweighting"], "detector.alpha_2": 5.0}
+    assert parse_variants({"mine": {"detector.alpha_1": 1.0}}, own) == {"mine": {"detector.alpha_1": 1.0}}, "what is asked for by hand is not touched"
+
+
 def test_variants_are_what_they_are_called():
-    named = parse_variants("table4 removed added", PRESETS["fast"])
-    switches = lambda name: [getattr(override(PRESETS["fast"], named[name]).detector, k) for k in
+    none = override(PRESETS["fast"], {"detector.alpha_1": 0, "detector.alpha_2": 0})
+    named = parse_variants("table4 removed added", none)
+    switches = lambda name: [getattr(override(none, named[name]).detector, k) for k in
                              ("alpha_1", "alpha_2", "noisy_reweighting", "tail_reweighting", "wrong_coordinates")]
     assert switches("baseline") == [0, 0, False, False, True] and switches("+ Regularization") == [1, 1e-3, False, False, True]
     assert switches("+ Noisy Reweighting") == [1, 1e-3, True, False, True] and switches("+ Long-tail Reweighting") == [1, 1e-3, True, True, True]
@@ -158,7 +167,7 @@ def test_the_detector_never_sees_a_held_out_picture(done, monkeypatch, tmp_path)
     assert learnt == {p.tobytes() for p in normals[train]} and not learnt & {p.tobytes() for p in normals[held]}
 
 
-def test_locked_pieces_are_left_to_the_process_that_has_them(done, tmp_path):
+def test_locked_pieces_are_left_to_the_process_that_has_them(tmp_path):
     order, made = [], set()
     piece = lambda name: Piece(name, tmp_path / f".{name}.lock", lambda: {"seconds": 0} if name in made else None, lambda: (order.append(name), made.add(name), {"seconds": 0})[-1])
     todo = [piece(n) for n in "abc"]
