@@ -57,7 +57,7 @@ def picture(
     "A picture inside the page, with its title and links to its vector versions."
     data = base64.b64encode(path.read_bytes()).decode()
     vectors = [found for ending in (".pdf", ".svg") if (found := path.with_suffix(ending)).is_file()]
-    return ft("figure", ft("img", void_=True, src=f"data:image/png;base64,{data}", alt=title, loading="lazy"),
+    return ft("figure", ft("img", void_=True, src=f"data:image/png;base64,{data}", alt=title),
               ft("figcaption", title, *(part for v in vectors for part in (" · ", link(v, folder, v.suffix[1:])))))
 
 
@@ -105,8 +105,7 @@ def run_line(
     line |= {HERE[name]: _percent(result["trivial"][name]["image_auroc"]) for name in ("gaussian", "nearest")}
     notebooks = sorted(path.parent.glob("notebooks/*.ipynb"))
     links = [part for nb in notebooks for part in (link(nb, folder, nb.stem), " ")]
-    return line | {"time": _time(sum(result["seconds"].values())), "device": result["device"],
-                   "files": ft("span", link(path, folder), " ", *_links(path.parent, folder, "manifest.json", "scores.csv"), cls="links"),
+    return line | {"time": _time(sum(result["seconds"].values())), "files": ft("span", link(path, folder), " ", *_links(path.parent, folder, "manifest.json", "scores.csv"), cls="links"),
                    "notebooks": ft("span", *links, cls="links")}
 
 
@@ -140,14 +139,15 @@ def origins(
     "Runs with the same origin together."
     groups: dict[str, tuple[dict, list[str]]] = {}
     for r in found.values():
-        origin = {"versions": r["versions"], "git": r.get("git"), "device": r["device"], "config": r["config"]}
+        origin = {"versions": r["versions"], "git": r.get("git", {}), "device": r["device"], "config": r["config"]}
         groups.setdefault(json.dumps(origin, sort_keys=True), (origin, []))[1].append(f"{r['dataset']}/{r['category']}/seed{r['seed']}")
     return list(groups.values())
 
 
 def _git_in_words(git: Mapping | None) -> str:
     "The state of the repository."
-    if not git: return "installed package, not a checkout"
+    if git is None: return "installed package, not a checkout"
+    if not git: return "not recorded"
     return f"commit {git['commit']}" + (f", with changes in {', '.join(git['changed'])}" if git["changed"] else ", without changes")
 
 
@@ -173,9 +173,10 @@ def data_element(
         manifest, counts = path.parent / "manifest.json", r.get("counts", {})
         lines[f"{r['dataset']} / {r['category']}, {r['data_sha256'][:8]}"] = {
             "train": str(counts.get("train", "-")), "held out": str(counts.get("held_out", "-")), "test": str(counts.get("test", "-")),
-            "SHA-256 of the manifest": ft("code", r["data_sha256"]), "manifest": link(manifest, folder) if manifest.is_file() else "-",
-            "official archive": ft("code", ARCHIVES.get(r["dataset"], "-"))}
-    return table_element(pd.DataFrame.from_dict(lines, orient="index").rename_axis("data"), ())
+            "SHA-256 of the manifest": ft("code", r["data_sha256"]), "manifest": link(manifest, folder) if manifest.is_file() else "-"}
+    table = pd.DataFrame.from_dict(lines, orient="index").rename_axis("data")
+    table.attrs["notes"] = [f"SHA-256 of the official archive of {name}: {sha}" for name, sha in ARCHIVES.items() if name in {r["dataset"] for r in found.values()}]
+    return table_element(table, ())
 
 
 def times_element(
@@ -191,13 +192,13 @@ def times_element(
 STYLE = """
 :root { --ink: #1d2530; --soft: #5d6876; --line: #d9dfe6; --ours: #eaf3ff; --accent: #0b5cad; }
 * { box-sizing: border-box } html { scroll-behavior: smooth }
-body { margin: 0 auto; max-width: 1180px; padding: 1.5rem 1.25rem 4rem; color: var(--ink); background: #fff; font: 15px/1.5 system-ui, sans-serif }
+body { margin: 0 auto; max-width: 1280px; padding: 1.5rem 1.25rem 4rem; color: var(--ink); background: #fff; font: 15px/1.5 system-ui, sans-serif }
 h1 { font-size: 1.7rem; margin: 0 0 .2rem } h2 { font-size: 1.3rem; margin: 2.6rem 0 .6rem; padding-top: .6rem; border-top: 1px solid var(--line) }
 h3 { font-size: 1.05rem; margin: 1.6rem 0 .4rem } a { color: var(--accent); text-decoration: none } a:hover { text-decoration: underline }
 nav a { margin-right: 1rem } .notes, .lead { color: var(--soft); font-size: .88rem } .notes { margin: .4rem 0 0; padding-left: 1.1rem } p.notes { padding: 0 }
 .wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px } table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums }
 .wide table { width: 100% } th, td { padding: .32rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
-.wide td, .wide thead th { white-space: nowrap } .wide td .links { white-space: normal; display: inline-block; min-width: 13rem } thead th { background: #f5f7f9 }
+.wide td { white-space: nowrap } .wide td .links { white-space: normal; display: inline-block; min-width: 13rem } thead th { background: #f5f7f9 }
 tbody tr:last-child > * { border-bottom: 0 } tbody th { font-weight: 600; white-space: nowrap } .ours, thead th.ours { background: var(--ours) }
 figure { margin: 1rem 0 1.6rem } img { max-width: 100%; height: auto; border: 1px solid var(--line); border-radius: 6px } figcaption { color: var(--soft); font-size: .88rem }
 .box { border: 1px solid var(--line); border-radius: 6px; padding: .4rem .8rem .6rem; margin: .8rem 0 } .facts th { width: 7rem } .facts td { overflow-wrap: anywhere }

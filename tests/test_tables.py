@@ -1,5 +1,8 @@
 """The paper's figures as data, and our figures beside them: no cell is a guess, and no run is counted twice."""
 import json
+import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -72,6 +75,47 @@ def test_table_4_has_the_gains_that_the_text_names():
 def test_single_figures(table, method, category, metric, value):
     row = published(table).query("method == @method and category == @category and metric == @metric")
     assert list(row.value) == [value]
+
+
+# the paper's own text, where it is at hand
+
+@pytest.fixture(scope="module")
+def paper() -> list[str]:
+    "The lines of the paper's text; the tests are skipped where it is absent."
+    path = Path(os.environ.get("GRAD_NB_PAPER") or Path(__file__).resolve().parents[1] / "../shared/paper.md")
+    if not path.is_file(): pytest.skip("the paper's text is not here; set GRAD_NB_PAPER to a file of it to run this test")
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def rows_above(lines: list[str], table: int) -> list[list[str]]:
+    "The cells of a table, which stands above its caption, without the citations."
+    end = next(i for i, line in enumerate(lines) if line.startswith(f"Table {table}:")) - 1
+    while not lines[end].strip(): end -= 1
+    start = end
+    while lines[start - 1].strip(): start -= 1
+    return [[cell.replace("(?)", "").strip() for cell in line.split("\t")] for line in lines[start : end + 1]]
+
+
+def figures_in(text: str) -> list[float]:
+    "The figures of a row in their order; nan for a dash."
+    return [float("nan") if x == "-" else float(x) for x in re.findall(r"(?<![\w-])(?:\d+\.?\d*|-)(?![\w-])", text)]
+
+
+@pytest.mark.parametrize("table, metrics, rows", [(1, ["image_auroc"], "category"), (2, ["pixel_auroc", "image_auroc"], "method"),
+                                                  (3, ["latency", "throughput"], "method"), (4, ["image_auroc"], "method")])
+def test_published_is_what_the_text_prints(paper, table, metrics, rows):
+    printed = [values for row in rows_above(paper, table) if len(values := figures_in(" ".join(row[1:]))) >= 2]
+    grids = [published_grid(table, metric, rows) for metric in metrics]
+    ours = np.stack(grids, -1).reshape(len(grids[0]), -1) if len(grids) > 1 else grids[0].to_numpy()
+    assert np.array_equal(np.array(printed), ours, equal_nan=True), (printed, ours)
+
+
+def test_published_is_what_the_text_of_table_10_prints(paper):
+    pairs = [re.findall(r"\(\s*(-|[\d.]+)\s*,\s*(-|[\d.]+)\s*\)", " ".join(row)) for row in rows_above(paper, 10)]
+    number = lambda x: float("nan") if x == "-" else float(x)
+    printed = np.array([[[number(x) for x in pair] for pair in row] for row in pairs if row])
+    ours = np.stack([published_grid(10, metric) for metric in ("pixel_auroc", "image_auroc")], -1)
+    assert printed.shape == (16, 8, 2) and np.array_equal(printed, ours, equal_nan=True)
 
 
 def test_no_such_table():
