@@ -267,7 +267,8 @@ def or_text(
     import panel as pn
     try: made = make()
     except (ValueError, OSError, RuntimeError, MemoryError) as e: made = str(e) or type(e).__name__
-    return plain_text(made or "") if made is None or isinstance(made, str) else pn.pane.PNG(png(made), sizing_mode="scale_width", max_width=1000)
+    if made is None or isinstance(made, str): return plain_text(made or "")
+    return pn.pane.PNG(png(made), sizing_mode="scale_width", max_width=round(100 * made.get_figwidth()))
 
 # %% ../nbs/16b_show.ipynb #show0028
 def browse_tab(
