@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,12 @@ def test_figures_show_what_they_say(gallery):
     assert "threshold 0.500" in labels and "this picture" in labels and "good" in labels
     assert png(figure)[:8] == b"\x89PNG\r\n\x1a\n" and png(None) is None and sheet_figure(gallery, []) is None
     assert png(sheet_figure(gallery, choose(gallery)))
+
+
+def test_a_type_that_looks_like_a_formula_is_shown_as_text(gallery):
+    samples = tuple(replace(s, type=r"$\no$" if s.label else "good") for s in gallery.samples)
+    figure = histogram_figure(replace(gallery, samples=samples), 0.5)
+    assert r"\$\no\$" in [text.get_text() for text in figure.axes[0].get_legend().get_texts()] and png(figure)
 
 
 @pytest.mark.parametrize("name, data, said", [
