@@ -193,7 +193,7 @@ def histogram_figure(
     i: int | None = None,  # number of the picture to point at
 ) -> Figure:
     "The scores of each type, the threshold, and where a picture lies."
-    figure = score_histogram(gallery.scores, [s.type for s in gallery.samples])
+    figure = score_histogram(gallery.scores, [s.type.replace("$", r"\$") for s in gallery.samples])  # a $ is no formula
     (ax,) = figure.axes
     ax.axvline(threshold, color="black", lw=1.2, ls="--", label=f"threshold {threshold:.3f}")
     if i is not None: ax.plot(gallery.scores[i], 0, "v", color="crimson", ms=9, clip_on=False, label="this picture", transform=ax.get_xaxis_transform())

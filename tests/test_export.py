@@ -2,6 +2,7 @@
 import csv
 import io
 import json
+import runpy
 import subprocess
 import sys
 import tarfile
@@ -19,7 +20,7 @@ from grad_nb.cli import grad_export
 from grad_nb.config import Level, override, preset
 from grad_nb.detector import Detector
 from grad_nb.evaluation import HALF_DOWN, MapStats, resize_pictures
-from grad_nb.data import load_images
+from grad_nb.data import load_images, read_image
 from grad_nb.export import OnnxScorer, Scorer, TorchScorer, float32_below, largest_difference, resize_matrix, to_onnx, to_torch
 from grad_nb.grad import GRAD
 from grad_nb.trays import draw_tray
@@ -262,28 +263,65 @@ def odd_pictures(folder):
     x.convert("L").save(folder / "grey.bmp"); x.quantize(16).save(folder / "palette.png"); x.resize((96, 96)).save(folder / "same.tif")
     glass = x.convert("RGBA"); glass.putalpha(Image.linear_gradient("L").resize(glass.size)); glass.save(folder / "glass.png")
     x.resize((40, 200)).save(folder / "tall.webp")
+    deep = np.linspace(0, 65535, 110 * 80).reshape(80, 110).astype(np.uint16)
+    Image.fromarray(deep).save(folder / "deep.png"); Image.fromarray(deep).save(folder / "deep.tif")
+    Image.fromarray(deep.astype(np.int32) // 257).save(folder / "int.tif"); x.convert("1").save(folder / "bits.png"); x.convert("CMYK").save(folder / "print.jpg")
+    x.convert("L").save(folder / "keyed.png", transparency=int(np.asarray(x.convert("L")).min())); x.convert("LA").save(folder / "la.png")
     return sorted(folder.iterdir())
 
 
+def without_torch(path, files, *options):
+    "The example, in a process in which neither torch nor this package can be imported."
+    code = ("import runpy, sys\nfor name in ('torch', 'torchvision', 'grad_nb', 'sklearn', 'scipy', 'pandas'): sys.modules[name] = None\n"
+            f"runpy.run_path({str(ROOT / 'examples/onnx_only.py')!r}, run_name='__main__')")
+    return subprocess.run([sys.executable, "-c", code, str(path), *map(str, files), *map(str, options)], capture_output=True, text=True)
+
+
+def test_the_example_reads_as_the_library_does(tmp_path):
+    "To the last bit, whatever the size and kind of a picture; and what one refuses, the other does."
+    files = odd_pictures(tmp_path)
+    read = runpy.run_path(str(ROOT / "examples/onnx_only.py"))["read"]
+    for f in files:
+        for size in (64, SIZE): assert (read(f, size) == load_images([f], size)[0]).all(), f.name
+    for f in broken_pictures(tmp_path):
+        for reader in (read, read_image):
+            with pytest.raises((OSError, ValueError)): reader(f, SIZE)
+
+
+def broken_pictures(folder):
+    "Pictures that nobody can judge."
+    (folder / "half.png").write_bytes((folder / "large.png").read_bytes()[:900]); (folder / "empty.png").touch()
+    Image.new("L", (33, 90)).save(folder / "small.png"); Image.new("F", (64, 64)).save(folder / "float.tif"); Image.new("L", (64, 64)).save(folder / "gif.png", "GIF")
+    return [folder / name for name in ("half.png", "empty.png", "small.png", "float.tif", "gif.png", "gone.png")]
+
+
 def test_the_example_runs_without_torch_and_scores_alike(exported, tmp_path):
-    "In a process in which neither torch nor this package can be imported, on pictures as they come."
+    "On pictures as they come; a broken one is named and passed over."
     model, path = exported
     (tmp_path / "in").mkdir()
     files = odd_pictures(tmp_path / "in")
-    code = ("import runpy, sys\nfor name in ('torch', 'torchvision', 'grad_nb', 'sklearn', 'scipy', 'pandas'): sys.modules[name] = None\n"
-            f"runpy.run_path({str(ROOT / 'examples/onnx_only.py')!r}, run_name='__main__')")
-    arguments = [str(path), *map(str, files), "--batch", "3", "--maps", str(tmp_path / "maps")]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    broken = broken_pictures(tmp_path / "in")
+    done = without_torch(path, [broken[0], *files, *broken[1:]], "--batch", 3, "--maps", tmp_path / "maps")
     rows, want = list(csv.DictReader(io.StringIO(done.stdout))), model.predict(files)
     assert [r["path"] for r in rows] == [str(f) for f in files] and [r["anomalous"] == "True" for r in rows] == want.labels.tolist()
     assert np.allclose([float(r["score"]) for r in rows], want.scores, rtol=0, atol=1e-4)
     for f, heat in zip(files, want.maps):
         stored = (np.asarray(Image.open(tmp_path / "maps" / f"{f.name}.png")).astype(np.int64) - 32768) / 1000
         assert np.abs(stored - heat).max() < 1e-3
-    Image.fromarray(np.zeros((64, 64), np.uint16)).save(tmp_path / "deep.png")
-    done = subprocess.run([sys.executable, "-c", code, str(path), str(tmp_path / "deep.png")], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode and "convert it to 8 bits" in done.stderr
+    named = [line.split(" cannot be judged ")[0] for line in done.stderr.splitlines() if " cannot be judged " in line]
+    assert done.returncode == 3 and named == list(map(str, broken)) and "Traceback" not in done.stderr
+    assert len(list((tmp_path / "maps").iterdir())) == len(files)
+
+
+def test_the_example_says_what_is_wrong(exported, tmp_path):
+    _, path = exported
+    Image.fromarray(trays(1)[0]).save(tmp_path / "a.png")
+    whole = without_torch(path, [tmp_path / "a.png"])
+    assert whole.returncode == 0 and len(whole.stdout.splitlines()) == 2
+    for model, options, said in ((tmp_path / "gone.onnx", (), "gone.onnx cannot be run"), (tmp_path / "a.png", (), "a.png cannot be run"), (path, ("--batch", 0), "--batch"),
+                                 (path, (tmp_path / "b/a.png", "--maps", tmp_path), "the same name")):
+        done = without_torch(model, [tmp_path / "a.png"], *options)
+        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr and not done.stdout
 
 
 @pytest.mark.slow

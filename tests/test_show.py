@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,12 @@ def test_figures_show_what_they_say(gallery):
     assert png(sheet_figure(gallery, choose(gallery)))
 
 
+def test_a_type_that_looks_like_a_formula_is_shown_as_text(gallery):
+    samples = tuple(replace(s, type=r"$\no$" if s.label else "good") for s in gallery.samples)
+    figure = histogram_figure(replace(gallery, samples=samples), 0.5)
+    assert r"\$\no\$" in [text.get_text() for text in figure.axes[0].get_legend().get_texts()] and png(figure)
+
+
 @pytest.mark.parametrize("name, data, said", [
     ("half.png", as_bytes(Image.effect_noise((90, 90), 50))[:400], "half.png cannot be decoded"),
     ("empty.png", b"", "empty.png is empty"),
@@ -179,11 +186,13 @@ def test_without_panel_it_says_what_to_install(run, monkeypatch, capsys):
 class Server:
     "grad_show as a user starts it."
 
-    def __init__(self, *arguments):
-        code = "from grad_nb.show import grad_show; grad_show()"
-        self.process = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments), "--port", "0", "--device", "cpu"], stdout=subprocess.PIPE,
+    def __init__(self, folder, *arguments):
+        script = folder / "grad_show.py"  # what pip makes of a console script; fastcore reads no arguments under python -c
+        script.write_text("from grad_nb.show import grad_show\nif __name__ == '__main__': raise SystemExit(grad_show())\n")
+        self.process = subprocess.Popen([sys.executable, script, *map(str, arguments), "--port", "0", "--device", "cpu"], stdout=subprocess.PIPE,
                                         stderr=subprocess.PIPE, text=True)
         self.address = self.process.stdout.readline().split(" ")[0]
+        if not self.address: pytest.fail(f"grad_show ended with status {self.process.wait()}: {self.process.stderr.read()}")
         until = time.time() + 120
         while time.time() < until:
             try: urllib.request.urlopen(self.address, timeout=60).read(); return
@@ -211,7 +220,7 @@ def test_the_page_in_a_browser(run, gallery, tmp_path):
     keep = Path(os.environ.get("GRAD_NB_SCREENSHOTS") or tmp_path)
     good, bad = next(s for s in gallery.samples if not s.label), tmp_path / "<img src=x onerror=alert(1)>.png"
     bad.write_bytes(b"nonsense")
-    with Server(run.folder) as server, playwright.sync_playwright() as p:
+    with Server(tmp_path, run.folder) as server, playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         page, asked, alerts = browser.new_page(viewport={"width": 1400, "height": 1250}), [], []
         page.set_default_timeout(120_000)
@@ -248,10 +257,10 @@ def test_the_page_in_a_browser(run, gallery, tmp_path):
 
 
 @pytest.mark.slow
-def test_only_this_machine_and_only_this_page(run):
+def test_only_this_machine_and_only_this_page(run, tmp_path):
     "It listens on the loopback address alone, and its channel refuses pages from elsewhere."
     pytest.importorskip("panel")
-    with Server(run.folder) as server:
+    with Server(tmp_path, run.folder) as server:
         host, port = server.address.removeprefix("http://").rstrip("/").split(":")
         assert host == "127.0.0.1"
         listening = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if line.split()[3] == "0A"] if sys.platform == "linux" else []
