@@ -61,7 +61,9 @@ def reopen(
     if root is None: raise Missing(f"the pictures of {name} are not in {' or '.join(map(str, places))}; say where they are with data")
     category = read_category(root, result["category"])
     if data_sha256(category) != result["data_sha256"]: raise Missing(f"{category.root} is not what {name} was made from; give the same data")
-    return Run(category, from_dict(Preset, result["config"]), result["seed"], Path(folder), result["data_sha256"], "cpu", False)
+    try: settings = from_dict(Preset, result["config"])
+    except (KeyError, TypeError, ValueError) as e: raise Missing(f"{name} was made by another version of grad_nb ({e}); run it again") from None
+    return Run(category, settings, result["seed"], Path(folder), result["data_sha256"], "cpu", False)
 
 # %% ../nbs/17b_figures.ipynb #fa700007
 def finished_runs(

@@ -186,6 +186,16 @@ def test_one_run_of_each_category_that_of_the_lowest_seed(batch, data, tmp_path)
     assert finished_runs(batch, data=tmp_path)[1][0].startswith("trays/trays is left out")
 
 
+def test_a_run_of_another_version_is_named_and_not_drawn(batch, data, tmp_path):
+    run = tmp_path / "seed0"
+    run.mkdir()
+    result = json.loads((batch / "trays/trays/seed0/result.json").read_text())
+    result["config"]["generator"]["colour_of_tomorrow"] = 3
+    write_json(run / "result.json", result)
+    found, notes = finished_runs(tmp_path, data=data)
+    assert not found and "another version" in notes[0] and "colour_of_tomorrow" in notes[0]
+
+
 def test_runs_of_an_ablation_are_named_and_not_drawn(batch, tmp_path):
     run = tmp_path / "seed0"
     run.mkdir()
