@@ -25,7 +25,7 @@ config = ConfigParser(delimiters=["="])
 config.read(ROOT / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("run", "batch", "export", "compare", "openvino", "dev")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("run", "batch", "export", "compare", "openvino", "show", "dev")}
 extras["batch"] += extras["run"]
 extras["dev"] += extras["batch"] + extras["export"]
 

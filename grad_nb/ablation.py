@@ -34,7 +34,7 @@ from .detector import Detector, load_detector
 from .evaluation import image_scores, pixel_map, score_maps, summary, trivial
 from .metrics import pixel_auroc_ap
 from .pipeline import (Run, contrastive_set, dataset_name, detect_key, generate_key, generate_stage, load_normals, make_contrastive, make_detector,
-                              open_run, parse_overrides, run_stage, split_normals, stage_done)
+                              open_run, parse_overrides, run_stage, stage_done)
 from .quality import generator_report, loss_curve
 from .reproduce import lock
 from .selection import SelectionConfig, criterion, pseudo_sets, selection_split
@@ -102,7 +102,8 @@ def parse_variants(
     if not found: raise ValueError("no variants; give at least one")
     for changes in found.values(): override(preset, changes)
     names = [slug(name) for name in found]
-    if twice := sorted({n for n in names if names.count(n) > 1 or not n}): raise ValueError(f"two variants would share the folder {twice[0]!r}; give them other names")
+    if not all(names): raise ValueError(f"the variant {list(found)[names.index('')]!r} has no letter or digit in its name; give it another one")
+    if twice := sorted({n for n in names if names.count(n) > 1}): raise ValueError(f"two variants would share the folder {twice[0]!r}; give them other names")
     return found
 
 
@@ -274,24 +275,25 @@ class Piece:
     lock: Path  # file that is locked while a process works at it
     done: Callable[[], dict | None]  # its record, if it is done
     work: Callable[[], dict]  # does it, and gives the record
+    needs: tuple[str, ...] = ()  # names of the pieces that must be done before
 
 
 def pieces(
     ablation: Ablation,  # the ablation
 ) -> list[Piece]:  # in the order of their needs
     "The contrastive sets, the trivial baselines and the trainings of an ablation."
-    found, seen = [], set()
+    found, sets = [], {}
     train = train_cell if ablation.part == "detector" else judge_generator
     for c in cells(ablation):
         for n in c.run.level(c.level).generators if ablation.part == "detector" else ():
-            if (c.run.folder, n) not in seen:
-                seen.add((c.run.folder, n))
-                stage = f"generate-{n:02d}"
-                whose = "" if c.run.preset.generator == ablation.run.preset.generator else f" of {c.name}"
-                found.append(Piece(f"seed {c.run.seed}, contrastive set {n}{whose}", c.run.folder / f".{stage}.lock",
+            if (c.run.folder, n) not in sets:
+                stage, whose = f"generate-{n:02d}", "" if c.run.preset.generator == ablation.run.preset.generator else f" of {c.name}"
+                sets[c.run.folder, n] = f"seed {c.run.seed}, contrastive set {n}{whose}"
+                found.append(Piece(sets[c.run.folder, n], c.run.folder / f".{stage}.lock",
                                    lambda r=c.run, n=n, s=stage: stage_done(r.folder, s, generate_key(r, n)), lambda r=c.run, n=n: generate_stage(r, n)))
         found.append(Piece(f"seed {c.run.seed}, level {c.level}, {c.name}", c.folder / f".{c.stage}.lock", lambda c=c: cell_done(c),
-                           lambda c=c: run_stage(c.folder, c.stage, cell_key(c), lambda: train(c), c.run.device)))
+                           lambda c=c: run_stage(c.folder, c.stage, cell_key(c), lambda: train(c), c.run.device),
+                           tuple(name for (folder, _), name in sets.items() if folder == c.run.folder)))
     return found + ([_trivial_piece(ablation)] if ablation.part == "detector" else [])
 
 # %% ../nbs/18b_ablation.ipynb #abl0021b
@@ -308,30 +310,40 @@ def _trivial_piece(ablation: Ablation) -> Piece:
 
 # %% ../nbs/18b_ablation.ipynb #abl00022
 def run_pieces(
-    todo: Sequence[Piece],  # in the order of their needs
+    todo: Sequence[Piece],  # a piece comes after those that it needs
     say: Callable[[str], None] = print,  # where to report
 ) -> None:
     "Do what is left, beside other processes that do the same. `RuntimeError` at the end names the pieces that failed."
     left, failed = [p for p in todo if not p.done()], {}
     if len(left) < len(todo): say(f"{len(todo) - len(left)} of {len(todo)} pieces are there already")
-    for wait in (False, True):
-        for i, piece in enumerate(list(left), 1):
-            with lock(piece.lock, wait) or _Taken() as held:
-                if held is None: continue
-                left.remove(piece)
-                if piece.done(): continue
-                say(f"[{i}/{len(left) + i}] {piece.name}")
-                try: say(f"    {_told(piece.work())}")
-                except (OSError, RuntimeError, ValueError) as e:
-                    failed[piece.name] = str(e)
-                    say(f"    failed: {e}")
+    while left:
+        before = len(left)
+        for piece in list(left):
+            broken = [need for need in piece.needs if need in failed]
+            if broken: failed[piece.name] = f"it needs {broken[0]}, which failed"
+            elif not _ready(piece, left) or not _try(piece, f"[{len(todo) - len(left) + 1}/{len(todo)}]", say, failed): continue
+            left.remove(piece)
+        if len(left) == before: lock(next(p for p in left if _ready(p, left)).lock).close()  # others have all that could be done: wait for one of them
     if failed: raise RuntimeError(f"{len(failed)} of {len(todo)} pieces failed; the first: {next(iter(failed))}: {next(iter(failed.values()))}")
 
 
-class _Taken:
-    "Stands for a lock that another process has."
-    def __enter__(self) -> None: return None
-    def __exit__(self, *error) -> None: return None
+def _ready(piece: Piece, left: Sequence[Piece]) -> bool:
+    "Whether all that a piece needs is done."
+    return not any(other.name in piece.needs for other in left)
+
+
+def _try(piece: Piece, number: str, say: Callable[[str], None], failed: dict[str, str]) -> bool:
+    "Do a piece unless another process has it; whether that one is settled, done or failed."
+    held = lock(piece.lock, wait=False)
+    if held is None: return False
+    with held:
+        if piece.done(): return True
+        say(f"{number} {piece.name}")
+        try: say(f"    {_told(piece.work())}")
+        except (OSError, RuntimeError, ValueError) as e:
+            failed[piece.name] = str(e)
+            say(f"    failed: {e}")
+    return True
 
 
 def _told(record: Mapping) -> str:

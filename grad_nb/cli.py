@@ -53,7 +53,7 @@ def plain_errors(
         except BrokenPipeError: _leave_pipe(); sys.exit(141)
         except (ValueError, OSError, RuntimeError, MemoryError) as e:
             if kwargs.get("debug") or os.environ.get("GRAD_NB_DEBUG"): raise
-            print(f"{command.__name__}: {str(e) or type(e).__name__}", file=sys.stderr)
+            print(f"{command.__name__}: {'; '.join(str(e).splitlines()) or type(e).__name__}", file=sys.stderr)
             sys.exit(2)
     return wrapped
 
@@ -445,18 +445,23 @@ def _rows(
 @plain_errors
 def grad_export(
     model: str,  # file that grad_fit wrote
-    onnx: str = "model.onnx",  # file to write
+    output: str = None,  # file to write; beside the model, with the ending of the format, if not given
+    format: str = "onnx",  # "onnx" for ONNX Runtime, "torch" for torch.export
     debug: store_true = False,  # show the traceback of an error
 ):
-    "Write a model as one ONNX file, and compare it with the model on three random pictures."
-    from grad_nb.export import OnnxScorer, largest_difference, to_onnx
+    "Write a model as one ONNX file, or as a program of torch.export, and compare it with the model on three random pictures."
+    from grad_nb.export import FORMATS, largest_difference
+    if format not in FORMATS: raise ValueError(f"format must be {' or '.join(FORMATS)}, not {format!r}")
+    suffix, write, reader = FORMATS[format]
+    path = Path(output or Path(model).with_suffix(suffix))
+    if path.exists() and path.samefile(model): raise ValueError(f"{path} is the model itself; give another file to --output")
     fitted = GRAD.load(model, "cpu")
-    try: to_onnx(fitted, onnx)
+    try: write(fitted, path)
     except ImportError as e: raise RuntimeError(str(e)) from None
     size = fitted.preset.generator.size
-    print(f"{onnx}: {Path(onnx).stat().st_size / 1e6:.1f} MB, pictures of {size} x {size} pixels as bytes, threshold {fitted.offset_:.3f}")
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, pictures of {size} x {size} pixels as bytes, threshold {fitted.offset_:.3f}")
     pictures = np.random.default_rng(0).integers(0, 256, (3, size, size, 3), dtype=np.uint8)
-    try: print(f"largest difference to the model, scores and maps: {largest_difference(fitted, OnnxScorer(onnx), pictures):.1e}")
+    try: print(f"largest difference to the model, scores and maps: {largest_difference(fitted, reader(path), pictures):.1e}")
     except ImportError as e: print(f"not compared: {e}")
 
 # %% ../nbs/16_cli.ipynb #bce7ad8f

@@ -170,7 +170,7 @@ PRESETS = MappingProxyType({p.name: p for p in (
     Preset("fast",
         generator=GeneratorConfig(size=128, width=24, fourier=3, steps=2000, batch=16, crop=48, lr=6e-3, balance=0.75,
                                   n_samples=160, sample_steps=30, spacing=1.5),
-        detector=DetectorConfig(width=0.5, steps=4000, pictures=8, block=4, alpha_1=0.1, sigma_c=0.02, shared_pass=True),
+        detector=DetectorConfig(width=0.5, steps=8000, pictures=8, block=4, alpha_1=0.0, alpha_2=0.0),
         levels_ad=(Level(34, 128, (5, 9, 13)),),
         levels_loco=(Level(34, 128, (5, 9, 13)), Level(68, 64, (5, 9, 13)), Level(91, 48, (9, 13, 17)))),
     Preset("demo",

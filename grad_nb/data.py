@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'MIN_SIDE', 'MIN_NORMALS', 'OFFICIAL', 'DataError', 'read_image', 'resize_image', 'Sample', 'Defect',
            'Category', 'picture_files', 'read_category', 'hold_out', 'load_images', 'load_mask', 'load_masks',
-           'load_defects', 'data_sha256', 'check_category', 'Official', 'Survey', 'survey', 'category_folders']
+           'load_defects', 'manifest', 'data_sha256', 'check_category', 'Official', 'Survey', 'survey',
+           'category_folders']
 
 # %% ../nbs/01_data.ipynb #84b4b173
 import hashlib
@@ -339,17 +340,24 @@ def load_defects(
     return [_defect(path, values, category.defects) for path, values in _open_masks(sample)]
 
 # %% ../nbs/01_data.ipynb #4620bb09
+def manifest(
+    category: Category,  # what `read_category` gave
+    progress: bool = False,  # show a bar
+) -> dict[str, str]:  # name below the category's folder → SHA-256, by name
+    "The SHA-256 of every picture, mask and the table of defects. `DataError` if a file cannot be read."
+    paths = {p for s in category.samples for p in (s.path, *s.masks)}
+    if (category.root / "defects_config.json").exists(): paths.add(category.root / "defects_config.json")
+    rows = sorted((p.relative_to(category.root).as_posix(), p) for p in paths)
+    try: return {name: file_sha256(p) for name, p in tqdm(rows, desc="hashing", disable=not progress)}
+    except OSError as e: raise DataError(f"{e.filename} cannot be read ({e.strerror}); check the data and try again") from None
+
+
 def data_sha256(
     category: Category,  # what `read_category` gave
     progress: bool = False,  # show a bar
 ) -> str:  # 64 hexadecimal digits
-    "A hash of all pictures, masks and the table of defects. `DataError` if a file cannot be read."
-    paths = {p for s in category.samples for p in (s.path, *s.masks)}
-    if (category.root / "defects_config.json").exists(): paths.add(category.root / "defects_config.json")
-    rows = sorted((p.relative_to(category.root).as_posix(), p) for p in paths)
-    try: rows = [(name, file_sha256(p)) for name, p in tqdm(rows, desc="hashing", disable=not progress)]
-    except OSError as e: raise DataError(f"{e.filename} cannot be read ({e.strerror}); check the data and try again") from None
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    "A hash of the `manifest` of a category. `DataError` if a file cannot be read."
+    return hashlib.sha256(json.dumps(list(manifest(category, progress).items())).encode()).hexdigest()
 
 # %% ../nbs/01_data.ipynb #56ac8010
 def _problems(sample: Sample, defects: tuple[Defect, ...]) -> Iterable[tuple[Path, str]]:

@@ -99,6 +99,6 @@ def load_detector(
     "Read a detector; `ValueError` names a file that is not one."
     tensors, meta = read_tensors(path)
     if not isinstance(meta, dict) or meta.get("kind") != "Detector": raise ValueError(f"{path} does not hold a detector")
-    detector = Detector(meta["width"])
-    detector.load_state_dict(tensors)
+    with torch.device("meta"): detector = Detector(meta["width"])  # draws no first weights
+    detector.load_state_dict(tensors, assign=True)
     return detector.eval(), meta

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .coords import with_coords
+from .capture import Replayed
+from .coords import coord_map, with_coords
 
 # %% ../nbs/04_diffusion.ipynb #619b1260
 def alpha_bars(
@@ -57,8 +58,8 @@ def reverse_step(
     x_t: Tensor,  # (B, 3, H, W)
     eps_hat: Tensor,  # (B, 3, H, W) the predicted noise
     z: Tensor | float,  # (B, 3, H, W) fresh noise; 0 for the last step
-    alpha_bar_t: float,  # alpha_bar at t
-    alpha_bar_s: float,  # alpha_bar at the earlier s; 1 for the clean picture
+    alpha_bar_t: Tensor | float,  # alpha_bar at t
+    alpha_bar_s: Tensor | float,  # alpha_bar at the earlier s; 1 for the clean picture
     clip: bool = True,  # clip the estimate of x_0 to [-1, 1] (our choice)
 ) -> Tensor:  # (B, 3, H, W) x_s
     "One step of Algorithm 2, line 4, in the form that goes through the estimate of x_0."
@@ -95,9 +96,16 @@ def sample(
 ) -> Tensor:  # (n, 3, size, size) in [-1, 1] if clipped
     "Pictures from noise: Algorithm 2, or a stride through it."
     times = timesteps(len(alpha_bar), len(alpha_bar) if steps is None else steps, spacing)
-    x = torch.randn(n, 3, size, size, generator=generator, device=generator.device)
-    for t, s in zip(tqdm(times, "sampling", disable=not progress, leave=False), times[1:] + [None]):
-        eps_hat = model(with_coords(x), torch.full((n,), t, device=x.device)).to(x.dtype)
-        z = 0.0 if s is None else torch.randn(x.shape, generator=generator, device=x.device)
-        x = reverse_step(x, eps_hat, z, float(alpha_bar[t]), 1.0 if s is None else float(alpha_bar[s]), clip)
+    x, coords = torch.randn(n, 3, size, size, generator=generator, device=generator.device), coord_map(size, size, generator.device)
+    rows = [(t, float(alpha_bar[t]), 1.0 if s is None else float(alpha_bar[s])) for t, s in zip(times, times[1:] + [None])]
+    table = torch.tensor(rows, dtype=torch.float32 if x.device.type == "mps" else torch.float64, device=x.device)
+    now = table[0].clone()  # t, alpha_bar at t and at s of the step that is made: always the same three numbers in memory
+
+    def step(last: bool) -> Tensor:
+        eps_hat = model(with_coords(x, coords), now[0].long().repeat(n)).to(x.dtype)
+        z = 0.0 if last else torch.randn(x.shape, generator=generator, device=x.device)
+        return x.copy_(reverse_step(x, eps_hat, z, now[1], now[2], clip))
+
+    step = Replayed(step, x.device, [generator])
+    for i in tqdm(range(len(rows)), "sampling", disable=not progress, leave=False): now.copy_(table[i]); step(i + 1 == len(rows))
     return x

@@ -71,7 +71,9 @@ def finished_runs(
 ) -> tuple[list[Run], list[str]]:  # one run of each category, that of the lowest seed; and what could not be used, and why
     "The runs that the figures are drawn from. `ValueError` as `tables.collect`."
     found = of_preset(collect(runs), preset)
-    found, opened, notes = found[found.own], [], []
+    others = found[~found.own].file.unique()
+    notes = [f"{len(others)} runs without all parts of their preset (as in Table 4) are left out, such as {others[0]}"] if len(others) else []
+    found, opened = found[found.own], []
     for (dataset, category), group in sorted(found.groupby(["dataset", "category"]), key=lambda g: (ORDER.index(g[0][0]) if g[0][0] in ORDER else 9, g[0][1])):
         try: opened.append(reopen(Path(group.sort_values("seed").file.iloc[0]).parent, data))
         except (DataError, Missing, OSError) as e: notes.append(f"{dataset}/{category} is left out: {e}")
@@ -334,7 +336,7 @@ def localised(
     maps, scores = read_array(run.folder / "maps.npy"), pd.read_csv(run.folder / "scores.csv")
     limits, chosen = map_limits(maps[np.flatnonzero(scores.label == 0)], maps), spread_over_types(scores, n)
     samples = [run.category.test[i] for i in chosen]
-    titles = [f"{s.type.removesuffix('_anomalies').replace('_', ' ')}\n{scores.score[i]:.1f}" for i, s in zip(chosen, samples)]
+    titles = [f"{s.type.removesuffix('_anomalies').replace('_', ' ')}\n{scores.score[i]:.3g}" for i, s in zip(chosen, samples)]
     masks = load_masks(samples, side) if run.category.has_masks else None
     return Localised(load_images(samples, side), np.asarray(maps[chosen], np.float32), limits, masks, titles)
 

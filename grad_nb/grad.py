@@ -29,7 +29,7 @@ from .evaluation import MapStats, fuse, score_levels
 from .explain import Explanation, PatchBank, evidence, make_bank
 from .patches import PATCH
 from .pipeline import make_contrastive, make_detector, run_stage
-from .store import alone, array_sha256, check_sealed, fingerprint, pick_device, read_array, read_tensors, stage_generator, versions, write_tensors
+from .store import alone, array_sha256, fingerprint, pick_device, read_array, read_tensors, stage_generator, versions, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -432,7 +432,6 @@ def load_grad(
     by = f"grad_nb {made['grad_nb'] if isinstance(made, dict) and 'grad_nb' in made else '?'}, format {found}; this one reads format {FORMAT}"
     if found > FORMAT: raise ValueError(f"{path} was written by a newer grad_nb ({by}); upgrade grad_nb to read it")
     if found < FORMAT: raise ValueError(f"{path} was written by an older grad_nb ({by}); fit the model again")
-    check_sealed(path)
     try: return _rebuild(tensors, meta, device)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError) as e:
         said = str(e).splitlines()[-1].strip() if str(e) else type(e).__name__

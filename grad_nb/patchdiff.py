@@ -5,7 +5,7 @@ r"""A diffusion model that sees only $n\times n$ pixels: what it draws is right 
 # %% auto #0
 __all__ = ['PixelNorm', 'Pointwise', 'time_embedding', 'fourier_coords', 'Block', 'check_level', 'PatchDiff', 'gradient_support',
            'bounding_box', 'to_model', 'to_bytes', 'stratified_times', 'denoising_losses', 'denoising_loss',
-           'TimeBalance', 'draw_pictures', 'new_patchdiff', 'gradients_of_batch', 'train_patchdiff', 'generate',
+           'TimeBalance', 'draw_pictures', 'new_patchdiff', 'gradients_of_batch', 'train_patchdiff', 'Made', 'generate',
            'save_patchdiff', 'load_patchdiff']
 
 # %% ../nbs/05_patchdiff.ipynb #d7dbafac
@@ -18,13 +18,13 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from .capture import Replayed
 from .config import GeneratorConfig, to_dict
 from .coords import coord_map, with_coords
 from .diffusion import alpha_bars, global_noise, q_sample, sample
-from .store import (array_sha256, autocast, fingerprint, halving, read_tensors, run_steps, seeded_weights,
-                           stage_generator, write_tensors)
+from .store import (array_sha256, autocast, fingerprint, halving, pause_of, read_tensors, run_steps, seeded_weights,
+                           stage_generator, tensors_sha256, write_tensors)
 
 # %% ../nbs/05_patchdiff.ipynb #88e3cc44
 class PixelNorm(nn.Module):
@@ -231,10 +231,10 @@ class TimeBalance:
     ) -> Tensor:  # (B,) weights, detached
         "Weights by the losses of the steps before; then these losses enter the running mean."
         bins = len(self.mean)
-        member = F.one_hot(t * bins // self.T, bins).float()
+        member = (t[:, None] * bins // self.T == torch.arange(bins, device=t.device)).float()
         weight, count = member @ self.mean ** -self.exponent, member.sum(0)
         seen = loss.detach() @ member / count.clamp(min=1)
-        self.mean = torch.where(count > 0, self.decay * self.mean + (1 - self.decay) * seen, self.mean).clamp(min=1e-8)
+        self.mean.copy_(torch.where(count > 0, self.decay * self.mean + (1 - self.decay) * seen, self.mean).clamp(min=1e-8))
         return weight
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -243,7 +243,7 @@ class TimeBalance:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         "Put the running means back."
-        self.mean = state["mean"].to(self.mean.device)
+        self.mean.copy_(state["mean"])
 
 # %% ../nbs/05_patchdiff.ipynb #040cb3c7
 def draw_pictures(
@@ -255,13 +255,12 @@ def draw_pictures(
 ) -> tuple[Tensor, Tensor]:  # (batch, 3, h, w) in [-1, 1] and (2, h, w) or (batch, 2, h, w)
     "A batch for PatchDiff: whole pictures, or random crops with their coordinates."
     chosen = torch.randint(len(pictures), (batch,), generator=generator, device=pictures.device)
-    x, (height, width) = to_model(pictures[chosen]), coords.shape[-2:]
-    if not crop or crop >= min(height, width): return x, coords
-    first = lambda n: (torch.randint(n + 1, (batch,), generator=generator, device=pictures.device) - crop // 2).clamp(0, n - crop).tolist()
-    rows, columns = first(height), first(width)
-    cuts = [(slice(r, r + crop), slice(c, c + crop)) for r, c in zip(rows, columns)]
-    return (torch.stack([p[:, r, c] for p, (r, c) in zip(x, cuts)]).contiguous(memory_format=torch.channels_last),
-            torch.stack([coords[:, r, c] for r, c in cuts]))
+    height, width = coords.shape[-2:]
+    if not crop or crop >= min(height, width): return to_model(pictures[chosen]), coords
+    first = lambda n: (torch.randint(n + 1, (batch,), generator=generator, device=pictures.device) - crop // 2).clamp(0, n - crop)
+    along = torch.arange(crop, device=pictures.device)
+    rows, columns = (first(height)[:, None] + along)[:, :, None], (first(width)[:, None] + along)[:, None]
+    return to_model(pictures[chosen[:, None, None], rows, columns]), coords[:, rows, columns].movedim(1, 0)
 
 # %% ../nbs/05_patchdiff.ipynb #515fbade
 def new_patchdiff(
@@ -317,38 +316,77 @@ def train_patchdiff(
 
     fits = config.batch  # pictures at a time, fewer if the memory is too small
 
-    def step(_: int) -> Tensor:
+    def learn() -> Tensor:
         nonlocal fits
         x_0, F = draw_pictures(data, coords, config.batch, config.crop, generator)
-        learn = lambda some: gradients_of_batch(model, balance, x_0, F, alpha_bar, config, generator, some)
-        losses, fits = halving(learn, fits)
-        optimizer.step(); schedule.step()
+        losses, fits = halving(lambda some: gradients_of_batch(model, balance, x_0, F, alpha_bar, config, generator, some), fits)
         return losses.mean()[None]
 
+    learn = Replayed(learn, device, [generator])
+
+    def step(_: int) -> Tensor:
+        loss = learn()
+        optimizer.step(); schedule.step()
+        return loss
+
     state = dict(model=model, optimizer=optimizer, schedule=schedule, generator=generator, balance=balance)
-    history = run_steps(step, config.steps, ["loss"], state, checkpoint, key, label=f"PatchDiff {level}", progress=progress)
+    history = run_steps(step, config.steps, ["loss"], state, checkpoint, key, label=f"PatchDiff {level}", progress=progress, pause=pause_of(device))
     return model.eval(), history
 
 # %% ../nbs/05_patchdiff.ipynb #c9ec4dff
+class Made:
+    "The pictures that are made so far, as a part of a checkpoint."
+
+    def __init__(self,
+        n: int,  # pictures there will be
+        size: int,  # their side, pixels
+    ):
+        self.pictures, self.n = np.empty((n, size, size, 3), np.uint8), 0
+
+    def add(self,
+        some: np.ndarray,  # (B, size, size, 3) uint8
+    ) -> None:
+        "Append pictures."
+        self.pictures[self.n : self.n + len(some)] = some
+        self.n += len(some)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        "The pictures, for a checkpoint."
+        return {"pictures": torch.from_numpy(self.pictures[: self.n])}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        "Put the pictures back."
+        self.n = 0
+        self.add(state["pictures"].numpy())
+
+# %% ../nbs/05_patchdiff.ipynb #train501
 def generate(
     model: PatchDiff,  # trained
     config: GeneratorConfig,  # how many pictures, of what size, in how many steps
     seed: int = 0,  # of the run
     device: str | torch.device = "cpu",  # where to sample
     progress: bool = True,  # show a progress bar
+    checkpoint: str | Path | None = None,  # file to save the pictures in once a minute and to resume from
 ) -> np.ndarray:  # (n_samples, size, size, 3) uint8
-    "The contrastive set of one level (Algorithm 2, or a stride through it)."
-    made, alpha_bar = np.empty((config.n_samples, config.size, config.size, 3), np.uint8), alpha_bars(config.T).tolist()
+    "The contrastive set of one level (Algorithm 2, or a stride through it), batch after batch; resumes from `checkpoint`."
+    made, alpha_bar, fits = Made(config.n_samples, config.size), alpha_bars(config.T).tolist(), config.sample_batch
     generator = stage_generator(seed, f"patchdiff-sample-{model.level}", device)
+    key = fingerprint("sample", to_dict(config), seed, torch.device(device).type, tensors_sha256({k: v.cpu() for k, v in model.state_dict().items()}))
     model = model.eval().to(device, memory_format=torch.channels_last)
-    with autocast(device, config.bf16), tqdm(total=config.n_samples, desc=f"sampling {model.level}", disable=not progress) as bar:
-        done, fits = 0, config.sample_batch
-        while done < config.n_samples:
-            left = config.n_samples - done
-            found, fits = halving(lambda n, left=left: to_bytes(sample(model, min(n, left), config.size, alpha_bar, generator, config.sample_steps, spacing=config.spacing)), fits)
-            made[done : done + len(found)] = found
-            done += len(found); bar.update(len(found))
-    return made
+
+    def step(_: int) -> Tensor:
+        nonlocal fits
+        end = min(made.n + config.sample_batch, config.n_samples)
+        with autocast(device, config.bf16):
+            while made.n < end:
+                draw = lambda n: to_bytes(sample(model, min(n, end - made.n), config.size, alpha_bar, generator, config.sample_steps, spacing=config.spacing))
+                some, fits = halving(draw, fits)
+                made.add(some)
+        return torch.tensor([float(made.n)])
+
+    batches = math.ceil(config.n_samples / config.sample_batch)
+    run_steps(step, batches, ["pictures"], dict(generator=generator, made=made), checkpoint, key, 1, f"sampling {model.level}", progress, pause=60)
+    return made.pictures
 
 # %% ../nbs/05_patchdiff.ipynb #23ef79f0
 def save_patchdiff(

@@ -23,12 +23,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from .config import Augmentation, DetectorConfig, GeneratorConfig, Level, Preset, augmentation, override, preset, to_dict
-from .data import Category, Sample, data_sha256, hold_out, load_defects, load_images, load_masks, read_category
+from .data import Category, Sample, data_sha256, hold_out, load_defects, load_images, load_masks, manifest, read_category
 from .detector import Detector, load_detector, save_detector
 from .evaluation import MapStats, fuse, image_scores, resize_pictures, score_maps, summary, trivial
 from .metrics import OnDemand, area_to, au_pro, auroc_interval, average_precision, f1_max, pixel_auroc_ap, resize_map, spro_curve, write_tiff_maps
 from .patchdiff import generate, save_patchdiff, train_patchdiff
-from .store import (alone, atomic_path, device_name, file_sha256, fingerprint, pick_device, read_array, read_json,
+from .store import (TimeUp, alone, atomic_path, device_name, file_sha256, fingerprint, git_state, pick_device, read_array, read_json,
                            versions, write_array, write_json)
 from .training import train_detector
 
@@ -136,14 +136,19 @@ def run_stage(
     make: Callable[[], tuple[dict, Sequence[str]]],  # does the work → figures to record, and the files written
     device: str | torch.device = "cpu",  # where it computes, for the record
 ) -> dict:  # the record; "skipped" tells whether anything was done
-    "Run a stage, or take its record if nothing has changed. `ValueError` if another process is at it."
+    "Run a stage, or take its record if nothing has changed; one that is cut by a `time_limit` adds up its seconds. `ValueError` if another process is at it."
     def record_of() -> dict | None: return (found := stage_done(folder, name, key)) and found | {"skipped": True}
     if record := record_of(): return record
     with alone(folder / f".{name}.lock", f"{folder} ({name})", patience=PATIENCE):
         if record := record_of(): return record
-        start = time.perf_counter()
-        figures, files = make()
-        record = {"stage": name, "fingerprint": key, "seconds": round(time.perf_counter() - start, 2), "device": device_name(device),
+        start, pieces = time.perf_counter(), folder / f".{name}.pieces.json"
+        try: before = read_json(pieces)["seconds"] if read_json(pieces)["fingerprint"] == key else 0.0
+        except (FileNotFoundError, ValueError, KeyError, TypeError): before = 0.0
+        spent = lambda: round(before + time.perf_counter() - start, 2)
+        try: figures, files = make()
+        except TimeUp: write_json(pieces, {"fingerprint": key, "seconds": spent()}); raise
+        pieces.unlink(missing_ok=True)
+        record = {"stage": name, "fingerprint": key, "seconds": spent(), "device": device_name(device),
                   "versions": versions(), "outputs": {f: file_sha256(folder / f) for f in files}, **figures}
         write_json(folder / f"{name}.json", record)
     log.info("%s: %s took %.1f s", folder, name, record["seconds"])
@@ -173,14 +178,14 @@ def make_contrastive(
     "Train a PatchDiff and make its contrastive set: the work of a generate stage."
     tag = f"{level:02d}"
     files = [f"generator-{tag}.safetensors", f"contrastive/level-{tag}.npy", f"history/generate-{tag}.csv"]
-    checkpoint, start = folder / f"generator-{tag}.checkpoint", time.perf_counter()
+    checkpoint, sampled, start = folder / f"generator-{tag}.checkpoint", folder / f"contrastive-{tag}.checkpoint", time.perf_counter()
     model, history = train_patchdiff(normals, level, config, seed, device, checkpoint, progress)
     trained = time.perf_counter()
-    made = generate(model, config, seed, device, progress)
+    made = generate(model, config, seed, device, progress, sampled)
     save_patchdiff(folder / files[0], model)
     write_array(folder / files[1], made)
     write_table(folder / files[2], history)
-    checkpoint.unlink(missing_ok=True)
+    for file in (checkpoint, sampled): file.unlink(missing_ok=True)
     seconds = {"train": round(trained - start, 2), "sample": round(time.perf_counter() - trained, 2)}
     return {"level": level, "loss": history.loss.tail(100).mean(), "parts": seconds}, files
 
@@ -336,7 +341,7 @@ def pixel_figures(
 # %% ../nbs/11b_pipeline.ipynb #pipe0003
 def _evaluate(run: Run) -> tuple[dict, list[str]]:
     "The work of the evaluate stage."
-    config, samples, progress = run.preset.evaluation, run.category.test, run.progress
+    config, samples, progress, start = run.preset.evaluation, run.category.test, run.progress, time.perf_counter()
     types = [s.type for s in samples]
     held, test = ([read_array(run.folder / f"scores/{kind}-{row.level:03d}.npy") for row in run.levels] for kind in ("held", "test"))
     stats = [MapStats.of(m) for m in held] if len(run.levels) > 1 else []
@@ -356,15 +361,18 @@ def _evaluate(run: Run) -> tuple[dict, list[str]]:
     columns = {"path": [str(s.path.relative_to(run.category.root)) for s in samples], "label": [s.label for s in samples], "type": types}
     columns |= {f"score_{row.level}": image_scores(m) for row, m in zip(run.levels, test)}
     write_table(run.folder / "scores.csv", pd.DataFrame(columns | {"score": scores}))
-    write_json(run.folder / "result.json", result | provenance(run))
-    return {}, ["maps.npy", "scores.csv", "result.json"]
+    write_json(run.folder / "manifest.json", manifest(run.category, progress))
+    about = provenance(run)
+    about["seconds"]["evaluate"] = round(time.perf_counter() - start, 2)
+    write_json(run.folder / "result.json", result | about)
+    return {}, ["maps.npy", "scores.csv", "manifest.json", "result.json"]
 
 # %% ../nbs/11b_pipeline.ipynb #46ac95f5
 def evaluate_key(
     run: Run,  # the run
 ) -> str:
     "The fingerprint of the evaluate stage; it depends on those of the detect stages and on which figures a result has."
-    return fingerprint("evaluate", "with AU-PRO and sPRO", to_dict(run.preset.evaluation), [detect_key(run, row.level) for row in run.levels])
+    return fingerprint("evaluate", "with AU-PRO, sPRO, manifest and git", to_dict(run.preset.evaluation), [detect_key(run, row.level) for row in run.levels])
 
 
 def evaluate_stage(
@@ -399,7 +407,7 @@ def provenance(
     records = {name: read_json(run.folder / f"{name}.json") for name in names}
     return {
         "preset": run.preset.name, "dataset": dataset_name(run.category), "category": run.category.name, "seed": run.seed,
-        "config": to_dict(run.preset), "data_sha256": run.data_sha256, "notes": list(run.category.notes), "versions": versions(),
+        "config": to_dict(run.preset), "data_sha256": run.data_sha256, "notes": list(run.category.notes), "versions": versions(), "git": git_state(),
         "seconds": {name: record["seconds"] for name, record in records.items()},
         "device": ", ".join(sorted({record["device"] for record in records.values()})),
         "stages": {name: {k: record[k] for k in ("device", "versions", "fingerprint")} for name, record in records.items()},

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['save_figure', 'speed_figure', 'picture_rows', 'picture_table', 'field_figure', 'history_curves', 'FeatureCloud',
            'coords_rgb', 'times', 'patches_figure', 'weight_overlay', 'weight_figure', 'map_limits', 'heat_overlay',
-           'save_picture', 'Localised', 'localisation_figure', 'map_overlays', 'explanation_figure', 'score_histogram']
+           'save_picture', 'Localised', 'localisation_figure', 'map_overlays', 'at_most', 'explanation_figure',
+           'score_histogram']
 
 # %% ../nbs/13_plots.ipynb #75c0f9c7
 from collections.abc import Mapping, Sequence
@@ -38,18 +39,21 @@ def save_figure(
 
 # %% ../nbs/13_plots.ipynb #f1a00002
 def _bubbles(ax: plt.Axes, points: pd.DataFrame, area: float) -> None:
-    "One mark and one label for each method."
-    for p in points.itertuples():
-        colour, known = "tab:red" if p.ours else "tab:blue", np.isfinite(p.parameters)
+    "One mark and one label for each method; labels of ours take turns, because their latencies lie close together."
+    ours = 0
+    for p in points.sort_values("latency_ms").itertuples():
+        colour, known, turn = "tab:red" if p.ours else "tab:blue", np.isfinite(p.parameters), ours % 2
+        ours += bool(p.ours)
         if not np.isfinite(p.auroc):
             ax.axvline(p.latency_ms, color=colour, lw=1, ls="--")
-            ax.annotate(f"{p.method}: accuracy not measured", (p.latency_ms, 0.03), (3, 0), xycoords=("data", "axes fraction"),
-                        textcoords="offset points", rotation=90, fontsize=7, color=colour, va="bottom")
+            ax.annotate(f"{p.method}: accuracy not measured", (p.latency_ms, 0.02), (2 if turn else -2, 0), xycoords=("data", "axes fraction"),
+                        textcoords="offset points", rotation=90, fontsize=7, color=colour, va="bottom", ha="left" if turn else "right")
             continue
         style = dict(s=area * p.parameters / 1e6, alpha=0.55, color=colour) if known else dict(s=36, marker="D", facecolors="none", edgecolors=colour)
         ax.scatter(p.latency_ms, p.auroc, zorder=3, **style)
-        radius = np.sqrt(style["s"] / np.pi) if known else 4
-        ax.annotate(p.method, (p.latency_ms, p.auroc), (0, radius + 3), textcoords="offset points", fontsize=8, ha="center", color=colour if p.ours else "0.15")
+        away = (np.sqrt(style["s"] / np.pi) if known else 4) + 3
+        ax.annotate(p.method, (p.latency_ms, p.auroc), (0, -away if turn else away), textcoords="offset points", fontsize=8, ha="center",
+                    va="top" if turn else "bottom", color=colour if p.ours else "0.15")
 
 
 def speed_figure(
@@ -145,7 +149,7 @@ def field_figure(
     for ax, shown, title in zip(axes[:, 0], (picture, noised), ("a real picture", "noised,\nas PatchDiff sees it")): ax.imshow(shown); ax.set_title(title, fontsize=8)
     for (above, below), colour, (level, support) in zip(axes[:, 1:].T, colours, supports.items()):
         first, last, left, right = boxes[level]
-        for ax in axes[:, 0]: ax.add_patch(plt.Rectangle((left - 0.5, first - 0.5), right - left + 1, last - first + 1, fill=False, color=colour, lw=1.4))
+        for ax in axes[:, 0]: ax.add_patch(plt.Rectangle((left - 0.5, first - 0.5), right - left + 1, last - first + 1, fill=False, color=colour, lw=1.1))
         window, (y, x) = _window(picture, support, pixel, half)
         above.imshow(window); above.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, color="red", lw=1.4))
         above.set_title(f"level {level}\nsees {last - first + 1} × {right - left + 1} pixels", fontsize=8)
@@ -340,24 +344,25 @@ def _heat_bar(figure: Figure, room: float) -> None:
 def localisation_figure(
     models: Mapping[str, Localised],  # label, for instance the category → its pictures and maps
     side: float = 1.1,  # side of one picture, inches
+    across: int = 1,  # models side by side
     bar: bool = True,  # show what the colours mean
     title: str = "",  # above all
 ) -> Figure:
     "Pictures above, the same with their anomaly map and the true outline below, model by model (Figures 6 and 8)."
     n, many = max(len(m.pictures) for m in models.values()), len(models) > 1 or "" not in models
     left, above, below = 0.95 * many, 0.3 + 0.25 * bool(title), 0.55 * bar
-    band = 2 * side + 0.34  # two rows and their titles
-    width, height = side * n + left, band * len(models) + above - 0.34 + below
+    band, block = 2 * side + 0.34, side * n + left  # of one model: two rows and their titles, its label and pictures
+    width, height = block * min(across, len(models)), band * -(-len(models) // across) + above - 0.34 + below
     figure = plt.figure(figsize=(width, height), dpi=72)
     for k, (label, model) in enumerate(models.items()):
+        first, top, w, h = left + block * (k % across), 1 - (above + band * (k // across)) / height, side / width, side / height
         for i in range(len(model.pictures)):
-            x, y, w, h = (left + side * i) / width, 1 - (above + band * k) / height, side / width, side / height
-            upper, lower = (figure.add_axes((x, y - h * row, 0.97 * w, 0.97 * h)) for row in (1, 2))
+            upper, lower = (figure.add_axes(((first + side * i) / width, top - h * row, 0.97 * w, 0.97 * h)) for row in (1, 2))
             upper.imshow(model.pictures[i]); lower.imshow(heat_overlay(model.pictures[i], model.maps[i], model.limits))
             if model.masks is not None and model.masks[i].any(): lower.contour(model.masks[i], [0.5], colors="cyan", linewidths=0.8)
             if i < len(model.titles): upper.set_title(model.titles[i], fontsize=7, pad=2)
             _bare(upper); _bare(lower)
-        if many: figure.text((left - 0.08) / width, (height - above - band * k - side) / height, label.replace("_", "\n"), fontsize=8, ha="right", va="center")
+        if many: figure.text((first - 0.08) / width, top - h, label.replace("_", "\n"), fontsize=8, ha="right", va="center")
     if bar: _heat_bar(figure, below)
     if title: figure.text(0.5, 1 - 0.05 / height, title, fontsize=10, ha="center", va="top")
     return figure
@@ -375,25 +380,50 @@ def map_overlays(
     return localisation_figure({"": Localised(pictures, maps, limits, masks, titles)}, side, bar=False)
 
 # %% ../nbs/13_plots.ipynb #c7d55b3e
+def at_most(
+    pixels: np.ndarray,  # (H, W, 3) uint8
+    side: int,  # longest side, pixels
+) -> np.ndarray:  # (h, w, 3) uint8; the picture itself if it is not larger
+    "A picture in its own proportions, small enough to be shown."
+    scale = side / max(pixels.shape[:2])
+    if scale >= 1: return pixels
+    return np.asarray(Image.fromarray(pixels).resize([max(1, round(n * scale)) for n in pixels.shape[1::-1]], Image.Resampling.LANCZOS))
+
+
+def _framed(
+    ax: plt.Axes,  # where
+    known: np.ndarray | None,  # (34, 34, 3) uint8, or None if there is none
+    colour: str,  # of the frame
+    title: str,  # above it
+) -> None:
+    "A patch in a frame of the colour of its box."
+    ax.set_title(title, fontsize=7)
+    if known is None: return _bare(ax)
+    ax.imshow(known, interpolation="nearest")
+    ax.set_xticks([]); ax.set_yticks([])
+    for edge in ax.spines.values(): edge.set(visible=True, color=colour, linewidth=2)
+
+# %% ../nbs/13_plots.ipynb #plot0010
 def explanation_figure(
     explanation: Explanation,  # of `GRAD.explain`
     side: float = 1.5,  # side of one picture, inches
 ) -> Figure:
-    "The evidence of each detector in a row: place, patch, nearest normal and nearest generated patch."
-    levels = explanation.levels
-    figure, axes = plt.subplots(len(levels), 4, figsize=(4.4 * side, 1.3 * side * len(levels)), dpi=72, squeeze=False, layout="constrained")
-    shown = heat_overlay(explanation.picture, explanation.heat_map, explanation.limits)
-    origin = lambda known: "none kept" if known is None else f"picture {known.picture}, distance {known.distance:.2f}"
+    "The evidence of each detector in a row: place, map, patch, nearest normal and nearest generated patch."
+    levels, shown = explanation.levels, at_most(explanation.picture, 768)
+    heat, scale = heat_overlay(shown, explanation.heat_map, explanation.limits), shown.shape[0] / explanation.picture.shape[0]
+    figure, axes = plt.subplots(len(levels), 5, figsize=(5.4 * side, 1.35 * side * len(levels)), dpi=72, squeeze=False, layout="constrained")
     for line, found in zip(axes, levels):
-        left, top, right, bottom = found.box
-        line[0].imshow(shown)
-        line[0].add_patch(plt.Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, color="cyan", lw=1.2))
-        line[1].imshow(found.patch)
-        for ax, known in zip(line[2:], (found.normal, found.contrastive)):
-            if known is not None: ax.imshow(known.patch)
-        titles = (f"level {found.level}, score {found.score:.2f}", "the patch", f"nearest normal\n{origin(found.normal)}",
-                  f"nearest generated\n{origin(found.contrastive)}")
-        for ax, title in zip(line, titles): ax.set_title(title, fontsize=7); _bare(ax)
+        line[0].imshow(shown); line[1].imshow(heat)
+        line[0].set_title("the patch and its neighbours", fontsize=7); line[1].set_title(f"level {found.level}, score {found.score:.2f}", fontsize=7)
+        for ax in line[:2]: _bare(ax)
+        near = {"cyan": (found, "highest patch"), "limegreen": (found.normal, "nearest normal"), "orange": (found.contrastive, "nearest generated")}
+        for ax, (colour, (known, title)) in zip(line[2:], near.items()):
+            said = "none kept" if known is None else "" if known is found else f"picture {known.picture}, distance {known.distance:.2f}"
+            _framed(ax, None if known is None else known.patch, colour, f"{title}\n{said}")
+            if known is None: continue
+            left, top, right, bottom = (scale * edge for edge in known.box)
+            box = dict(fill=False, color=colour, lw=1.6 if known is found else 1.1, ls="-" if known is found else "--")
+            line[0].add_patch(plt.Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, **box))
     verdict = "anomalous" if explanation.anomalous else "normal"
     figure.suptitle(f"{verdict}: score {explanation.score:.2f}, threshold {explanation.threshold:.2f}", fontsize=8)
     return figure

@@ -18,8 +18,8 @@ def noised(
     sigma: float,  # standard deviation of the noise
     generator: torch.Generator,  # source of randomness
 ) -> Tensor:  # the same shape
-    "x plus Gaussian noise."
-    return x + sigma * torch.randn(x.shape, generator=generator, device=x.device, dtype=torch.float32)
+    "x plus Gaussian noise, drawn in the memory order of x."
+    return torch.empty_like(x, dtype=torch.float32, requires_grad=False).normal_(0, 1, generator=generator).mul_(sigma) + x
 
 
 def decoding_loss(
@@ -53,8 +53,8 @@ def gradient_penalty(
     of: str = "logit",  # f: "logit" or "probability" (our choice)
 ) -> Tensor:  # scalar: mean squared norm of the gradient, can be differentiated again
     "The gradient regularisation L_grad (Eq. 6). `ValueError` for blocks: a patch must have a gradient of its own."
-    x = x.detach().requires_grad_()
-    out = detector(x)
+    x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    with torch.autocast(x.device.type, enabled=False): out = detector(x)
     if out[0].numel() != 1: raise ValueError(f"the penalty needs single patches, not inputs of shape {tuple(x.shape)} with {out[0].numel()} outputs")
     if of == "probability": out = out.sigmoid()
     elif of != "logit": raise ValueError(f"of must be 'logit' or 'probability', not {of!r}")

@@ -87,11 +87,13 @@ class MemoryBank:
     def push(self,
         z: Tensor,  # (N, D) features of one step
     ) -> None:
-        "Append features and keep the latest `size`; of a step with more than that, an even share."
+        "Append features and keep the latest `size`; of a step with more than that, an even share. A full bank stays where it is in memory."
         z = z.detach().float()
         if len(z) > self.size: z = z[torch.linspace(0, len(z) - 1, self.size, device=z.device).round().long()]  # evenly from all groups
         kept = self.or_else(z[:0])
-        self.features = torch.cat([kept, z])[-self.size :]
+        latest = torch.cat([kept, z])[-self.size :]
+        if latest.shape == self.features.shape and latest.device == self.features.device: self.features.copy_(latest)
+        else: self.features = latest
 
     def or_else(self,
         z: Tensor,  # (N, D) features of the current step

@@ -4,20 +4,25 @@
 
 # %% auto #0
 __all__ = ['log', 'atomic_path', 'lock_file', 'lock', 'alone', 'write_json', 'read_json', 'write_array', 'read_array',
-           'tensors_sha256', 'write_tensors', 'read_tensors', 'check_sealed', 'stage_seed', 'seeded_weights',
-           'stage_generator', 'save_checkpoint', 'load_checkpoint', 'fingerprint', 'file_sha256', 'array_sha256',
-           'versions', 'device_name', 'pick_device', 'bf16_supported', 'autocast', 'halving', 'run_steps']
+           'tensors_sha256', 'write_tensors', 'read_tensors', 'stage_seed', 'seeded_weights', 'stage_generator',
+           'save_checkpoint', 'load_checkpoint', 'fingerprint', 'file_sha256', 'array_sha256', 'versions',
+           'device_name', 'pick_device', 'git_state', 'bf16_supported', 'autocast', 'halving', 'TimeUp', 'time_limit',
+           'pause_of', 'time_left', 'keep_memory', 'run_steps']
 
 # %% ../nbs/00b_store.ipynb #a90f3053
+import ctypes
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
@@ -131,8 +136,8 @@ def read_array(
 ) -> np.ndarray:  # a read-only memory map
     "Open an array without loading it; `ValueError` names the file if it is not one."
     try: found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as e:
-        if isinstance(e, FileNotFoundError): raise
+    except FileNotFoundError: raise
+    except Exception as e:  # a damaged head gives ValueError, EOFError, SyntaxError, TokenError, OverflowError, ...
         raise ValueError(f"{path} is not an array that can be read ({e}); delete it and make it again") from None
     if not isinstance(found, np.ndarray): raise ValueError(f"{path} is not an array but an archive; delete it and make it again")
     return found
@@ -171,24 +176,13 @@ def read_tensors(
         with safe_open(str(path), framework="pt") as f:
             tensors, about = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
         meta = json.loads(about.get("json", "null"))
-    except (SafetensorError, json.JSONDecodeError, RecursionError) as e:
+    except (SafetensorError, ValueError, RecursionError) as e:
         raise ValueError(_why_not(path, e)) from None
-    seal = about.get("sha256")
-    if seal and seal != tensors_sha256(tensors, about.get("json", "null")): raise ValueError(_changed(path))
+    if not (seal := about.get("sha256")):
+        raise ValueError(f"{path} has no checksum: something else than grad_nb wrote it, or a version before its first release, or it was damaged; get it again")
+    if seal != tensors_sha256(tensors, about.get("json", "null")):
+        raise ValueError(f"{path} was changed after it was written: its checksum does not fit; get the file again")
     return tensors, meta
-
-
-def check_sealed(
-    path: str | Path,  # a file that `read_tensors` could read
-) -> None:
-    "`ValueError` if a file has lost its checksum; the tensors are not read again."
-    with safe_open(str(path), framework="pt") as f: about = f.metadata() or {}
-    if not about.get("sha256"): raise ValueError(_changed(path))
-
-
-def _changed(path: str | Path) -> str:
-    "What is said of a file whose checksum is wrong or gone."
-    return f"{path} was changed after it was written: its checksum does not fit; get the file again"
 
 # %% ../nbs/00b_store.ipynb #db78080c
 def _why_not(path: str | Path, error: Exception) -> str:
@@ -328,6 +322,17 @@ def pick_device(
         raise ValueError(f"device {name!r} cannot be used here ({str(e).splitlines()[0]}); try 'cpu' or 'auto'") from None
     return torch.device(name)
 
+# %% ../nbs/00b_store.ipynb #git00001
+def git_state() -> dict[str, Any] | None:  # commit, and the tracked files that differ from it; None if the package is not a checkout
+    "The commit of the repository that this package lies in; an installed package, also one inside another repository, has none."
+    here = Path(__file__).resolve() if "__file__" in globals() else Path.cwd() / "00b_store.ipynb"
+    ask = lambda *words: subprocess.run(["git", "-C", str(here.parent), *words], capture_output=True, text=True, timeout=30, check=True).stdout
+    try:
+        ask("ls-files", "--error-unmatch", here.name)
+        changed = [line[3:] for line in ask("status", "--porcelain", "--untracked-files=no").splitlines()]
+        return {"commit": ask("rev-parse", "HEAD").strip(), "changed": changed}
+    except (OSError, subprocess.SubprocessError): return None
+
 # %% ../nbs/00b_store.ipynb #2f942280
 def bf16_supported(
     device: str | torch.device,  # where the work is done
@@ -374,6 +379,43 @@ def _restore(part: Any, state: Any) -> None:
         for name, value in moments.items():
             if value.ndim and value.shape == weight.shape: moments[name] = torch.empty_like(weight).copy_(value)
 
+# %% ../nbs/00b_store.ipynb #train002
+class TimeUp(Exception):
+    "The time is over; what was done is saved."
+
+
+_end: ContextVar[float] = ContextVar("end of the time that is left", default=math.inf)
+
+
+@contextmanager
+def time_limit(
+    seconds: float,  # from now on
+) -> Iterator[None]:
+    "Inside the `with`, loops of `run_steps` save their state and raise `TimeUp` when the time is over."
+    token = _end.set(time.monotonic() + seconds)
+    try: yield
+    finally: _end.reset(token)
+
+
+def pause_of(
+    device: str | torch.device,  # where a training runs
+) -> float:  # seconds between checkpoints, at least
+    "On a GPU a step is so short that writing a checkpoint after every few of them would take longer than they do."
+    return 30.0 if torch.device(device).type == "cuda" else 0.0
+
+
+def time_left() -> float:  # seconds; infinity without a limit
+    "What is left of the innermost `time_limit`."
+    return _end.get() - time.monotonic()
+
+# %% ../nbs/00b_store.ipynb #train004
+def keep_memory() -> bool:  # whether the C library agreed
+    "Let freed memory serve the next step instead of returning to the system (glibc; elsewhere nothing happens)."
+    trim_threshold, mmap_threshold = -1, -3  # parameters of mallopt(3)
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError): return False
+    return bool(mallopt(mmap_threshold, 1 << 30) and mallopt(trim_threshold, 2**31 - 1))
+
 # %% ../nbs/00b_store.ipynb #186830e1
 def run_steps(
     step: Callable[[int], Tensor],  # number of the step → its figures, a detached tensor (len(names),)
@@ -385,22 +427,26 @@ def run_steps(
     every: int = 200,  # steps between checkpoints
     label: str = "training",  # the progress bar's text
     progress: bool = True,  # show a progress bar
+    pause: float = 0.0,  # seconds between checkpoints, at least
 ) -> pd.DataFrame:  # (steps, len(names)): the figures of every step
-    "Run a training that can be killed at any time and continues bit for bit."
-    done, rows = 0, []
+    "Run a training that can be killed at any time and continues bit for bit. `TimeUp` at the end of a `time_limit`; the state is saved."
+    done, rows, saved_at = 0, [], time.monotonic()
+    keep_memory()
     if checkpoint and (saved := load_checkpoint(checkpoint, key)):
         rows, done = list(saved.pop("rows").unbind()), saved.pop("done")
         for name, value in saved.items(): _restore(state[name], value)
         log.info("%s continues after step %d of %d", label, done, steps)
+    save = lambda n: checkpoint and save_checkpoint(checkpoint, key, rows=_together(rows), done=n, **{k: _state_of(v) for k, v in state.items()})
     for i in (bar := tqdm(range(done, steps), label, initial=done, total=steps, disable=not progress)):
+        if time_left() <= 0: bar.close(); save(i); raise TimeUp(f"{label}: {i:,} of {steps:,} steps done")
         rows.append(step(i).double())
         if progress and (i + 1) % 50 == 0: bar.set_postfix({names[0]: f"{_together(rows[-50:])[:, 0].mean().item():.4f}"})
-        if checkpoint and (i + 1) % every == 0 and i + 1 < steps:
-            save_checkpoint(checkpoint, key, rows=_together(rows), done=i + 1, **{k: _state_of(v) for k, v in state.items()})
+        if (i + 1) % every == 0 and i + 1 < steps and time.monotonic() - saved_at >= pause: save(i + 1); saved_at = time.monotonic()
+    if done < steps and time_left() < math.inf: save(steps)  # what comes next may be cut off
     return pd.DataFrame(_together(rows).numpy() if rows else [], columns=list(names))
 
 
 def _together(rows: list[Tensor]) -> Tensor:
     "Rows as one tensor on the CPU; those of a resumed training are there already, the new ones may be on a GPU."
     new = next((i for i, row in enumerate(rows) if row.device.type != "cpu"), len(rows))
-    return torch.cat([torch.stack(part).cpu() for part in (rows[:new], rows[new:]) if part])
+    return torch.cat([torch.stack(part).cpu() for part in (rows[:new], rows[new:]) if part]) if rows else torch.empty(0, 0)

@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .capture import Replayed
 from .config import Augmentation, DetectorConfig, to_dict
 from .detector import Decoder, Detector
 from .patches import Batch, draw_batch
 from .regularizers import decoding_loss, feature_loss, gradient_penalty, noised, one_patch_each
 from .reweighting import MemoryBank, effective_sample_size, negative_weight, reweighted_bce, tail_weight
-from .store import array_sha256, autocast, fingerprint, halving, run_steps, seeded_weights, stage_generator
+from .store import array_sha256, autocast, fingerprint, halving, pause_of, run_steps, seeded_weights, stage_generator
 
 # %% ../nbs/10_training.ipynb #c660ac0b
 def training_steps(
@@ -80,7 +81,7 @@ def batch_losses(
     reweight: bool = True,  # False: all weights equal
 ) -> tuple[Tensor, dict[str, Tensor]]:  # the total loss of Eq. 7, and its parts with the effective sample sizes
     "Equation 7 for one batch; the features are pushed into the banks."
-    config, detector, x = learner.config, learner.detector, torch.cat([batch.positives, batch.negatives])
+    config, detector, x = learner.config, learner.detector, batch.patches
     seen = noised(x, config.sigma_c, learner.generator) if config.shared_pass and config.alpha_1 else x
     features = detector.features(seen)
     logits, flat = detector.head(features).float().flatten(), features.float().movedim(1, -1).flatten(0, 2)
@@ -140,7 +141,7 @@ def gradients(
     some: int | None = None,  # patches, or blocks of them, at a time; all if not given
 ) -> tuple[Tensor, dict[str, Tensor]]:  # as `batch_losses`, detached
     "The losses of Eq. 7 for one batch and their gradients. If the memory runs out, the banks are as before."
-    before = {bank: bank.features for bank in learner.banks.values()}
+    before = {bank: bank.features.clone() for bank in learner.banks.values()}
     learner.optimizer.zero_grad(set_to_none=True)
     try:
         if some is not None and some < len(batch.positives) + len(batch.negatives): return _in_parts(learner, batch, reweight, some)
@@ -174,12 +175,18 @@ def train_detector(
 
     fits = config.patches // config.block**2 * (1 + config.wrong_coordinates + len(contrastive))  # fewer at a time if the memory is too small
 
-    def step(i: int) -> Tensor:
+    def learn(reweight: bool) -> Tensor:
         nonlocal fits
         batch = draw_batch(normal, contrastive, config, augmentation, learner.generator)
-        (loss, parts), fits = halving(partial(gradients, learner, batch, i >= config.reweight_from * steps), fits)
-        learner.optimizer.step(); learner.schedule.step()
+        (loss, parts), fits = halving(partial(gradients, learner, batch, reweight), fits)
         return torch.stack([loss, *(parts[name] for name in FIGURES[1:])])
 
-    history = run_steps(step, steps, FIGURES, learner.state, checkpoint, key, label=stage, progress=progress)
+    learn = Replayed(learn, device, [learner.generator], plain=3 + config.bank_size // config.patches)  # until the banks are full
+
+    def step(i: int) -> Tensor:
+        figures = learn(i >= config.reweight_from * steps)
+        learner.optimizer.step(); learner.schedule.step()
+        return figures
+
+    history = run_steps(step, steps, FIGURES, learner.state, checkpoint, key, label=stage, progress=progress, pause=pause_of(device))
     return learner.detector.eval(), history

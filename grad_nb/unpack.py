@@ -6,6 +6,8 @@
 __all__ = ['ARCHIVES', 'member_path', 'unpack']
 
 # %% ../nbs/01b_unpack.ipynb #a1c40004
+import bz2
+import gzip
 import hashlib
 import lzma
 import os
@@ -62,6 +64,15 @@ class _Progress:
         return piece
 
 
+def _decompressed(file: BinaryIO, bar: tqdm) -> BinaryIO:
+    "An open archive as a plain tar file, by its first bytes; one that was cut off fails when it is read to its end."
+    head = file.read(6)
+    file.seek(0)
+    for magic, opened in ((b"\xfd7zXZ\x00", lzma.open), (b"\x1f\x8b", gzip.open), (b"BZh", bz2.open)):
+        if head.startswith(magic): return opened(_Progress(file, bar))
+    return _Progress(file, bar)
+
+
 def _hash(file: BinaryIO, bar: tqdm) -> str:
     "The SHA-256 of an open file, which is then at its beginning again."
     digest, reader = hashlib.sha256(), _Progress(file, bar)
@@ -73,7 +84,7 @@ def _hash(file: BinaryIO, bar: tqdm) -> str:
 def _write_members(file: BinaryIO, folder: Path) -> int:
     "Unpack an open archive into an empty folder, member by member; the number of files."
     seen = set()
-    with tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as tar:
+    with tarfile.open(fileobj=file, mode="r|", tarinfo=_Member) as tar:
         for member in tar:
             path = member_path(member)
             if path is None: continue
@@ -85,6 +96,7 @@ def _write_members(file: BinaryIO, folder: Path) -> int:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             with tar.extractfile(member) as source, open(folder / path, "xb") as target: shutil.copyfileobj(source, target, 1 << 20)
             if (folder / path).stat().st_size != member.size: raise tarfile.ReadError(f"{member.name!r} is cut off")
+    while file.read(1 << 20): pass  # to its checksum
     return len(seen)
 
 
@@ -122,12 +134,12 @@ def unpack(
             with bar("checking the hash") as shown: found = _hash(file, shown)
             if found not in ARCHIVES and not any_archive: raise DataError(_refusal(archive, found))
             with _workplace(target) as work, bar("unpacking") as shown:
-                number = _write_members(_Progress(file, shown), work)
+                number = _write_members(_decompressed(file, shown), work)
                 if not number: raise tarfile.ReadError("it holds no files")
                 if hasattr(os, "sync"): os.sync()
                 if target.is_dir(): target.rmdir()
                 os.rename(work, target)
-    except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, ValueError, OverflowError) as e:
+    except (tarfile.TarError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError, ValueError, OverflowError) as e:
         if isinstance(e, DataError): raise DataError(f"{archive}: {e}" if str(archive) not in str(e) and str(target) not in str(e) else str(e)) from None
         raise DataError(f"{archive} is damaged or not a tar archive ({e}); download it again. Nothing was unpacked") from None
     except OSError as e: raise DataError(f"{e.filename or archive}: {e.strerror or e}; nothing was unpacked") from None

@@ -198,3 +198,62 @@ def test_errors_of_other_kinds_are_one_line_too(capsys):
     @plain_errors
     def mistaken(): raise KeyError("a defect of the program keeps its traceback")
     with pytest.raises(KeyError): mistaken()
+
+
+def test_a_full_stdout_is_one_line(model, parts):
+    if not Path("/dev/full").exists(): pytest.skip("there is no /dev/full here")
+    with open("/dev/full", "w") as full: done = subprocess.run(start(model, parts), stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 2 and "No space left" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_names_from_a_pipe(model, parts, capsys, monkeypatch):
+    names = sorted(map(str, parts.glob("*.png")))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(names[:2]) + "\n"))
+    status, rows, _ = called(capsys, model, "-", names[2])
+    assert status == 0 and [r["path"] for r in rows] == names
+
+
+def test_names_that_cannot_be_paths(model, parts, capsys):
+    for name in ("x" * 5000, "x" * 300 + ".png"):
+        status, rows, err = called(capsys, model, name)
+        assert status == 2 and len(err.splitlines()) == 1 and name in err
+        status, rows, err = called(capsys, model, name, parts, keep_going=True)
+        assert status == 3 and len(rows) == 3
+
+
+def test_fit_says_at_once_where_it_cannot_write(trays, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(GRAD, "fit", lambda *_: pytest.fail("it was trained first"))
+    (tmp_path / "file").touch()
+    for target in (tmp_path, tmp_path / "file/m.grad"):
+        with pytest.raises(SystemExit) as stop: grad_fit(str(trays / "train/good"), str(target), quiet=True)
+        assert stop.value.code == 2 and f"{target} cannot be written" in (err := capsys.readouterr().err) and len(err.splitlines()) == 1
+
+
+def test_fit_in_the_same_process_is_what_the_options_say(trays, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(GRAD, "fit", lambda self, X: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit) as stop: grad_fit(str(trays / "train/good"), str(tmp_path / "m.grad"), quiet=True)
+    assert stop.value.code == 130 and capsys.readouterr().err == "grad_fit: stopped\n"
+    seen = {}
+    monkeypatch.setattr(GRAD, "fit", lambda self, X: seen.update(self.get_params(), X=X) or (_ for _ in ()).throw(ValueError("two\nlines")))
+    with pytest.raises(SystemExit): grad_fit("parts", str(tmp_path / "m.grad"), preset="demo", category="bottle", validation=0.3, false_alarm_rate=0.2, seed=4, device="cpu", work_dir="w", quiet=True)
+    assert seen["X"] == "parts" and (seen["validation"], seen["false_alarm_rate"], seen["random_state"], seen["work_dir"], seen["progress"]) == (0.3, 0.2, 4, "w", False)
+    assert seen["augmentation"].vertical_flip and seen["preset"].name == "demo" and len(capsys.readouterr().err.splitlines()) == 1
+    with pytest.raises(ValueError): grad_fit("parts", str(tmp_path / "m.grad"), debug=True)
+
+
+def test_out_of_memory_is_one_line(model, parts, capsys, monkeypatch):
+    import torch
+
+    from grad_nb.detector import Detector
+    def full(*_): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    monkeypatch.setattr(Detector, "forward", full)
+    status, rows, err = called(capsys, model, parts)
+    assert status == 2 and not rows and "not even one item at a time fits in memory" in err and "device='cpu'" in err
+
+
+def test_a_model_of_a_newer_version_and_no_model_at_all(model, parts, tmp_path, capsys):
+    from test_faults import rewritten
+    rewritten(model, tmp_path / "newer.grad", format=99)
+    for path, said in ((tmp_path / "newer.grad", "upgrade grad_nb"), (tmp_path / "gone.grad", "gone.grad"), (tmp_path, ""), (parts / "000.png", "not a whole safetensors file")):
+        status, _, err = called(capsys, path, parts)
+        assert status == 2 and said in err and len(err.splitlines()) == 1

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from grad_nb.data import (
+    OFFICIAL,
     Category,
     DataError,
     Defect,
     Sample,
+    category_folders,
     check_category,
     data_sha256,
     load_defects,
@@ -27,6 +29,7 @@ from grad_nb.data import (
     load_masks,
     read_category,
     read_image,
+    survey,
 )
 
 
@@ -675,3 +678,70 @@ def test_juice_bottle(real_data):
 @pytest.mark.parametrize("names", [("mvtec_ad", "bottle"), ("mvtec_loco", "juice_bottle")])
 def test_real_data_have_no_problems(real_data, names):
     assert check_category(real(real_data, *names), progress=False) == []
+
+
+# ---- a data set against the official counts --------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def toothbrush(tmp_path_factory):
+    "The smallest official category, with noise for pictures."
+    root = tmp_path_factory.mktemp("ad") / "toothbrush"
+    for folder, n in OFFICIAL["toothbrush"].pictures.items():
+        for i in range(n): save(noise(34, 36, seed=i), root / folder / f"{i:03}.png")
+    for i in range(30): save(noise(34, 36, 1), root / f"ground_truth/defective/{i:03}_mask.png")
+    return root
+
+
+def test_a_whole_category_has_no_problems(toothbrush):
+    found = survey(toothbrush)
+    assert found.problems == [] and found.pictures == {"train/good": 60, "test/good": 12, "test/defective": 30} and found.masks == {"defective": 30}
+    assert "102 of 102 pictures, 30 of 30 anomalous ones with masks, 36x34 pixels (official: 1024x1024)\n  complete" in str(found)
+
+
+@pytest.mark.parametrize("damage, said", [
+    (lambda r: (r / "train/good/007.png").unlink(), ["train/good: 59 of 60 pictures; missing 007"]),
+    (lambda r: (r / "test/good/011.png").unlink(), ["test/good: 11 of 12 pictures; missing 011"]),
+    (lambda r: shutil.rmtree(r / "test/good"), ["test/good: absent; it should hold 12 pictures"]),
+    (lambda r: shutil.copy(r / "test/good/000.png", r / "test/good/copy.png"), ["test/good: not of the official set: copy"]),
+    (lambda r: shutil.copy(r / "test/good/000.png", r / "test/good/000.jpg"), ["test/good: twice, with two endings: 000"]),
+    (lambda r: save(noise(), r / "test/odd/000.png"), ["test/odd: 1 pictures in a folder that the official set does not have", "ground_truth/odd: 1 of 1 pictures have no mask: 000"]),
+    (lambda r: (r / "ground_truth/defective/003_mask.png").unlink(), ["ground_truth/defective: 1 of 30 pictures have no mask: 003"]),
+    (lambda r: (r / "test/defective/029.png").unlink(), ["test/defective: 29 of 30 pictures; missing 029", "ground_truth/defective: masks without a picture: 029"]),
+    (lambda r: save(noise(50, 50, 1), r / "ground_truth/defective/004_mask.png"), ["has 50x50 pixels but its picture 36x34"]),
+    (lambda r: (r / "train/good/001.png").write_bytes(b""), ["001.png is empty"]),
+    (lambda r: (r / "train/good/001.png").write_bytes(b"no picture"), ["001.png is not a picture"]),
+    (lambda r: (r / "train/good/001.png").write_bytes((r / "train/good/001.png").read_bytes()[:-7]), ["001.png is cut off"]),
+    (lambda r: (r / "ground_truth/defective/000_mask.png").write_bytes(b""), ["000_mask.png is empty"]),
+    (lambda r: shutil.rmtree(r / "train"), ["train/good: absent; it should hold 60 pictures"]),
+])
+def test_what_is_missing_extra_or_damaged_is_named(toothbrush, tmp_path, damage, said):
+    root = shutil.copytree(toothbrush, tmp_path / "toothbrush")
+    damage(root)
+    problems = survey(root).problems
+    assert len(problems) == len(said) and all(text in problem for text, problem in zip(said, problems)), problems
+    assert category_folders(tmp_path) == [root]
+
+
+def test_other_files_do_not_count_and_the_survey_opens_no_pixels(toothbrush, tmp_path, monkeypatch):
+    root = shutil.copytree(toothbrush, tmp_path / "toothbrush")
+    for name in ("Thumbs.db", ".DS_Store", "license.txt"): (root / "train/good" / name).write_bytes(b"x")
+    def decoded(*_): raise AssertionError("decoded")
+    monkeypatch.setattr(Image.Image, "load", decoded)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decoded)
+    assert survey(root).problems == []
+
+
+def test_a_category_of_loco_needs_its_table_of_defects_and_a_mask_folder(tmp_path):
+    root = tmp_path / "mvtec_loco/mine"
+    for i in range(4): save(noise(), root / f"train/good/{i}.png")
+    save(noise(), root / "validation/good/0.png"); save(noise(), root / "test/logical_anomalies/000.png")
+    (root / "ground_truth/logical_anomalies/000").mkdir(parents=True)
+    assert survey(root).problems == ["ground_truth/logical_anomalies: 1 of 1 pictures have no mask: 000", "defects_config.json is missing"]
+    save(noise(channels=1), root / "ground_truth/logical_anomalies/000/000.png"); (root / "defects_config.json").write_text("[]")
+    assert survey(root).problems == [] and "official counts are not known" in str(survey(root))
+    assert category_folders(tmp_path) == [root] and "plain folder" in refused(category_folders, root / "train/good") and "does not exist" in refused(category_folders, tmp_path / "no")
+
+
+def test_the_real_categories_are_recognised(real_data):
+    bottle = survey(real_data / "mvtec_ad/bottle")
+    assert bottle.problems == [] and sum(bottle.pictures.values()) == 292 and bottle.masks == {"broken_large": 20, "broken_small": 22, "contamination": 21}

@@ -182,11 +182,13 @@ def test_help_of_every_command():
 
 
 def test_grad_data_makes_trays_and_finds_broken_pictures(tmp_path):
-    args = ("grad_data", str(tmp_path), "--category", "trays", "--size", "64", "--quiet")
-    made = command(*args)
-    assert made.returncode == 0 and "every picture and mask can be read" in made.stdout
-    (tmp_path / "trays/train/good/003.png").write_bytes(b"")
-    broken = command(*args)
+    made = command("grad_data", "trays", str(tmp_path), "--size", "64", "--quiet")
+    assert made.returncode == 0 and "740 pictures" in made.stdout and "no problems" in made.stdout, made.stderr
+    assert command("grad_data", "trays", str(tmp_path), "--size", "96").returncode == 2  # others are there
+    victim = tmp_path / "trays/train/good/003.png"
+    victim.write_bytes(bytes(b ^ 255 if 60 < i < 90 else b for i, b in enumerate(victim.read_bytes())))  # whole from outside
+    assert command("grad_data", "check", str(tmp_path), "--quiet").returncode == 0
+    broken = command("grad_data", "check", str(tmp_path), "--decode", "--quiet")
     assert broken.returncode == 1 and "003.png" in broken.stdout and "1 problems" in broken.stdout
 
 

@@ -1,20 +1,30 @@
 """The exported model against the model: bytes of resizing, verdicts at the threshold, ONNX Runtime, files and messages."""
+import csv
+import io
 import json
+import subprocess
 import sys
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from sklearn.exceptions import NotFittedError
 
 from grad_nb.cli import grad_export
 from grad_nb.config import Level, override, preset
 from grad_nb.detector import Detector
 from grad_nb.evaluation import HALF_DOWN, MapStats, resize_pictures
-from grad_nb.export import OnnxScorer, Scorer, float32_below, largest_difference, resize_matrix, to_onnx
+from grad_nb.data import load_images
+from grad_nb.export import OnnxScorer, Scorer, TorchScorer, float32_below, largest_difference, resize_matrix, to_onnx, to_torch
 from grad_nb.grad import GRAD
+from grad_nb.trays import draw_tray
+
+ROOT = Path(__file__).resolve().parents[1]
 
 SIZE = 96
 LEVELS = {"mvtec_ad": (Level(34, 96, (5,)),), "mvtec_loco": (Level(34, 96, (5,)), Level(51, 64, (5,)), Level(68, 48, (5,)))}
@@ -191,3 +201,93 @@ def test_the_command(tmp_path, capsys):
     grad_export(str(tmp_path / "m.grad"), str(tmp_path / "m.onnx"))
     out = capsys.readouterr().out
     assert "96 x 96 pixels" in out and float(out.strip().rsplit(" ", 1)[1]) < 1e-4
+    grad_export(str(tmp_path / "m.grad"), format="torch")
+    out = capsys.readouterr().out
+    assert str(tmp_path / "m.pt2") in out and float(out.strip().rsplit(" ", 1)[1]) < 1e-4
+    before = (tmp_path / "m.grad").read_bytes()
+    for wrong in ({"format": "pickle"}, {"output": str(tmp_path / "m.grad")}):
+        with pytest.raises(SystemExit) as stop: grad_export(str(tmp_path / "m.grad"), **wrong)
+        assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1 and (tmp_path / "m.grad").read_bytes() == before
+
+
+def trays(n, size=SIZE):
+    rng = np.random.default_rng(5)
+    return np.stack([draw_tray(rng, size)[0] for _ in range(n)])
+
+
+@pytest.fixture(scope="module", params=["mvtec_ad", "mvtec_loco"])
+def program(request, tmp_path_factory):
+    "A model and the torch.export program made of it."
+    model, path = fitted(request.param), tmp_path_factory.mktemp("torch") / "model.pt2"
+    to_torch(model, path)
+    return model, path
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 13])
+def test_onnx_runtime_agrees_on_trays(exported, n):
+    model, path = exported
+    assert largest_difference(model, OnnxScorer(path, threads=1), trays(n)) < 1e-4
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 13])
+def test_torch_export_agrees(program, n):
+    model, path = program
+    scorer = TorchScorer(path)
+    assert largest_difference(model, scorer, trays(n)) < 1e-4 and largest_difference(model, scorer, pictures(n)) < 1e-4
+    assert float(scorer.meta["threshold"]) == model.offset_ and [p.name for p in path.parent.iterdir()] == ["model.pt2"]
+
+
+def test_a_file_that_is_no_program_is_named(tmp_path, program):
+    (tmp_path / "x.pt2").write_bytes(b"not a program")
+    with pytest.raises(ValueError, match="x.pt2 is not a program"): TorchScorer(tmp_path / "x.pt2")
+    with pytest.raises(FileNotFoundError, match="y.pt2"): TorchScorer(tmp_path / "y.pt2")
+    other = io.BytesIO()
+    torch.export.save(torch.export.export(torch.nn.ReLU(), (torch.zeros(2),)), other)
+    (tmp_path / "z.pt2").write_bytes(other.getvalue())
+    with pytest.raises(ValueError, match="z.pt2 was not made by grad_export"): TorchScorer(tmp_path / "z.pt2")
+
+
+def test_onnx_runtime_agrees_on_real_bottles(exported, real_data):
+    model, path = exported
+    files = [p for kind in ("good", "broken_large") for p in sorted((real_data / "mvtec_ad/bottle/test" / kind).glob("*.png"))[:3]]
+    if not files: pytest.skip("no bottles in the folder of MVTec pictures")
+    for n in (1, len(files)): assert largest_difference(model, OnnxScorer(path, threads=1), load_images(files[:n], SIZE)) < 1e-4
+
+
+def odd_pictures(folder):
+    "Pictures of other sizes and kinds, as cameras and people make them."
+    x = Image.fromarray(trays(1, 300)[0])
+    turned = Image.Exif(); turned[0x0112] = 6
+    x.save(folder / "large.png"); x.resize((150, 90)).save(folder / "wide.jpg", quality=90, exif=turned)
+    x.convert("L").save(folder / "grey.bmp"); x.quantize(16).save(folder / "palette.png"); x.resize((96, 96)).save(folder / "same.tif")
+    glass = x.convert("RGBA"); glass.putalpha(Image.linear_gradient("L").resize(glass.size)); glass.save(folder / "glass.png")
+    x.resize((40, 200)).save(folder / "tall.webp")
+    return sorted(folder.iterdir())
+
+
+def test_the_example_runs_without_torch_and_scores_alike(exported, tmp_path):
+    "In a process in which neither torch nor this package can be imported, on pictures as they come."
+    model, path = exported
+    (tmp_path / "in").mkdir()
+    files = odd_pictures(tmp_path / "in")
+    code = ("import runpy, sys\nfor name in ('torch', 'torchvision', 'grad_nb', 'sklearn', 'scipy', 'pandas'): sys.modules[name] = None\n"
+            f"runpy.run_path({str(ROOT / 'examples/onnx_only.py')!r}, run_name='__main__')")
+    arguments = [str(path), *map(str, files), "--batch", "3", "--maps", str(tmp_path / "maps")]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows, want = list(csv.DictReader(io.StringIO(done.stdout))), model.predict(files)
+    assert [r["path"] for r in rows] == [str(f) for f in files] and [r["anomalous"] == "True" for r in rows] == want.labels.tolist()
+    assert np.allclose([float(r["score"]) for r in rows], want.scores, rtol=0, atol=1e-4)
+    for f, heat in zip(files, want.maps):
+        stored = (np.asarray(Image.open(tmp_path / "maps" / f"{f.name}.png")).astype(np.int64) - 32768) / 1000
+        assert np.abs(stored - heat).max() < 1e-3
+    Image.fromarray(np.zeros((64, 64), np.uint16)).save(tmp_path / "deep.png")
+    done = subprocess.run([sys.executable, "-c", code, str(path), str(tmp_path / "deep.png")], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode and "convert it to 8 bits" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_source_package_carries_the_example(tmp_path):
+    subprocess.run([sys.executable, "-m", "build", "--sdist", "--outdir", str(tmp_path), str(ROOT)], check=True, capture_output=True)
+    (whole,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(whole) as files: assert [n for n in files.getnames() if n.endswith("/examples/onnx_only.py")]

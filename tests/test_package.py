@@ -1,7 +1,9 @@
 """What is installed: the library runs without the tools that its notebooks are made with."""
 import ast
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -9,10 +11,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from fastcore.script import anno_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(p.stem for p in (ROOT / "grad_nb").glob("*.py") if p.stem[0] != "_")
-TOOLS = ("nbdev", "papermill", "IPython", "ipykernel", "jupyter_core", "nbconvert", "nbformat", "diffusers", "onnx", "onnxruntime", "hypothesis")
+TOOLS = ("nbdev", "papermill", "IPython", "ipykernel", "jupyter_core", "nbconvert", "nbformat", "diffusers", "onnx", "onnxruntime", "hypothesis", "panel", "bokeh")
 
 
 def test_every_module_imports_with_the_tools_out_of_reach():
@@ -53,6 +56,17 @@ def test_public_functions_are_documented():
                 assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
 
 
+COMMANDS = re.findall(r"^    (grad_\w+) = ([\w.]+):(\w+)$", (ROOT / "settings.ini").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command, module, name", COMMANDS)
+def test_every_command_and_each_of_its_options_says_what_it_does(command, module, name):
+    parser = anno_parser(getattr(importlib.import_module(module), name), prog=command)
+    assert command == name and parser.description and len(parser.description.splitlines()[0]) > 20
+    for action in parser._actions: assert action.help and len(action.help) > 8, f"{command} does not say what {action.dest} is"
+    assert parser.format_help().startswith(f"usage: {command}")
+
+
 @pytest.mark.slow
 def test_the_wheel_works_in_an_empty_environment(tmp_path):
     subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)], check=True, capture_output=True)
@@ -67,7 +81,7 @@ def test_the_wheel_works_in_an_empty_environment(tmp_path):
     code = (f"import importlib, importlib.util\nfor name in {MODULES!r}: importlib.import_module('grad_nb.' + name)\n"
             f"assert not [n for n in ('nbdev', 'papermill', 'IPython', 'ipykernel', 'nbconvert') if importlib.util.find_spec(n)]")
     subprocess.run([python, "-c", code], check=True, cwd=tmp_path)
-    made = subprocess.run([binaries / "grad_data", str(tmp_path / "data"), "--category", "trays", "--size", "64", "--quiet"], capture_output=True, text=True)
+    made = subprocess.run([binaries / "grad_data", "trays", str(tmp_path / "data"), "--size", "64", "--quiet"], capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     tiny = ("generator.width=8 generator.steps=3 generator.batch=2 generator.n_samples=4 generator.sample_steps=2 "
             "detector.width=0.1 detector.steps=3 evaluation.map_size=64")

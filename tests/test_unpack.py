@@ -93,11 +93,12 @@ def test_a_link_and_a_file_through_it_write_nothing_outside(tmp_path):
 
 
 @quickly
-@given(share=st.floats(0, 0.8), mode=st.sampled_from(["w", "w:gz", "w:xz"]))
+@given(share=st.floats(0, 1, exclude_max=True), mode=st.sampled_from(["w", "w:gz", "w:xz"]))
 def test_an_archive_that_was_cut_anywhere_is_refused(tmp_path_factory, share, mode):
     folder = tmp_path_factory.mktemp("cut")
     path = archive(folder / "a", [(f"p/{i}.png", os.urandom(9000)) for i in range(4)], mode)
-    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    length = path.stat().st_size - (9216 if mode == "w" else 0)  # tar fills its last block of 10,240 bytes with zeros
+    path.write_bytes(path.read_bytes()[: int(share * length)])
     assert "damaged" in refused(path, folder / "out")
 
 
@@ -167,17 +168,15 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_command(tmp_path):
-    def command(*args): return subprocess.run([sys.executable, "-c", "import sys; from fastcore.script import anno_parser; from grad_nb.cli import grad_data; sys.argv[0] = 'grad_data'; grad_data()",
-                                               *map(str, args)], capture_output=True, text=True)
+    def command(*args): return subprocess.run([Path(sys.executable).parent / "grad_data", *map(str, args)], capture_output=True, text=True)
     made = command("trays", tmp_path / "data", "--size", "64", "--quiet")
     assert made.returncode == 0 and "740 pictures" in made.stdout, made.stderr
     with tarfile.open(tmp_path / "t.tar.xz", "w:xz") as tar: tar.add(tmp_path / "data/trays", "trays")
     wrong = command("unpack", tmp_path / "t.tar.xz", tmp_path / "copy", "--quiet")
     assert wrong.returncode == 2 and "official" in wrong.stderr and not (tmp_path / "copy").exists()
-    done = command("unpack", tmp_path / "t.tar.xz", tmp_path / "copy", "--any_archive", "--quiet")
+    done = command("unpack", tmp_path / "t.tar.xz", tmp_path / "copy", "--any-archive", "--quiet")
     assert done.returncode == 0 and "740 pictures" in done.stdout and "no problems" in done.stdout, done.stderr
     (tmp_path / "copy/trays/test/good/000.png").write_bytes(b"")
     checked = command("check", tmp_path / "copy", "--quiet")
     assert checked.returncode == 1 and "000.png is empty" in checked.stdout
     for words in (("look",), ("unpack", "a"), ("check",), ("check", "a", "b")): assert command(*words).returncode == 2
-    assert Path(tmp_path / "data/trays").is_dir()

@@ -18,7 +18,7 @@ from grad_nb.config import override, preset
 from grad_nb.data import DataError
 from grad_nb.grad import GRAD
 from grad_nb.trays import draw_tray
-from grad_nb.watch import Journal, look, model_key, stamp_of, watch
+from grad_nb.watch import Journal, being_written, look, model_key, stamp_of, watch
 
 TINY = {"generator.width": 8, "generator.steps": 2, "generator.batch": 2, "generator.n_samples": 4, "generator.sample_steps": 2,
         "detector.width": 0.1, "detector.steps": 2, "evaluation.map_size": 64, "evaluation.batch": 3}
@@ -133,6 +133,53 @@ def test_a_stalled_writer_is_given_time(model, inbox, pictures):
     path.write_bytes(data)
     (row,) = watch(model, inbox, every=0.001, patience=50, looks=3)
     assert row["path"] == str(path) and "score" in row
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell who has a file open")
+def test_a_writer_that_pauses_with_the_file_open_is_waited_for(model, inbox, pictures):
+    "Every stamp stands still and the file decodes, for it was made full size at once: only the open file says that it is not whole."
+    path = inbox / "a.bmp"
+    whole = put(pictures[0], inbox.parent / "a.bmp").read_bytes()
+    with open(path, "wb", buffering=0) as slow:
+        slow.write(whole[:200] + bytes(len(whole) - 200))
+        assert being_written(path) and list(watch(model, inbox, every=0.001, patience=3, looks=12)) == []
+        slow.seek(0); slow.write(whole)
+    (row,) = watch(model, inbox, every=0.001, looks=4)
+    assert row["score"] == pytest.approx(model.score_samples(pictures[:1])[0], abs=2e-6) and not being_written(path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell who has a file open")
+def test_asking_who_writes_harms_nobody(tmp_path):
+    "Writers that come and go while we ask are not kept out, and their coming does not kill us; a pipe does not hold us up."
+    path = tmp_path / "a.png"
+    path.touch(); os.mkfifo(tmp_path / "b.png")
+    assert not being_written(tmp_path / "b.png") and not being_written(tmp_path / "gone.png") and not being_written(tmp_path)
+    code = f"for i in range(2000): open({str(path)!r}, 'ab').write(b'x')"
+    writer = subprocess.Popen([sys.executable, "-c", code])
+    while writer.poll() is None: being_written(path)
+    assert writer.returncode == 0 and path.stat().st_size == 2000
+
+
+def test_a_picture_that_is_taken_away_before_its_map_is_drawn(model, inbox, pictures):
+    "A robot moves the picture on as soon as it likes; the watch goes on, and the picture counts as not judged."
+    put(pictures[0], inbox / "a.png"); put(pictures[1], inbox / "b.png")
+    os.utime(inbox / "a.png", ns=(1, 1))  # the older one comes first
+    def takes_away(path, heat_map):
+        if path.name == "a.png": path.rename(inbox.parent / "a.png")
+        if not path.exists(): raise DataError(f"{path} does not exist")
+        return {}
+    rows = list(watch(model, inbox, every=0.001, looks=4, before=takes_away))
+    assert [Path(r["path"]).name for r in rows] == ["b.png"] and [r["name"] for r in lines(inbox.parent / "in.journal.jsonl")] == ["b.png"]
+    (inbox.parent / "a.png").rename(inbox / "a.png")
+    assert [Path(r["path"]).name for r in watch(model, inbox, every=0.001, looks=3)] == ["a.png"], "it is judged when it comes back"
+
+
+def test_a_map_that_cannot_be_drawn_is_reported_once(model, inbox, pictures):
+    put(pictures[0], inbox / "a.png")
+    def cannot(path, heat_map): raise DataError(f"{path} cannot be drawn")
+    (row,) = watch(model, inbox, every=0.001, looks=5, before=cannot)
+    assert "cannot be drawn" in row["error"] and "score" not in row
+    assert list(watch(model, inbox, every=0.001, looks=3)) == []
 
 
 def test_a_broken_one_is_told_once_and_again_when_mended(model, inbox, pictures):
