@@ -336,6 +336,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'grad_nb.inference.Winograd': ('inference.html#winograd', 'grad_nb/inference.py'),
                                    'grad_nb.inference.Winograd.__call__': ('inference.html#winograd.__call__', 'grad_nb/inference.py'),
                                    'grad_nb.inference.Winograd.__init__': ('inference.html#winograd.__init__', 'grad_nb/inference.py'),
+                                   'grad_nb.inference.Winograd._strip': ('inference.html#winograd._strip', 'grad_nb/inference.py'),
                                    'grad_nb.inference.Winograd.memory': ('inference.html#winograd.memory', 'grad_nb/inference.py'),
                                    'grad_nb.inference._Dense': ('inference.html#_dense', 'grad_nb/inference.py'),
                                    'grad_nb.inference._Dense.__call__': ('inference.html#_dense.__call__', 'grad_nb/inference.py'),

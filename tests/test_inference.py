@@ -92,6 +92,17 @@ def test_fast_is_plain(width, size, native, monkeypatch):
     assert native is False or loops() is None or width < 0.25 or size == 34 or any(isinstance(layer, Winograd) for layer in fast.layers)
 
 
+@pytest.mark.skipif(loops() is None, reason="there is no C compiler")
+@pytest.mark.parametrize("tiles", [1, 7, 30])
+def test_large_pictures_go_through_in_strips(tiles, monkeypatch):
+    d, seen = detector(0.25), pictures(2, 134)
+    expected = plain(d, seen)
+    monkeypatch.setattr(inference, "STRIP", tiles)
+    fast = FastDetector(d, 134)
+    assert any(isinstance(layer, Winograd) and layer.strip < layer.tiles for layer in fast.layers)
+    assert (fast(torch.from_numpy(seen)) - expected).abs().max() < TOLERANCE * expected.std()
+
+
 def test_any_batch_gives_the_same_scores():
     d, seen = detector(0.5), pictures(19, 64)
     whole = score_maps(d, seen, 64, batch=19)
