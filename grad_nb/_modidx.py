@@ -204,6 +204,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'grad_nb.evaluation': { 'grad_nb.evaluation.MapStats': ('evaluation.html#mapstats', 'grad_nb/evaluation.py'),
                                     'grad_nb.evaluation.MapStats.of': ('evaluation.html#mapstats.of', 'grad_nb/evaluation.py'),
                                     'grad_nb.evaluation._placing': ('evaluation.html#_placing', 'grad_nb/evaluation.py'),
+                                    'grad_nb.evaluation._ready': ('evaluation.html#_ready', 'grad_nb/evaluation.py'),
                                     'grad_nb.evaluation.auroc_by_type': ('evaluation.html#auroc_by_type', 'grad_nb/evaluation.py'),
                                     'grad_nb.evaluation.blur_matrix': ('evaluation.html#blur_matrix', 'grad_nb/evaluation.py'),
                                     'grad_nb.evaluation.fuse': ('evaluation.html#fuse', 'grad_nb/evaluation.py'),

@@ -301,7 +301,7 @@ def verdict(
     share = max(compute, memory) / ms
     return {"share": share, "bound": "calls" if share < 1 / 3 else "arithmetic" if compute > memory else "memory"}
 
-# %% ../nbs/15_benchmark.ipynb #benc0006
+# %% ../nbs/15_benchmark.ipynb #benc00s0
 def _path(sizes: Sequence[int], nets: Sequence[nn.Module], batch: int) -> Iterator[tuple[str, Callable, float, float]]:
     "Name, call, GFLOP and megabytes of every stage from bytes to a verdict, for the CPU."
     side, stats = max(sizes), [MapStats(0.0, 1.0)] * len(sizes)
@@ -321,7 +321,7 @@ def _path(sizes: Sequence[int], nets: Sequence[nn.Module], batch: int) -> Iterat
     yield "bytes to score and label", lambda: judged(False), whole, mb
     yield "bytes to score, map and label", lambda: judged(True), whole, mb
 
-
+# %% ../nbs/15_benchmark.ipynb #benc0006
 @torch.no_grad()
 def bench_path(
     sizes: Sequence[int] = (256, 128, 64),  # sides of the detectors' pictures, pixels
@@ -401,7 +401,7 @@ def bench_ways(
     spread = max(float(scores["library"].std()), 1e-9)
     return [{"way": name, **protocol, **vars(Latency.of(s)), "difference": float(np.abs(scores[name] - scores["library"]).max()) / spread} for name, s in seconds.items()]
 
-# %% ../nbs/15_benchmark.ipynb #benc0009
+# %% ../nbs/15_benchmark.ipynb #b355f6cd
 def peak_memory() -> float:  # megabytes; nan where the system does not tell
     "The most memory that this process has held so far."
     try: import resource
@@ -409,7 +409,7 @@ def peak_memory() -> float:  # megabytes; nan where the system does not tell
     import sys
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
-
+# %% ../nbs/15_benchmark.ipynb #benc0009
 def bench_growth(
     counts: Sequence[int] = (100, 1_000),  # numbers of pictures streamed, at `size`
     sides: Sequence[int] = (64, 128, 256),  # sides of pictures, pixels, for one detector

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .config import EvalConfig
-from .detector import cell_centre, map_side
+from .detector import Detector, cell_centre, map_side
 from .inference import HALF_DOWN, resized, score_map
 from .metrics import au_pro, au_spro, auroc_interval, average_precision, check_scores, f1_max, pixel_auroc_ap, write_tiff_maps
 from .patches import PATCH, STRIDE
@@ -40,7 +40,14 @@ def resize_pictures(
         made[i : i + batch] = resized(x, size).byte().permute(0, 2, 3, 1).numpy()
     return made
 
-# %% ../nbs/11_evaluation.ipynb #dde6589f
+# %% ../nbs/11_evaluation.ipynb #dde658s0
+def _ready(detector: nn.Module, device: str | torch.device) -> nn.Module:
+    "A detector on its device, in evaluation mode; a `Detector` on the CPU has its fast form and is not touched."
+    if detector.training: detector.eval()
+    here = isinstance(detector, Detector) and torch.device(device).type == "cpu" == detector.head.weight.device.type
+    return detector if here else detector.to(device, memory_format=torch.channels_last)
+
+
 def score_levels(
     detectors: Sequence[nn.Module],  # each (B, 5, size, size) → (B, 1, h, w) logits
     pictures: np.ndarray,  # (N, H, W, 3) uint8, resized to each detector's size
@@ -50,7 +57,7 @@ def score_levels(
     progress: bool = False,  # show a progress bar
 ) -> list[np.ndarray]:  # for each detector (N, h, w) float32 logits, higher = more anomalous
     "Score maps of several detectors; the pictures are converted once for all of them. A batch too large for the device is halved."
-    nets = [detector.eval().to(device, memory_format=torch.channels_last) for detector in detectors]
+    nets = [_ready(detector, device) for detector in detectors]
     maps, done = [np.empty((len(pictures), map_side(size), map_side(size)), np.float32) for size in sizes], 0
     def judge(start, batch):
         bytes_ = torch.from_numpy(np.array(pictures[start : start + batch])).to(device)
@@ -63,7 +70,7 @@ def score_levels(
             done += len(found[0]); bar.update(len(found[0]))
     return maps
 
-
+# %% ../nbs/11_evaluation.ipynb #dde6589f
 def score_maps(
     detector: nn.Module,  # (B, 5, size, size) → (B, 1, h, w) logits
     pictures: np.ndarray,  # (N, H, W, 3) uint8, resized to the detector's size

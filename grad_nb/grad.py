@@ -109,7 +109,7 @@ def colour_limits(
     low = float(np.quantile(np.max(maps, (1, 2)), 1 - false_alarm_rate))
     return low, max(2 * low - float(np.median(maps)), low + 1e-6)
 
-# %% ../nbs/12_grad.ipynb #9d87ccc2
+# %% ../nbs/12_grad.ipynb #9d87ccs0
 class Estimator:
     "What scikit-learn asks of an estimator; scikit-learn itself is imported only by those who use it."
 
@@ -144,7 +144,7 @@ def check_is_fitted(
     from sklearn.exceptions import NotFittedError
     raise NotFittedError(f"this {type(model).__name__} is not fitted yet; call fit, or load a fitted one")
 
-
+# %% ../nbs/12_grad.ipynb #9d87ccc2
 class GRAD(Estimator):
     "GRAD for one kind of part: learns from normal pictures, finds defects in others."
 

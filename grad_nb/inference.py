@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .coords import coord_map, with_coords
@@ -124,6 +125,8 @@ INLINE void block(const int n, long C, const float *a, long lda, const float *b,
   }
 }
 """
+
+# %% ../nbs/10d_inference.ipynb #_inf0016
 PRODUCT = """
 /* N products: V (N, T, C) times U (N, K / panel, C, panel) into M (N, T, K); matrices of V and M lie sv and sm numbers apart */
 void product(const float *V, const float *U, const float *bias, long N, long T, long C, long K, long sv, long sm, long rows, float *M) {
@@ -146,7 +149,7 @@ void product(const float *V, const float *U, const float *bias, long N, long T, 
 }
 """.replace("@tails@", " ".join(f"case {n}: block({n} < ROWS ? {n} : ROWS, C, v, C, u, z, y, K); break;" for n in range(1, 12)))
 
-# %% ../nbs/10d_inference.ipynb #_inf0016
+# %% ../nbs/10d_inference.ipynb #_inf0017
 INPUT = """
 /* x (B, H, W, C / fold^2) into V (n n, T, C), whose matrices lie sv numbers apart */
 void input_@m@_@r@(const float *restrict x, long B, long H, long W_, long C, long fold, long rows, long columns, long sv, float *restrict V) {
@@ -172,6 +175,8 @@ void input_@m@_@r@(const float *restrict x, long B, long H, long W_, long C, lon
   }
 }
 """
+
+# %% ../nbs/10d_inference.ipynb #_inf0018
 OUTPUT = """
 /* M (n n, T, K), whose matrices lie sm numbers apart, into y (B, H, W, K) */
 void output_@m@_@r@(const float *restrict M, const float *restrict bias, long B, long H, long W_, long K, long rows, long columns, long sm, float *restrict y) {
@@ -192,10 +197,14 @@ void output_@m@_@r@(const float *restrict M, const float *restrict bias, long B,
   }
 }
 """
+
+
 CHANNELS = 32  # worked on together: the loops need a multiple of it
+
+
 TILES = ((2, 3), (4, 3), (6, 3), (2, 2), (4, 2))  # (m, r) of the loops
 
-# %% ../nbs/10d_inference.ipynb #_inf0018
+# %% ../nbs/10d_inference.ipynb #_inf0020
 def _sum(row: Sequence[float], names: Sequence[str]) -> str:
     "A C expression: the sum of numbers times names."
     terms = [name if v == 1 else f"{v!r}f * {name}" for v, name in zip(row, names) if v]
@@ -230,7 +239,7 @@ def _columns(matrix: Tensor, target: str) -> str:
         made += f" {target.replace('@', str(i))} = {_sum(*zip(*terms))};"
     return made
 
-# %% ../nbs/10d_inference.ipynb #_inf0019
+# %% ../nbs/10d_inference.ipynb #_inf0021
 def _load(n: int, what: str) -> str:
     "C statements: d0, d1, ... are taken from `what`, its @ replaced by their number."
     return " ".join(f"float d{i} = {what.replace('@', str(i))};" for i in range(n))
@@ -252,7 +261,7 @@ def source() -> str:  # C
             text += template
     return text
 
-# %% ../nbs/10d_inference.ipynb #_inf0021
+# %% ../nbs/10d_inference.ipynb #_inf0023
 def _cache() -> Path:
     "The user's folder for compiled loops."
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grad_nb"
@@ -284,7 +293,7 @@ def loops() -> ctypes.CDLL | None:
         return library if _right(library) else None
     except (OSError, subprocess.SubprocessError, AttributeError): return None
 
-# %% ../nbs/10d_inference.ipynb #_inf0023
+# %% ../nbs/10d_inference.ipynb #_inf0025
 FETCH = 14  # a transformed weight from memory costs as much as so many products (our choice)
 
 
@@ -296,7 +305,7 @@ def best_tile(
     cost = {0: r * r * (side**2 + FETCH)} | {m: (m + r - 1) ** 2 * ((-(-side // m)) ** 2 + FETCH) for m, taps in TILES if taps == r}
     return min(cost, key=cost.get)
 
-
+# %% ../nbs/10d_inference.ipynb #_inf0026
 class Winograd:
     "A convolution with its ReLU, by Winograd's tiles, in compiled code."
 
@@ -315,12 +324,6 @@ class Winograd:
         self.U, self.bias = _packed(transformed(weight, m), library), bias.detach().clone()
         self.input, self.output = (getattr(library, f"{name}_{m}_{r}") for name in ("input", "output"))
 
-    def memory(self,
-        pictures: int,  # that go through together
-    ) -> list[int]:  # numbers in V and M; APART keeps the matrices from lying on the same lines of the cache
-        "The working memory that the layer needs."
-        return [self.n2 * (pictures * self.strip * self.tiles * n + APART) for n in (self.C, self.K)]
-
     def __call__(self,
         x: Tensor,  # (B, side, side, C / fold^2) float32, contiguous
         work: Sequence[Tensor],  # V and M
@@ -335,16 +338,28 @@ class Winograd:
                     self._strip(picture[None, above * self.fold :], self.side - above * self.fold, min(self.strip, self.tiles - i), work, made[None, above:], self.out - above)
         return y
 
-    def _strip(self, x: Tensor, height: int, rows: int, work: Sequence[Tensor], y: Tensor, out: int) -> None:
-        "Some rows of tiles of B pictures, of which `height` rows are there and `out` rows are to be made."
-        (V, M), B, t, T = work, len(x), self.tiles, len(x) * rows * self.tiles
-        sv, sm = (T * n + APART for n in (self.C, self.K))
-        _call(self.input, x, B, height, self.side, self.C, self.fold, rows, t, sv, V)
-        _call(self.library.product, V, self.U, None, self.n2, T, self.C, self.K, sv, sm, 240, M)
-        _call(self.output, M, self.bias, B, out, self.out, self.K, rows, t, sm, y)
+# %% ../nbs/10d_inference.ipynb #_inf0027
+@patch
+def memory(self: Winograd,
+    pictures: int,  # that go through together
+) -> list[int]:  # numbers in V and M; APART keeps the matrices from lying on the same lines of the cache
+    "The working memory that the layer needs."
+    return [self.n2 * (pictures * self.strip * self.tiles * n + APART) for n in (self.C, self.K)]
+
+
+@patch
+def _strip(self: Winograd, x: Tensor, height: int, rows: int, work: Sequence[Tensor], y: Tensor, out: int) -> None:
+    "Some rows of tiles of B pictures, of which `height` rows are there and `out` rows are to be made."
+    (V, M), B, t, T = work, len(x), self.tiles, len(x) * rows * self.tiles
+    sv, sm = (T * n + APART for n in (self.C, self.K))
+    _call(self.input, x, B, height, self.side, self.C, self.fold, rows, t, sv, V)
+    _call(self.library.product, V, self.U, None, self.n2, T, self.C, self.K, sv, sm, 240, M)
+    _call(self.output, M, self.bias, B, out, self.out, self.K, rows, t, sm, y)
 
 
 APART = 48  # numbers between two matrices (our choice)
+
+
 STRIP = 512  # tiles of a large picture that are worked on together (our choice)
 
 
@@ -355,7 +370,7 @@ def _roomy(*shape: int) -> Tensor:
     if hasattr(mmap, "MADV_HUGEPAGE"): area.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(area, dtype=torch.float32).view(shape)
 
-
+# %% ../nbs/10d_inference.ipynb #_inf0028
 def _packed(weights: Tensor, library: ctypes.CDLL) -> Tensor:
     "(N, C, K) as the product reads it: (N, K / panel, C, panel)."
     panels = weights.unflatten(2, (-1, library.panel())).transpose(1, 2)
@@ -366,7 +381,7 @@ def _call(function, *arguments: Tensor | int | None) -> None:
     "Call a compiled loop; tensors are passed by their address."
     function(*(ctypes.c_long(a) if isinstance(a, int) else ctypes.c_void_p(a if a is None else a.data_ptr()) for a in arguments))
 
-# %% ../nbs/10d_inference.ipynb #_inf0024
+# %% ../nbs/10d_inference.ipynb #_inf0029
 def _right(library: ctypes.CDLL) -> bool:
     "Whether the compiled loops agree with the reference, tile by tile."
     generator = torch.Generator().manual_seed(0)
@@ -378,7 +393,7 @@ def _right(library: ctypes.CDLL) -> bool:
         if not torch.allclose(found.double(), expected, rtol=0, atol=1e-3 * float(expected.std())): return False
     return True
 
-# %% ../nbs/10d_inference.ipynb #_inf0027
+# %% ../nbs/10d_inference.ipynb #_inf0032
 class FastDetector:
     "A detector prepared for pictures of one size on a CPU: the same function as `Detector`, with fewer multiplications."
 
@@ -391,42 +406,6 @@ class FastDetector:
         convs = [layer for layer in detector.body if isinstance(layer, nn.Conv2d)]
         with torch.no_grad(): self._prepare(convs, detector.head)
 
-    def _prepare(self, convs: list[nn.Conv2d], head: nn.Conv2d) -> None:
-        "Weights, coordinates and working memory."
-        self.x = torch.empty(self.group, self.size, self.size, 5)
-        self.x[..., 3:] = coord_map(self.size, self.size).permute(1, 2, 0)
-        first, side, self.layers, self.memory, work = convs[0], self.size, [], [], [0, 0]
-        colour = first.weight[:, :3] / 127.5
-        self.weight = torch.cat([colour, first.weight[:, 3:]], 1).contiguous(memory_format=torch.channels_last)
-        self.bias = first.bias - first.weight[:, :3].sum((1, 2, 3))
-        side = (side - 4) // 2 + 1
-        for conv in convs[1:5]:
-            layer, side = self._layer(conv, side)
-            self.layers.append(layer)
-            self.memory.append(_roomy(self.group, side, side, conv.out_channels))
-            if isinstance(layer, Winograd): work = [max(pair) for pair in zip(work, layer.memory(self.group))]
-        self.work = tuple(map(_roomy, work))
-        self.dense = [_Dense(conv, self.group * side**2) for conv in convs[5:]]
-        self.head = head.weight.flatten(), head.bias.clone()
-
-    @property
-    def products(self) -> int:
-        "Multiplications for one picture: those that are really done."
-        first, made = self.weight, 0
-        made += ((self.size - 4) // 2 + 1) ** 2 * first.numel()
-        for layer, memory in zip(self.layers, self.memory):
-            made += layer.n2 * layer.tiles**2 * layer.C * layer.K if isinstance(layer, Winograd) else memory.shape[1] ** 2 * layer[0].numel()
-        return made + self.side**2 * (sum(dense.weight.numel() for dense in self.dense) + len(self.head[0]))
-
-    def _layer(self, conv: nn.Conv2d, side: int) -> tuple:
-        "A layer prepared for its input's side, and the side of its output."
-        stride, out = conv.stride[0], (side - conv.kernel_size[0]) // conv.stride[0] + 1
-        weight = unstrided(conv.weight) if stride == 2 else conv.weight
-        fits = not (weight.shape[0] % CHANNELS or conv.in_channels * stride % CHANNELS)
-        m = best_tile(out, weight.shape[-1]) if fits and (library := loops()) else 0
-        if m: return Winograd(weight, conv.bias, side, stride, m, library), out
-        return (conv.weight.detach().contiguous(memory_format=torch.channels_last), conv.bias.detach().clone(), stride), out
-
     def __call__(self,
         pictures: Tensor,  # (B, size, size, 3), values 0..255 of any type
     ) -> Tensor:  # (B, h, h) float32 logits
@@ -436,20 +415,63 @@ class FastDetector:
             for i in range(0, len(pictures), self.group): maps[i : i + self.group] = self._maps(pictures[i : i + self.group])
         return maps
 
-    def _maps(self, pictures: Tensor) -> Tensor:
-        "Score maps of one group, in memory that the next group overwrites."
-        B = len(pictures)
-        x = self.x[:B]
-        x[..., :3].copy_(pictures)
-        x = F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias, 2).permute(0, 2, 3, 1).relu_()
-        for layer, memory in zip(self.layers, self.memory):
-            if isinstance(layer, Winograd): x = layer(x.contiguous(), self.work, memory[:B])
-            else: x = F.conv2d(x.permute(0, 3, 1, 2), *layer).permute(0, 2, 3, 1).relu_()
-        x = x.reshape(-1, x.shape[-1])
-        for layer in self.dense: x = layer(x)
-        return torch.addmv(self.head[1], x, self.head[0]).view(B, self.side, self.side)
+# %% ../nbs/10d_inference.ipynb #_inf0033
+@patch
+def _prepare(self: FastDetector, convs: list[nn.Conv2d], head: nn.Conv2d) -> None:
+    "Weights, coordinates and working memory."
+    self.x = torch.empty(self.group, self.size, self.size, 5)
+    self.x[..., 3:] = coord_map(self.size, self.size).permute(1, 2, 0)
+    first, side, self.layers, self.memory, work = convs[0], self.size, [], [], [0, 0]
+    colour = first.weight[:, :3] / 127.5
+    self.weight = torch.cat([colour, first.weight[:, 3:]], 1).contiguous(memory_format=torch.channels_last)
+    self.bias = first.bias - first.weight[:, :3].sum((1, 2, 3))
+    side = (side - 4) // 2 + 1
+    for conv in convs[1:5]:
+        layer, side = self._layer(conv, side)
+        self.layers.append(layer)
+        self.memory.append(_roomy(self.group, side, side, conv.out_channels))
+        if isinstance(layer, Winograd): work = [max(pair) for pair in zip(work, layer.memory(self.group))]
+    self.work = tuple(map(_roomy, work))
+    self.dense = [_Dense(conv, self.group * side**2) for conv in convs[5:]]
+    self.head = head.weight.flatten(), head.bias.clone()
 
 
+@patch(as_prop=True)
+def products(self: FastDetector) -> int:
+    "Multiplications for one picture: those that are really done."
+    first, made = self.weight, 0
+    made += ((self.size - 4) // 2 + 1) ** 2 * first.numel()
+    for layer, memory in zip(self.layers, self.memory):
+        made += layer.n2 * layer.tiles**2 * layer.C * layer.K if isinstance(layer, Winograd) else memory.shape[1] ** 2 * layer[0].numel()
+    return made + self.side**2 * (sum(dense.weight.numel() for dense in self.dense) + len(self.head[0]))
+
+# %% ../nbs/10d_inference.ipynb #_inf0034
+@patch
+def _layer(self: FastDetector, conv: nn.Conv2d, side: int) -> tuple:
+    "A layer prepared for its input's side, and the side of its output."
+    stride, out = conv.stride[0], (side - conv.kernel_size[0]) // conv.stride[0] + 1
+    weight = unstrided(conv.weight) if stride == 2 else conv.weight
+    fits = not (weight.shape[0] % CHANNELS or conv.in_channels * stride % CHANNELS)
+    m = best_tile(out, weight.shape[-1]) if fits and (library := loops()) else 0
+    if m: return Winograd(weight, conv.bias, side, stride, m, library), out
+    return (conv.weight.detach().contiguous(memory_format=torch.channels_last), conv.bias.detach().clone(), stride), out
+
+
+@patch
+def _maps(self: FastDetector, pictures: Tensor) -> Tensor:
+    "Score maps of one group, in memory that the next group overwrites."
+    B = len(pictures)
+    x = self.x[:B]
+    x[..., :3].copy_(pictures)
+    x = F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias, 2).permute(0, 2, 3, 1).relu_()
+    for layer, memory in zip(self.layers, self.memory):
+        if isinstance(layer, Winograd): x = layer(x.contiguous(), self.work, memory[:B])
+        else: x = F.conv2d(x.permute(0, 3, 1, 2), *layer).permute(0, 2, 3, 1).relu_()
+    x = x.reshape(-1, x.shape[-1])
+    for layer in self.dense: x = layer(x)
+    return torch.addmv(self.head[1], x, self.head[0]).view(B, self.side, self.side)
+
+# %% ../nbs/10d_inference.ipynb #_inf0035
 class _Dense:
     "A convolution that sees one pixel, with its ReLU, over the rows of a map."
 
@@ -465,7 +487,7 @@ class _Dense:
         _call(self.library.product, x, self.packed, self.bias, 1, T, C, y.shape[1], 0, 0, 48, y)
         return y
 
-# %% ../nbs/10d_inference.ipynb #_inf0031
+# %% ../nbs/10d_inference.ipynb #_inf0039
 HALF_DOWN = 2.0**-10  # taken off before rounding to bytes, so that exact halves round the same way on every processor
 
 
@@ -477,7 +499,7 @@ def resized(
     if x.shape[2:] == (size, size): return x
     return (F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False) - HALF_DOWN).round_().clamp_(0, 255)
 
-# %% ../nbs/10d_inference.ipynb #_inf0034
+# %% ../nbs/10d_inference.ipynb #_inf0042
 _prepared = weakref.WeakKeyDictionary()  # detector → (state of its weights, size → FastDetector)
 
 
@@ -504,7 +526,7 @@ def score_map(
         x = pictures.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
         return detector(with_coords(x))[:, 0].float()
 
-# %% ../nbs/10d_inference.ipynb #_inf0037
+# %% ../nbs/10d_inference.ipynb #_inf0045
 class Captured:
     "Several detectors for batches of one size: bytes to image scores and score maps, on CUDA in one captured graph."
 
@@ -524,41 +546,6 @@ class Captured:
         self.coords = [coord_map(size, size, self.device).to(self.dtype) for size in self.sizes]
         self.graph = self._capture() if cuda else None
 
-    def _judge(self) -> list[tuple[Tensor, Tensor]]:
-        "Scores (B,) and maps (B, h, h) of each level for the pictures that have been loaded."
-        x, found = self.pictures.permute(0, 3, 1, 2).float(), []
-        for net, size, coords in zip(self.nets, self.sizes, self.coords):
-            small = resized(x, size)
-            if self.device.type == "cpu": S = score_map(net, small.permute(0, 2, 3, 1))
-            else: S = net(with_coords(small.div(127.5).sub_(1).to(self.dtype), coords))[:, 0].float()
-            found.append((S.amax((1, 2)), S))
-        return found
-
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        "Run a few times to choose kernels, then record."
-        stream = torch.cuda.Stream(self.device)
-        with torch.inference_mode(), torch.cuda.stream(stream):
-            for _ in range(3): self._judge()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(), torch.cuda.graph(graph): self.found = self._judge()
-        self.host = [tuple(torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in pair) for pair in self.found]
-        return graph
-
-    def load(self,
-        pictures: Tensor,  # (B, side, side, 3) uint8; pinned memory is copied without waiting
-    ) -> None:
-        "Bring pictures to the device. `ValueError` for another shape."
-        if pictures.shape != self.pictures.shape: raise ValueError(f"pictures are {tuple(self.pictures.shape)}, not {tuple(pictures.shape)}")
-        self.pictures.copy_(pictures, non_blocking=True)
-
-    def replay(self) -> list[tuple[Tensor, Tensor]]:  # of each level, scores (B,) and maps (B, h, h) on the device; the next call overwrites them
-        "Judge the pictures that have been loaded."
-        if self.graph is None:
-            with torch.inference_mode(): self.found = self._judge()
-        else: self.graph.replay()
-        return self.found
-
     def __call__(self, pictures: Tensor) -> list[tuple[Tensor, Tensor]]:
         "Both transfers included: bytes from the host, scores and maps on the host."
         self.load(pictures)
@@ -568,3 +555,46 @@ class Captured:
             for t, h in zip(pair, kept): h.copy_(t, non_blocking=True)
         torch.cuda.current_stream(self.device).synchronize()
         return self.host
+
+# %% ../nbs/10d_inference.ipynb #_inf0046
+@patch
+def _judge(self: Captured) -> list[tuple[Tensor, Tensor]]:
+    "Scores (B,) and maps (B, h, h) of each level for the pictures that have been loaded."
+    x, found = self.pictures.permute(0, 3, 1, 2).float(), []
+    for net, size, coords in zip(self.nets, self.sizes, self.coords):
+        small = resized(x, size)
+        if self.device.type == "cpu": S = score_map(net, small.permute(0, 2, 3, 1))
+        else: S = net(with_coords(small.div(127.5).sub_(1).to(self.dtype), coords))[:, 0].float()
+        found.append((S.amax((1, 2)), S))
+    return found
+
+
+@patch
+def _capture(self: Captured) -> torch.cuda.CUDAGraph:
+    "Run a few times to choose kernels, then record."
+    stream = torch.cuda.Stream(self.device)
+    with torch.inference_mode(), torch.cuda.stream(stream):
+        for _ in range(3): self._judge()
+    torch.cuda.current_stream(self.device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.inference_mode(), torch.cuda.graph(graph): self.found = self._judge()
+    self.host = [tuple(torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in pair) for pair in self.found]
+    return graph
+
+
+@patch
+def load(self: Captured,
+    pictures: Tensor,  # (B, side, side, 3) uint8; pinned memory is copied without waiting
+) -> None:
+    "Bring pictures to the device. `ValueError` for another shape."
+    if pictures.shape != self.pictures.shape: raise ValueError(f"pictures are {tuple(self.pictures.shape)}, not {tuple(pictures.shape)}")
+    self.pictures.copy_(pictures, non_blocking=True)
+
+# %% ../nbs/10d_inference.ipynb #_inf0047
+@patch
+def replay(self: Captured) -> list[tuple[Tensor, Tensor]]:  # of each level, scores (B,) and maps (B, h, h) on the device; the next call overwrites them
+    "Judge the pictures that have been loaded."
+    if self.graph is None:
+        with torch.inference_mode(): self.found = self._judge()
+    else: self.graph.replay()
+    return self.found

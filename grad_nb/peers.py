@@ -72,7 +72,7 @@ def _theirs(model: nn.Module) -> Callable:
         return found.pred_score, found.anomaly_map
     return judge
 
-
+# %% ../nbs/15b_peers.ipynb #_pee0008
 def bench_peers(
     names: Sequence[str] = PEERS,  # which of them
     batch: int = 1,  # pictures judged together
