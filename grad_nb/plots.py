@@ -55,7 +55,7 @@ def _bubbles(ax: plt.Axes, points: pd.DataFrame, area: float) -> None:
         ax.annotate(p.method, (p.latency_ms, p.auroc), (0, -away if turn else away), textcoords="offset points", fontsize=8, ha="center",
                     va="top" if turn else "bottom", color=colour if p.ours else "0.15")
 
-
+# %% ../nbs/13_plots.ipynb #f1a00004
 def speed_figure(
     points: pd.DataFrame,  # method, latency_ms, auroc (percent, nan = not measured), parameters (nan = not known), ours (bool)
     where: str = "",  # what must be said below: devices, data

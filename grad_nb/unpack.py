@@ -99,7 +99,7 @@ def _write_members(file: BinaryIO, folder: Path) -> int:
     while file.read(1 << 20): pass  # to its checksum
     return len(seen)
 
-
+# %% ../nbs/01b_unpack.ipynb #a1c4000f
 @contextmanager
 def _workplace(target: Path) -> Iterator[Path]:
     "An empty hidden folder beside the target, for this process alone; what is left of it in the end is removed."
