@@ -9,6 +9,7 @@ __all__ = ['NORMALS', 'ORDERS', 'MAX_UPLOAD', 'LOOPBACK', 'model_of_run', 'Galle
 
 # %% ../nbs/16b_show.ipynb #show0004
 import contextlib
+import html
 import importlib.util
 import io
 import socket
@@ -257,7 +258,7 @@ def plain_text(
 ) -> "pn.viewable.Viewable":  # noqa: F821
     "Text as part of a page, never read as HTML."
     import panel as pn
-    return pn.pane.Str(text, styles=styles, stylesheets=["pre { white-space: pre-wrap; margin: 0; font-family: inherit; }"], sizing_mode="stretch_width")
+    return pn.pane.HTML(f'<div style="white-space: pre-wrap">{html.escape(text)}</div>', styles=styles, sizing_mode="stretch_width")
 
 
 def or_text(

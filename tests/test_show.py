@@ -273,6 +273,16 @@ def test_only_this_machine_and_only_this_page(run, tmp_path):
         assert b"403" in knock("http://elsewhere.example") and b"403" not in knock(server.address.rstrip("/"))
 
 
+def test_names_and_messages_are_never_html(gallery):
+    "A picture may be called anything; so may what is said of it."
+    pytest.importorskip("panel")
+    from grad_nb.show import or_text, plain_text
+    def fails(): raise DataError("<img src=x onerror=alert(1)>.png is not a picture & never was")
+    for made in (plain_text("<img src=x onerror=alert(1)>"), or_text(lambda: "<img src=x>"), or_text(fails)):
+        assert "<img" not in made.object and "&lt;img" in made.object
+    assert type(or_text(lambda: histogram_figure(gallery, 0.0))).__name__ == "PNG" and "<b>" not in or_text(lambda: None).object
+
+
 def test_a_model_alone_can_be_shown(gallery, tmp_path):
     pytest.importorskip("panel")
     from grad_nb.show import make_page, open_for_show
