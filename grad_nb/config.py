@@ -33,10 +33,12 @@ class GeneratorConfig:
     spacing: float = 1.0  # of these steps, 1 = an even stride, more = shorter strides towards the end (our choice)
     sample_batch: int = 32  # pictures sampled together (our choice)
     bf16: bool = True  # mixed precision where the processor has it (our choice)
+    ema: float = 0.0  # decay of a running mean of the weights, which then draws the pictures; 0 = the last weights draw them (our choice)
 
     def __post_init__(self):
         _at_least(self, 1, "size", "steps", "batch", "T", "n_samples", "sample_steps", "sample_batch")
         _at_least(self, 0, "fourier", "crop", "lr", "weight_decay", "balance", "sigma_g")
+        if not 0 <= self.ema < 1: raise ValueError(f"ema must be in [0, 1), not {self.ema}")
         if self.width < 2 or self.width % 2: raise ValueError(f"width must be even and at least 2, not {self.width}")
         if not self.spacing >= 1: raise ValueError(f"spacing must be at least 1, not {self.spacing}")
         if self.sample_steps > self.T: raise ValueError(f"sample_steps={self.sample_steps} is more than T={self.T}")
@@ -72,13 +74,15 @@ class DetectorConfig:
     shared_pass: bool = False  # one noisy forward pass for Eq. 3 and Eq. 5 instead of two (our choice: halves a step)
     penalise: str = "logit"  # f of Eq. 6: "logit" or "probability" (our choice)
     bf16: bool = True  # mixed precision where the processor has it (our choice)
+    ema: float = 0.0  # decay of a running mean of the weights, which is then the detector; 0 = the last weights are (our choice)
+    ess_target: float = 0.0  # share of the negatives that shall count: beta_density follows it from step to step; 0 = it stays (our choice)
 
     def __post_init__(self):
         _at_least(self, 1, "pictures", "patches", "block", "bank_size", "epochs")
-        _at_least(self, 0, "steps", "lr", "weight_decay", "alpha_1", "alpha_2", "sigma_c", "sigma_z", "reweight_from")
-        if not (self.width > 0 and self.beta_density > 0): raise ValueError(f"width={self.width} and beta_density={self.beta_density} must be positive")
-        if self.penalise not in ("logit", "probability"):
-            raise ValueError(f"penalise must be 'logit' or 'probability', not {self.penalise!r}")
+        _at_least(self, 0, "steps", "lr", "weight_decay", "alpha_1", "alpha_2", "sigma_c", "sigma_z", "reweight_from", "ema", "ess_target")
+        if not (self.width > 0 and self.beta_density > 0 and self.ema < 1 and self.ess_target < 1):
+            raise ValueError(f"width={self.width}, beta_density={self.beta_density} must be positive, ema={self.ema}, ess_target={self.ess_target} below 1")
+        if self.penalise not in ("logit", "probability"): raise ValueError(f"penalise must be 'logit' or 'probability', not {self.penalise!r}")
         if self.patches % (self.pictures * self.block**2):
             raise ValueError(f"patches={self.patches} is not a multiple of pictures * block**2 = "
                              f"{self.pictures * self.block**2}; each picture gives the same number of blocks")

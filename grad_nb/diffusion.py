@@ -81,7 +81,7 @@ def timesteps(
     even = torch.linspace(1, 0, steps, dtype=torch.float64)
     return torch.unique((even**spacing * (T - 1)).round().long()).flip(0).tolist()
 
-
+# %% ../nbs/04_diffusion.ipynb #train401
 @torch.inference_mode()
 def sample(
     model: Callable[[Tensor, Tensor], Tensor],  # (x (B, 5, H, W), t (B,)) → predicted noise (B, 3, H, W)

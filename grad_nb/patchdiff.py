@@ -5,12 +5,12 @@ r"""A diffusion model that sees only $n\times n$ pixels: what it draws is right 
 # %% auto #0
 __all__ = ['PixelNorm', 'Pointwise', 'time_embedding', 'fourier_coords', 'Block', 'check_level', 'PatchDiff', 'gradient_support',
            'bounding_box', 'to_model', 'to_bytes', 'stratified_times', 'denoising_losses', 'denoising_loss',
-           'TimeBalance', 'draw_pictures', 'new_patchdiff', 'gradients_of_batch', 'train_patchdiff', 'Made', 'generate',
-           'save_patchdiff', 'load_patchdiff']
+           'TimeBalance', 'draw_pictures', 'new_patchdiff', 'one_cycle', 'WeightMean', 'gradients_of_batch',
+           'train_patchdiff', 'Made', 'generate', 'save_patchdiff', 'load_patchdiff']
 
 # %% ../nbs/05_patchdiff.ipynb #d7dbafac
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .capture import Replayed
-from .config import GeneratorConfig, to_dict
+from .config import DetectorConfig, GeneratorConfig, to_dict
 from .coords import coord_map, with_coords
 from .diffusion import alpha_bars, global_noise, q_sample, sample
 from .store import (array_sha256, autocast, fingerprint, halving, pause_of, read_tensors, run_steps, seeded_weights,
@@ -272,6 +272,46 @@ def new_patchdiff(
     with seeded_weights(seed, f"patchdiff-init-{level}"):
         return PatchDiff(level, config.width, config.fourier)
 
+# %% ../nbs/05_patchdiff.ipynb #train521
+def one_cycle(
+    parameters: Iterable[nn.Parameter],  # what is learnt
+    config: GeneratorConfig | DetectorConfig,  # peak of the rate, and weight decay
+    steps: int,  # of the whole training
+    device: str | torch.device,  # where they are
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    "AdamW, as one kernel where torch has it, and the one-cycle schedule (appendix)."
+    fused = torch.device(device).type in ("cpu", "cuda")
+    optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=fused)
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=max(steps, 2))
+
+# %% ../nbs/05_patchdiff.ipynb #train512
+class WeightMean:
+    "An exponential running mean of a model's weights."
+
+    def __init__(self,
+        model: nn.Module,  # in training
+        decay: float,  # weight of what was, per step; the first steps have less
+    ):
+        self.decay, self.steps = decay, 0
+        self.mean = {name: w.detach().clone() for name, w in model.state_dict().items()}
+
+    def update(self,
+        model: nn.Module,  # after a step
+    ) -> None:
+        "Let the weights of one more step enter."
+        share = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(list(self.mean.values()), [w.detach() for w in model.state_dict().values()], share)
+        self.steps += 1
+
+    def state_dict(self) -> dict:
+        "Mean and number of steps, for a checkpoint."
+        return {"mean": self.mean, "steps": self.steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        "Put them back."
+        self.steps = state["steps"]
+        for name, w in self.mean.items(): w.copy_(state["mean"][name])
+
 # %% ../nbs/05_patchdiff.ipynb #oom00001
 def gradients_of_batch(
     model: PatchDiff,  # its gradients are set
@@ -309,13 +349,9 @@ def train_patchdiff(
     data = torch.from_numpy(np.ascontiguousarray(pictures)).to(device)
     coords, alpha_bar = coord_map(*data.shape[1:3], device=device), alpha_bars(config.T).to(device)
     model = new_patchdiff(level, config, seed).to(device, memory_format=torch.channels_last)
-    fused = torch.device(device).type in ("cpu", "cuda")
-    optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=fused)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.steps)
+    optimizer, schedule = one_cycle(model.parameters(), config, config.steps, device)
     generator, balance = stage_generator(seed, f"patchdiff-train-{level}", device), TimeBalance(config.T, config.balance, device=device)
-
     fits = config.batch  # pictures at a time, fewer if the memory is too small
-
     def learn() -> Tensor:
         nonlocal fits
         x_0, F = draw_pictures(data, coords, config.batch, config.crop, generator)
@@ -323,14 +359,16 @@ def train_patchdiff(
         return losses.mean()[None]
 
     learn = Replayed(learn, device, [generator])
-
     def step(_: int) -> Tensor:
         loss = learn()
         optimizer.step(); schedule.step()
+        if mean: mean.update(model)
         return loss
 
-    state = dict(model=model, optimizer=optimizer, schedule=schedule, generator=generator, balance=balance)
+    mean = WeightMean(model, config.ema) if config.ema else None
+    state = dict(model=model, optimizer=optimizer, schedule=schedule, generator=generator, balance=balance, **(dict(mean=mean) if mean else {}))
     history = run_steps(step, config.steps, ["loss"], state, checkpoint, key, label=f"PatchDiff {level}", progress=progress, pause=pause_of(device))
+    if mean: model.load_state_dict(mean.mean)
     return model.eval(), history
 
 # %% ../nbs/05_patchdiff.ipynb #c9ec4dff

@@ -128,7 +128,7 @@ def stage_done(
     whole = all((folder / f).is_file() and file_sha256(folder / f) == sha for f, sha in record["outputs"].items())
     return record if whole else None
 
-
+# %% ../nbs/11b_pipeline.ipynb #train111
 def run_stage(
     folder: Path,  # where the stage writes
     name: str,  # its name

@@ -70,8 +70,8 @@ def write_pictures(
 @call_parse
 @plain_errors
 def grad_run(
-    data: str,  # folder that holds the category's folder
-    category: str,  # name of the category
+    data: str = "data",  # folder that holds the category's folder
+    category: str = "trays",  # name of the category
     preset: str = "paper",  # "paper", "fast" or "demo"
     seed: int = 0,  # of the run
     runs: str = "runs",  # folder of all runs

@@ -19,9 +19,10 @@ from torch import Tensor
 from .capture import Replayed
 from .config import Augmentation, DetectorConfig, to_dict
 from .detector import Decoder, Detector
+from .patchdiff import WeightMean, one_cycle
 from .patches import Batch, draw_batch
 from .regularizers import decoding_loss, feature_loss, gradient_penalty, noised, one_patch_each
-from .reweighting import MemoryBank, effective_sample_size, negative_weight, reweighted_bce, tail_weight
+from .reweighting import FollowingBeta, MemoryBank, effective_sample_size, negative_weight, reweighted_bce, tail_weight
 from .store import array_sha256, autocast, fingerprint, halving, pause_of, run_steps, seeded_weights, stage_generator
 
 # %% ../nbs/10_training.ipynb #c660ac0b
@@ -50,15 +51,17 @@ class Learner:
         for net in (self.detector, self.decoder): net.to(self.device, memory_format=torch.channels_last)
         self.generator = stage_generator(seed, f"{stage}-train", self.device)
         self.banks = {"pos": MemoryBank(config.bank_size), "neg": MemoryBank(config.bank_size)}
+        self.beta = FollowingBeta(config.beta_density, config.ess_target, self.device) if config.ess_target else None
+        self.mean = WeightMean(self.detector, config.ema) if config.ema else None
         parameters = [*self.detector.parameters(), *self.decoder.parameters()]
-        self.optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=self.device.type in ("cpu", "cuda"))
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, config.lr, total_steps=max(steps, 2))
+        self.optimizer, self.schedule = one_cycle(parameters, config, steps, self.device)
 
     @property
     def state(self) -> dict:
         "Everything that a checkpoint must hold."
         return dict(detector=self.detector, decoder=self.decoder, optimizer=self.optimizer, schedule=self.schedule,
-                    generator=self.generator, bank_pos=self.banks["pos"], bank_neg=self.banks["neg"])
+                    generator=self.generator, bank_pos=self.banks["pos"], bank_neg=self.banks["neg"],
+                    **{name: part for name, part in (("beta", self.beta), ("mean", self.mean)) if part})
 
 # %% ../nbs/10_training.ipynb #bdd9bca9
 def weights(
@@ -70,8 +73,10 @@ def weights(
     "The weights of Eq. 3 for the features of one step, from the banks of the steps before."
     config, bank_pos = learner.config, learner.banks["pos"].or_else(z_pos)
     bank_neg = learner.banks["neg"].or_else(z_neg)
-    w_neg = negative_weight(z_neg, bank_pos, bank_neg, config.beta_density, on and config.noisy_reweighting, on and config.tail_reweighting)
-    if on and config.tail_reweighting: return tail_weight(z_pos, bank_pos, config.beta_density), w_neg
+    beta = learner.beta.value.clone() if learner.beta else config.beta_density
+    w_neg = negative_weight(z_neg, bank_pos, bank_neg, beta, on and config.noisy_reweighting, on and config.tail_reweighting)
+    if on and learner.beta: learner.beta.follow(w_neg)
+    if on and config.tail_reweighting: return tail_weight(z_pos, bank_pos, beta), w_neg
     return torch.full((len(z_pos),), 1 / len(z_pos), device=z_pos.device), w_neg
 
 # %% ../nbs/10_training.ipynb #7ab548d8
@@ -155,7 +160,7 @@ def gradients(
 # %% ../nbs/10_training.ipynb #83c28f09
 FIGURES = ("loss", "rbce", "feat", "grad", "ess_pos", "ess_neg")  # what is written down at every step
 
-
+# %% ../nbs/10_training.ipynb #train101
 def train_detector(
     normal: np.ndarray,  # (N, size, size, 3) uint8 normal pictures
     contrastive: Sequence[np.ndarray],  # k sets (M, size, size, 3) uint8, one per PatchDiff level; memory maps will do
@@ -186,7 +191,9 @@ def train_detector(
     def step(i: int) -> Tensor:
         figures = learn(i >= config.reweight_from * steps)
         learner.optimizer.step(); learner.schedule.step()
+        if learner.mean: learner.mean.update(learner.detector)
         return figures
 
     history = run_steps(step, steps, FIGURES, learner.state, checkpoint, key, label=stage, progress=progress, pause=pause_of(device))
+    if learner.mean: learner.detector.load_state_dict(learner.mean.mean)
     return learner.detector.eval(), history

@@ -289,6 +289,7 @@ def test_on_a_gpu_a_training_resumes_bit_for_bit(monkeypatch, tmp_path):
     if not torch.cuda.is_available(): pytest.skip("needs a CUDA device")
     monkeypatch.setattr(training, "train_detector", functools.partial(train_detector, device="cuda"))
     monkeypatch.setitem(globals(), "train_detector", functools.partial(train_detector, device="cuda"))
+    monkeypatch.setattr(training, "pause_of", lambda device: 0.0)
     whole, history, _ = detector_run(monkeypatch)
     detector_run(monkeypatch, tmp_path / "c", stop=5)
     resumed, again, steps = detector_run(monkeypatch, tmp_path / "c")
@@ -302,6 +303,34 @@ def test_a_restored_bank_is_used_on_the_device_of_the_features():
     bank.load_state_dict({"features": torch.zeros(4, 2)})
     z = torch.zeros(3, 2, device="meta")
     assert bank.or_else(z).device == z.device
+
+
+@pytest.mark.parametrize("switch", [dict(ema=0.9), dict(ess_target=0.5)], ids=str)
+def test_the_switches_are_off_by_default_do_something_and_survive_a_kill(monkeypatch, tmp_path, switch):
+    config = replace(SMALL, **switch)
+    plain, whole, history = detector_run(monkeypatch)[0], *detector_run(monkeypatch, config=config)[:2]
+    detector_run(monkeypatch, tmp_path / "c", stop=5, config=config)
+    resumed, again, steps = detector_run(monkeypatch, tmp_path / "c", config=config)
+    assert steps == 5 and same(whole, resumed) and history.equals(again) and not same(plain, whole)
+
+
+def test_a_mean_of_weights_lies_between_the_first_and_the_last(monkeypatch):
+    means, mean_of = [], training.WeightMean
+    monkeypatch.setattr(training, "WeightMean", lambda *args: means.append(mean_of(*args)) or means[-1])
+    model, _ = train_detector(DATA["normal"], DATA["contrastive"], replace(SMALL, ema=0.5), PLAIN, progress=False)
+    assert means[0].steps == SMALL.steps and all(torch.equal(w, means[0].mean[name]) for name, w in model.state_dict().items())
+    generator, _ = train_patchdiff(pictures(6, 16), 5, replace(TINY, ema=0.5), progress=False)
+    last, _ = train_patchdiff(pictures(6, 16), 5, TINY, progress=False)
+    assert not same(generator, last) and all(torch.isfinite(w).all() for w in generator.state_dict().values())
+
+
+def test_a_target_moves_beta_towards_it():
+    learner = Learner(replace(SMALL, ess_target=0.9, beta_density=20.0, alpha_1=0.0, alpha_2=0.0), 5)
+    share = []
+    for seed in range(40):
+        batch = training.draw_batch(*DATA.values(), learner.config, PLAIN, torch.Generator().manual_seed(seed))
+        share.append(float(batch_losses(learner, batch)[1]["ess_neg"]))
+    assert (learner.beta.value < 20) == (np.mean(share[:3]) < 0.9) and abs(np.mean(share[-5:]) - 0.9) < abs(np.mean(share[:3]) - 0.9)
 
 
 # --- what it learns -------------------------------------------------------------------------------------------------
