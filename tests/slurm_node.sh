@@ -3,11 +3,13 @@
 #   tests/slurm_node.sh install   the packages slurm-wlm and munge
 #   tests/slurm_node.sh start     munged, slurmctld and slurmd; waits until the node is idle
 #   tests/slurm_node.sh stop      ends the three that it started
-# Its files are in SLURM_NODE_DIR (default /var/tmp/grad_nb_slurm); a cluster that is already configured is never touched.
+# Its files are in SLURM_NODE_DIR (default /var/tmp/grad_nb_slurm). /etc/slurm/slurm.conf is a link to them while it runs, because jobs
+# look for it there; where that file is already there, a cluster is configured, and nothing is started.
 set -eu
 
 DIR=${SLURM_NODE_DIR:-/var/tmp/grad_nb_slurm}
 export SLURM_CONF="$DIR/slurm.conf"
+LINKS="/etc/slurm/slurm.conf /etc/slurm/gres.conf"
 HOST=$(hostname -s)
 
 installed() { command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null; }
@@ -51,7 +53,11 @@ install)
     ;;
 start)
     installed || { echo "slurm is not installed; run $0 install" >&2; exit 1; }
+    for link in $LINKS; do
+        [ -e "$link" ] && [ ! -L "$link" ] && { echo "$link is there: a cluster is configured on this machine" >&2; exit 1; }
+    done
     configure
+    for link in $LINKS; do ln -sfn "$DIR/$(basename "$link")" "$link"; done
     if ! munge -n >/dev/null 2>&1; then
         install -d -o munge -g munge /run/munge
         runuser -u munge -- munged --pid-file=/run/munge/grad_nb.pid
@@ -70,6 +76,7 @@ stop)
         [ -f "$pid" ] && kill "$(cat "$pid")" 2>/dev/null && ended "$(cat "$pid")"
         rm -f "$pid"
     done
+    for link in $LINKS; do [ ! -L "$link" ] || rm -f "$link"; done
     ;;
 *)
     echo "usage: $0 install|start|stop" >&2
