@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from dataclasses import replace
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +124,7 @@ def test_a_type_that_looks_like_a_formula_is_shown_as_text(gallery):
     assert r"\$\no\$" in [text.get_text() for text in figure.axes[0].get_legend().get_texts()] and png(figure)
 
 
-@pytest.mark.parametrize("name, data, said", [
+@pytest.mark.parametrize("name, content, said", [
     ("half.png", as_bytes(Image.effect_noise((90, 90), 50))[:400], "half.png cannot be decoded"),
     ("empty.png", b"", "empty.png is empty"),
     ("a/b/../../etc/passwd", b"root:x:0:0:root", "passwd is not a PNG"),
@@ -132,9 +132,10 @@ def test_a_type_that_looks_like_a_formula_is_shown_as_text(gallery):
     ("tiny.png", as_bytes(Image.new("L", (20, 20))), "tiny.png has 20x20 pixels"),
     ("deep.tif", as_bytes(Image.new("F", (64, 64)), "TIFF"), "deep.tif"),
     ("", b"x", "the file is not"), ("new\nline\x1b[31m" + "n" * 300, b"x", "newline"),
-    ("svg.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a PNG"), ("ps.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a PNG")])
-def test_what_is_dropped_in_is_not_trusted(gallery, name, data, said):
-    with pytest.raises(DataError) as error: judge_upload(gallery.model, name, data)
+    ("svg.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a PNG"), ("ps.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a PNG")],
+    ids=("half", "empty", "path", "windows", "tiny", "float", "nameless", "control", "svg", "postscript"))
+def test_what_is_dropped_in_is_not_trusted(gallery, name, content, said):
+    with pytest.raises(DataError) as error: judge_upload(gallery.model, name, content)
     text = str(error.value)
     assert said in text and "/tmp" not in text and "\n" not in text and "\x1b" not in text and len(text) < 400
 
@@ -142,7 +143,8 @@ def test_what_is_dropped_in_is_not_trusted(gallery, name, data, said):
 def test_a_bomb_and_a_file_that_is_too_large(gallery):
     bomb = bytearray(as_bytes(Image.new("1", (64, 64))))
     bomb[16:24] = (60000).to_bytes(4, "big") * 2
-    with pytest.raises(DataError, match="b.png is too large to decode|b.png cannot be decoded"): judge_upload(gallery.model, "b.png", bytes(bomb))
+    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
+    with pytest.raises(DataError, match="b.png is too large to decode"): judge_upload(gallery.model, "b.png", bytes(bomb))
     with pytest.raises(DataError, match="at most 64 MB"): judge_upload(gallery.model, "b.png", bytes(MAX_UPLOAD + 1))
 
 
