@@ -214,17 +214,19 @@ def hold_folder(
     return held
 
 # %% ../nbs/18_reproduce.ipynb #repr0003
-HOLDER = "GRAD_NB_HOLDS"  # environment variable: the folder that the parent of this process holds
+HOLDER = "GRAD_NB_HOLDS"  # environment variable: the process that started this one, and the folder that it holds
 
 
 def hold_or_inherit(
     folder: str | Path,  # of the batch
 ) -> IO | None:  # to be kept open; None if the process that started this one holds it
-    "What a Snakemake does as it starts: take the folder of the batch, or end together with the command that has it."
-    if os.environ.get(HOLDER) != str(folder): return hold_folder(folder)
+    "What a Snakemake does as it starts: take the folder of the batch, or end together with the command that has it. `RuntimeError` if neither can be."
+    parent, _, held = os.environ.get(HOLDER, "").partition(" ")
+    if held != str(folder): return hold_folder(folder)
     import ctypes
     try: ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; Linux only
     except (AttributeError, OSError): pass
+    if str(os.getppid()) != parent: raise RuntimeError("the command that started this has ended")
     return None
 
 # %% ../nbs/18_reproduce.ipynb #dccca5a8
@@ -387,7 +389,7 @@ def follow(
     folder, left = Path(batch["folder"]), {job["marker"]: time.perf_counter() for job in jobs}
     with open(folder / "snakemake.log", "a") as log, tqdm(total=len(jobs), unit="job", disable=None) as bar:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[held.fileno()],
-                                   env=os.environ | {HOLDER: batch["folder"]})
+                                   env=os.environ | {HOLDER: f"{os.getpid()} {batch['folder']}"})
         try:
             while (status := _poll(process)) is None or left:
                 for marker in [m for m in left if (folder / m).is_file()]:

@@ -107,7 +107,7 @@ def test_a_batch_that_is_inherited_ends_with_its_command(tmp_path):
     "The command holds the folder and starts Snakemake; killed, it takes Snakemake with it, and the folder is free."
     child = f"import time; from grad_nb.reproduce import hold_or_inherit; assert hold_or_inherit({str(tmp_path)!r}) is None; print('in', flush=True); time.sleep(600)"
     parent = (f"import os, subprocess, sys; from grad_nb.reproduce import HOLDER, hold_folder; held = hold_folder({str(tmp_path)!r})\n"
-              f"p = subprocess.Popen([sys.executable, '-c', {child!r}], pass_fds=[held.fileno()], env=os.environ | {{HOLDER: {str(tmp_path)!r}}})\np.wait()")
+              f"p = subprocess.Popen([sys.executable, '-c', {child!r}], pass_fds=[held.fileno()], env=os.environ | {{HOLDER: f'{{os.getpid()}} ' + {str(tmp_path)!r}}})\np.wait()")
     driver = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
     assert driver.stdout.readline() == "in\n"
     with pytest.raises(RuntimeError, match="another batch is running"): hold_folder(tmp_path)
