@@ -31,7 +31,7 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 from tqdm import tqdm
 
@@ -164,8 +164,8 @@ def write_tensors(
     "Write tensors, plain data and their checksum in one safetensors file, atomically. `OSError` if it cannot be written."
     plain, text = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, json.dumps(_plain(meta), sort_keys=True)
     with atomic_path(path) as temporary:
-        try: save_file(plain, str(temporary), metadata={"json": text, "sha256": tensors_sha256(plain, text)})
-        except SafetensorError as e: raise OSError(f"{path} could not be written ({e}); is the disk full?") from None
+        try: temporary.write_bytes(tensor_bytes(plain, metadata={"json": text, "sha256": tensors_sha256(plain, text)}))  # `save_file` has a temporary file of its own
+        except OSError as e: raise OSError(f"{path} could not be written ({e.strerror}); is the disk full?") from None
 
 # %% ../nbs/00b_store.ipynb #7d83d681
 def read_tensors(
