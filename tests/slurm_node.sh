@@ -73,7 +73,8 @@ start)
     ;;
 stop)
     for pid in "$DIR/slurmd.pid" "$DIR/slurmctld.pid" /run/munge/grad_nb.pid; do
-        [ -f "$pid" ] && kill "$(cat "$pid")" 2>/dev/null && ended "$(cat "$pid")"
+        number=$(cat "$pid" 2>/dev/null) || continue
+        kill "$number" 2>/dev/null && ended "$number"
         rm -f "$pid"
     done
     for link in $LINKS; do [ ! -L "$link" ] || rm -f "$link"; done
