@@ -9,7 +9,7 @@ CATEGORY ?=
 SET ?=
 BIN := .venv/bin
 
-.PHONY: demo test install export clean
+.PHONY: demo test install export collect clean
 
 install: .venv/installed
 
@@ -32,6 +32,11 @@ export: install  ## after editing a notebook: clean the notebooks, write grad_nb
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
 	$(BIN)/python tests/check_sync.py --write-readme
+
+collect:  ## the records of finished runs and ablations, without pictures, into results/
+	mkdir -p results/runs
+	cd "$(RUNS)" && find . -mindepth 5 -name result.json -exec cp --parents {} "$(CURDIR)/results/runs/" \;
+	if [ -d ablation ]; then $(BIN)/grad_ablate --folder ablation --collect results/ablation; fi
 
 clean:
 	rm -rf .venv build dist *.egg-info

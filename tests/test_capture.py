@@ -103,7 +103,7 @@ def test_reading_is_noticed():
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoReading(): torch.ones(1).item()
 
 
-@pytest.mark.parametrize("change", [{}, dict(shared_pass=True, block=2), dict(penalise="probability"), dict(tail_reweighting=False)], ids=str)
+@pytest.mark.parametrize("change", [{}, dict(shared_pass=True, block=2, patches=16), dict(penalise="probability"), dict(tail_reweighting=False)], ids=str)
 def test_a_detector_step_reads_nothing_back(change):
     config = replace(SMALL, **change)
     learner, data = Learner(config, 8), [torch.from_numpy(pictures(4, 40, k)) for k in range(3)]
