@@ -336,7 +336,7 @@ def run_pieces(
         if len(left) == before: lock(next(p for p in left if _ready(p, left)).lock).close()  # others have all that could be done: wait for one of them
     if failed: raise RuntimeError(f"{len(failed)} of {len(todo)} pieces failed; the first: {next(iter(failed))}: {next(iter(failed.values()))}")
 
-
+# %% ../nbs/18b_ablation.ipynb #abl0002b
 def _ready(piece: Piece, left: Sequence[Piece]) -> bool:
     "Whether all that a piece needs is done."
     return not any(other.name in piece.needs for other in left)

@@ -344,7 +344,7 @@ def card(self: GRAD) -> str:  # Markdown
 LICENCE = """The software is Apache-2.0. The model holds what was learnt from the training pictures, and some patches of them: the licence of those
 pictures holds for it too (MVTec AD and MVTec LOCO, for instance: CC BY-NC-SA 4.0, not for commercial use)."""
 
-
+# %% ../nbs/12_grad.ipynb #3b2c835b
 CARD = """# GRAD: a defect detector
 
 {how}

@@ -367,7 +367,7 @@ def localisation_figure(
     if title: figure.text(0.5, 1 - 0.05 / height, title, fontsize=10, ha="center", va="top")
     return figure
 
-
+# %% ../nbs/13_plots.ipynb #76d97abb
 def map_overlays(
     pictures: np.ndarray,  # (N, H, W, 3) uint8
     maps: np.ndarray,  # (N, H, W) pixel maps

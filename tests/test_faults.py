@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from sklearn.base import clone
 from test_grad import TINY, tiny
 
+import grad_nb.evaluation
 import grad_nb.patchdiff
 import grad_nb.pipeline
 import grad_nb.training
@@ -324,11 +325,11 @@ def device_for(monkeypatch, owner, name: str, most: int):
 def test_predict_goes_on_with_half_the_batch(model, normal, monkeypatch, caplog):
     want = model.predict(normal)
     for most in (7, 3, 1):
-        with device_for(monkeypatch, Detector, "forward", most) as sizes: found = model.predict(normal)
-        assert max(sizes) <= most and sum(sizes) == len(want.scores)
+        with device_for(monkeypatch, grad_nb.evaluation, "score_map", most) as sizes: found = model.predict(normal)
+        assert max(sizes) <= most and sum(sizes) == len(want.scores) * len(model.levels_)
         assert np.allclose(found.scores, want.scores, rtol=0, atol=1e-5) and np.allclose(found.maps, want.maps, rtol=0, atol=1e-5)
     assert "out of memory (CUDA out of memory); going on with" in caplog.text
-    with device_for(monkeypatch, Detector, "forward", 0), pytest.raises(MemoryError, match="not even one"): model.predict(normal)
+    with device_for(monkeypatch, grad_nb.evaluation, "score_map", 0), pytest.raises(MemoryError, match="not even one"): model.predict(normal)
 
 
 def test_fit_goes_on_with_half_the_batch(normal, monkeypatch, caplog):
