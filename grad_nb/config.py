@@ -180,7 +180,7 @@ PRESETS = MappingProxyType({p.name: p for p in (
     Preset("demo",
         generator=GeneratorConfig(size=64, width=16, fourier=3, steps=1500, batch=28, crop=24, lr=8e-3, balance=0.75,
                                   n_samples=128, sample_steps=30, spacing=1.5),
-        detector=DetectorConfig(width=0.25, steps=2400, pictures=8, block=4, alpha_1=0.0, alpha_2=0.0),
+        detector=DetectorConfig(width=0.25, steps=2400, pictures=8, block=2, alpha_1=0.0, alpha_2=0.0),
         levels_ad=(Level(34, 64, (3, 5, 17)),),
         levels_loco=(Level(34, 64, (3, 5, 17)),)),
 )})

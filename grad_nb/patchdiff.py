@@ -423,7 +423,7 @@ def generate(
         return torch.tensor([float(made.n)])
 
     batches = math.ceil(config.n_samples / config.sample_batch)
-    run_steps(step, batches, ["pictures"], dict(generator=generator, made=made), checkpoint, key, 1, f"sampling {model.level}", progress, pause=60)
+    run_steps(step, batches, ["pictures"], dict(generator=generator, made=made), checkpoint, key, every=1, label=f"sampling {model.level}", progress=progress, pause=60)
     return made.pictures
 
 # %% ../nbs/05_patchdiff.ipynb #23ef79f0

@@ -174,7 +174,7 @@ def read_tensors(
     "Read tensors and plain data; runs no code from the file. `ValueError` names a file that is damaged, changed, or a pickle."
     try:
         with safe_open(str(path), framework="pt") as f:
-            tensors, about = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+            tensors, about = {name: f.get_tensor(name).clone() for name in f.keys()}, f.metadata() or {}  # not a view of the file, which may change
         meta = json.loads(about.get("json", "null"))
     except (SafetensorError, ValueError, RecursionError) as e:
         raise ValueError(_why_not(path, e)) from None
