@@ -244,9 +244,9 @@ def test_fit_in_the_same_process_is_what_the_options_say(trays, tmp_path, capsys
 def test_out_of_memory_is_one_line(model, parts, capsys, monkeypatch):
     import torch
 
-    from grad_nb.detector import Detector
+    from grad_nb import evaluation
     def full(*_): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    monkeypatch.setattr(Detector, "forward", full)
+    monkeypatch.setattr(evaluation, "score_map", full)
     status, rows, err = called(capsys, model, parts)
     assert status == 2 and not rows and "not even one item at a time fits in memory" in err and "device='cpu'" in err
 
