@@ -78,8 +78,9 @@ def timesteps(
     "The times that a sampler visits: all of them, or a stride."
     if not 1 <= steps <= T: raise ValueError(f"between 1 and {T} steps can be taken, not {steps}")
     if not spacing >= 1: raise ValueError(f"spacing must be at least 1, not {spacing}")
-    even = torch.linspace(1, 0, steps, dtype=torch.float64)
-    return torch.unique((even**spacing * (T - 1)).round().long()).flip(0).tolist()
+    even = torch.linspace(T - 1, 0, steps, dtype=torch.float64)
+    times = even if spacing == 1 else (even / max(T - 1, 1)) ** spacing * (T - 1)
+    return torch.unique(times.round().long()).flip(0).tolist()
 
 # %% ../nbs/04_diffusion.ipynb #train401
 @torch.inference_mode()

@@ -96,6 +96,16 @@ def test_the_stride_visits_the_times_of_the_linspace_spacing(steps):
     assert ours[0] == 999 and len(ours) == steps and all(a > b for a, b in zip(ours, ours[1:]))
 
 
+@pytest.mark.parametrize("T, steps, spacing", [(1, 1, 2.0), (1000, 30, 1.5), (1000, 30, 2.0), (1000, 1000, 3.0), (7, 7, 1.5), (2, 1, 2.0)])
+def test_strides_that_shorten(T, steps, spacing):
+    times = timesteps(T, steps, spacing)
+    assert times[0] == T - 1 and len(times) <= steps and all(a > b for a, b in zip(times, times[1:]))
+    if steps > 2:
+        strides = [a - b for a, b in zip(times, times[1:])]
+        assert times[-1] == 0 and all(a >= b - 1 for a, b in zip(strides, strides[1:])) and strides[0] > (T - 1) / steps
+    with pytest.raises(ValueError, match="spacing"): timesteps(T, steps, 0.5)
+
+
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_a_number_of_steps_that_cannot_be_taken_is_refused(steps):
     with pytest.raises(ValueError, match="1000"): timesteps(1000, steps)
