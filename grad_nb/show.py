@@ -288,7 +288,9 @@ def browse_tab(
     def refill(*_):
         numbers = choose(gallery, kind.value, order.value, threshold.value if wrong.value else None)
         kept = picture.value
-        picture.options = {f"{gallery.scores[i]:.3f}  {gallery.names[i]}": int(i) for i in numbers}
+        made = {f"{gallery.scores[i]:.3f}  {gallery.names[i]}": int(i) for i in numbers}
+        if list(made) != list(picture.options): picture.options = {}  # dicts in another order are equal: no change would be seen
+        picture.options = made
         picture.value = kept if kept in picture.options.values() else next(iter(picture.options.values()), None)
     for widget in (kind, order, wrong): widget.param.watch(refill, "value")
     threshold.param.watch(lambda *_: refill() if wrong.value else None, "value")

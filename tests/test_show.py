@@ -238,6 +238,7 @@ def test_the_page_in_a_browser(run, gallery, tmp_path):
         page.get_by_text(verdict(gallery, best, gallery.model.offset_)).wait_for()
         page.get_by_label("order").select_option("lowest score first")
         least = int(choose(gallery, "good", "lowest score first")[0])
+        page.get_by_label("pictures").locator("option:first-child", has_text=gallery.names[least]).wait_for(state="attached")  # the new order is there
         page.get_by_label("pictures").select_option(index=0)
         page.get_by_text(verdict(gallery, least, gallery.model.offset_)).wait_for()
         page.get_by_role("button", name="explain this picture").click()
