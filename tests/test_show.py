@@ -248,7 +248,7 @@ def test_the_page_in_a_browser(run, gallery, tmp_path):
         page.get_by_text("a picture of your own").click()
         page.locator("input[type=file]").set_input_files(good.path)
         score = gallery.scores[gallery.samples.index(good)]
-        page.get_by_text(re.compile(rf"(normal|anomalous): score {score:.2f}")).wait_for()
+        page.get_by_text(re.compile(rf"(normal|anomalous): score {score:.3f}")).wait_for()
         page.wait_for_timeout(1500)
         page.screenshot(path=keep / "dropped.png", full_page=True)
         page.locator("input[type=file]").set_input_files(bad)
