@@ -94,6 +94,3 @@ def grad_run(
         write_pictures(run)
     print(result_table(result).round(1).to_string())
     say(f"finished: {run.folder / 'result.json'} and {run.folder / 'pictures'}")
-
-
-if __name__ == "__main__" and "__file__" in globals(): grad_run()  # with python -m; not in a notebook
