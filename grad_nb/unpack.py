@@ -45,12 +45,14 @@ def member_path(
 
 # %% ../nbs/01b_unpack.ipynb #a1c4000a
 class _Member(tarfile.TarInfo):
-    "A member whose archive must have an end mark."
+    "A member whose header is whole; an archive without an end mark, or with a broken header in the middle, is damaged."
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
         try: return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError: raise  # the end mark
         except tarfile.EmptyHeaderError: raise tarfile.ReadError("it ends without an end mark") from None
+        except tarfile.HeaderError as e: raise tarfile.ReadError(f"{e} at byte {tar.offset:,}") from None
 
 
 class _Progress:

@@ -3,11 +3,16 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from grad_nb.trays import make_trays
 
 TINY = ("generator.size=64 generator.width=8 generator.steps=6 generator.batch=2 generator.n_samples=4 generator.sample_steps=3 "
         "detector.width=0.1 detector.steps=6 evaluation.map_size=64")  # settings of a run that takes seconds
+
+settings.register_profile("same", derandomize=True, database=None)  # the same examples in each run: a red run is a change's fault
+settings.register_profile("new", print_blob=True)  # HYPOTHESIS_PROFILE=new looks for others
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 @pytest.fixture(scope="session")

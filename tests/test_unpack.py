@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import grad_nb.unpack
@@ -94,6 +94,7 @@ def test_a_link_and_a_file_through_it_write_nothing_outside(tmp_path):
 
 @quickly
 @given(share=st.floats(0, 1, exclude_max=True), mode=st.sampled_from(["w", "w:gz", "w:xz"]))
+@example(share=0.3125, mode="w")  # within the header of the second member
 def test_an_archive_that_was_cut_anywhere_is_refused(tmp_path_factory, share, mode):
     folder = tmp_path_factory.mktemp("cut")
     path = archive(folder / "a", [(f"p/{i}.png", os.urandom(9000)) for i in range(4)], mode)
@@ -106,6 +107,17 @@ def test_an_archive_cut_between_two_members_is_refused(tmp_path):
     path = archive(tmp_path / "a.tar", [("a.png", b"x" * 512), ("b.png", b"y" * 512)])
     path.write_bytes(path.read_bytes()[:1024])  # the first member, whole, and nothing after it
     assert "end mark" in refused(path, tmp_path / "out")
+
+
+@quickly
+@given(where=st.integers(0, 499).filter(lambda b: b not in (154, 155)), change=st.integers(1, 255), which=st.integers(0, 3))
+def test_a_broken_header_anywhere_is_refused(tmp_path_factory, where, change, which):  # 154 and 155 only end the checksum
+    folder = tmp_path_factory.mktemp("header")
+    path = archive(folder / "a", [(f"p/{i}.png", os.urandom(9000)) for i in range(4)])
+    content = bytearray(path.read_bytes())
+    content[9728 * which + where] ^= change
+    path.write_bytes(content)
+    refused(path, folder / "out")
 
 
 @quickly
