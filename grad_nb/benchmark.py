@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['operations', 'count_operations', 'Latency', 'latency', 'threads_of', 'bench_detectors', 'time_per_step',
            'bench_stages', 'best_ms', 'ceilings', 'layer_bytes', 'verdict', 'bench_path', 'random_model', 'ways_of',
-           'bench_ways', 'peak_memory', 'bench_growth', 'bench_terms', 'bench_protocol']
+           'bench_ways', 'bench_int8', 'peak_memory', 'bench_growth', 'bench_terms', 'bench_protocol']
 
 # %% ../nbs/15_benchmark.ipynb #0a47b1cd
 import copy
@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from .config import Augmentation, DetectorConfig, EvalConfig, GeneratorConfig, Level, Preset
 from .coords import coord_map, with_coords
+from .data import Category, load_images
 from .detector import Detector, map_side
-from .evaluation import MapStats, fuse, score_levels
-from .export import OnnxScorer, Scorer, to_onnx
+from .evaluation import MapStats, fuse, image_auroc, score_levels
+from .export import OnnxScorer, Scorer, to_int8, to_onnx
 from .grad import GRAD
 from .inference import Captured, prepared, resized, score_map
 from .patchdiff import generate, new_patchdiff, to_model, train_patchdiff
@@ -369,7 +370,11 @@ def ways_of(
     if compiled: yield "torch, compiled", lambda x, run=torch.compile(scorer): [t.numpy() for t in run(torch.from_numpy(x))]
     try: to_onnx(model, file)
     except ImportError: return
-    try: yield "ONNX Runtime", OnnxScorer(file, threads)
+    try:
+        yield "ONNX Runtime", OnnxScorer(file, threads)
+        some = np.random.default_rng(1).integers(0, 256, (8, scorer.size, scorer.size, 3), dtype=np.uint8)
+        to_int8(model, small := Path(folder) / "int8.onnx", some)
+        yield "ONNX Runtime, int8", OnnxScorer(small, threads)
     except ImportError: pass
     try: import openvino
     except ImportError: return
@@ -397,9 +402,33 @@ def bench_ways(
             for name, way in ways.items():
                 x = draw(); start = time.perf_counter(); way(x)
                 if i: seconds[name].append(time.perf_counter() - start)
-        protocol = {"device": device_name("cpu"), "threads": torch.get_num_threads(), "batch": batch, "precision": "float32", "transfers": "none (cpu)", "runs": runs}
+        protocol = {"device": device_name("cpu"), "threads": torch.get_num_threads(), "batch": batch, "transfers": "none (cpu)", "runs": runs}
     spread = max(float(scores["library"].std()), 1e-9)
-    return [{"way": name, **protocol, **vars(Latency.of(s)), "difference": float(np.abs(scores[name] - scores["library"]).max()) / spread} for name, s in seconds.items()]
+    return [{"way": name, **protocol, "precision": "int8" if "int8" in name else "float32", **vars(Latency.of(s)), "difference": float(np.abs(scores[name] - scores["library"]).max()) / spread} for name, s in seconds.items()]
+
+# %% ../nbs/15_benchmark.ipynb #bway0005
+@torch.no_grad()
+def bench_int8(
+    model: GRAD,  # fitted
+    category: Category,  # with training and test pictures
+    threads: int = 0,  # threads of the runtime, 0 = as it is
+    runs: int = 10,  # timed single pictures
+    calibration: int = 64,  # training pictures that set the ranges of the activations
+) -> list[dict]:  # a row for the exported model in either precision
+    "What 8-bit convolutions gain in time and size, and what they cost in image AUROC and in verdicts, on the test pictures of a part."
+    size, labels, rows = model.preset.generator.size, np.array([s.label for s in category.test]), []
+    x, normals = (load_images(s, size, progress=False) for s in (category.test, category.train[:calibration]))
+    with threads_of(threads), tempfile.TemporaryDirectory() as folder:
+        for name, write in {"float32": to_onnx, "int8": partial(to_int8, pictures=normals)}.items():
+            write(model, file := Path(folder) / f"{name}.onnx")
+            way = OnnxScorer(file, torch.get_num_threads())
+            scores, verdicts = (np.concatenate(part) for part in zip(*[way(x[i : i + 16])[:2] for i in range(0, len(x), 16)]))
+            if not rows: first = scores, verdicts
+            t = latency(way, iter(x[np.arange(2 + runs) % len(x), None]).__next__, runs, 2)
+            rows.append({"way": "ONNX Runtime", "precision": name, "device": device_name("cpu"), "threads": torch.get_num_threads(), "batch": 1, "runs": runs,
+                         **vars(t), "MB": file.stat().st_size / 1e6, "pictures": len(x), "image_auroc": image_auroc(scores, labels),
+                         "other_verdicts": int((verdicts != first[1]).sum()), "difference": float(np.abs(scores - first[0]).max()) / max(float(first[0].std()), 1e-9)})
+    return rows
 
 # %% ../nbs/15_benchmark.ipynb #b355f6cd
 def peak_memory() -> float:  # megabytes; nan where the system does not tell

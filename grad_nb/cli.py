@@ -448,19 +448,22 @@ def _rows(
 def grad_export(
     model: str,  # file that grad_fit wrote
     output: str = None,  # file to write; beside the model, with the ending of the format, if not given
-    format: str = "onnx",  # "onnx" for ONNX Runtime, "torch" for torch.export
+    format: str = "onnx",  # "onnx" for ONNX Runtime, "int8" for the same with 8-bit convolutions, "torch" for torch.export
+    normals: str = "",  # folder of normal pictures, for "int8": they set the ranges of the 8-bit numbers
     debug: store_true = False,  # show the traceback of an error
 ):
     "Write a model as one ONNX file, or as a program of torch.export, and compare it with the model on three random pictures."
     from grad_nb.export import FORMATS, largest_difference
     if format not in FORMATS: raise ValueError(f"format must be {' or '.join(FORMATS)}, not {format!r}")
+    if (format == "int8") != bool(normals): raise ValueError("--normals, a folder of normal pictures, belongs to --format int8, and int8 needs it")
     suffix, write, reader = FORMATS[format]
     path = Path(output or Path(model).with_suffix(suffix))
     if path.exists() and path.samefile(model): raise ValueError(f"{path} is the model itself; give another file to --output")
     fitted = GRAD.load(model, "cpu")
-    try: write(fitted, path)
-    except ImportError as e: raise RuntimeError(str(e)) from None
     size = fitted.preset.generator.size
+    more = [np.array([read_image(p, size) for p in picture_files(normals)[:64]])] if normals else []
+    try: write(fitted, path, *more)
+    except ImportError as e: raise RuntimeError(str(e)) from None
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, pictures of {size} x {size} pixels as bytes, threshold {fitted.offset_:.3f}")
     pictures = np.random.default_rng(0).integers(0, 256, (3, size, size, 3), dtype=np.uint8)
     try: print(f"largest difference to the model, scores and maps: {largest_difference(fitted, reader(path), pictures):.1e}")
@@ -477,12 +480,15 @@ def grad_bench(
     preset: str = "fast",  # whose training and sampling steps are timed: "paper", "fast" or "demo"
     quick: store_true = False,  # the detectors and the way to a verdict only, and at most five runs
     peers: store_true = False,  # also run other detectors beside this one; needs the option "compare"
+    model: str = "",  # file that grad_fit wrote: what 8-bit convolutions cost in AUROC on the test pictures of --data
+    data: str = "",  # folder of its part, with training and test pictures
     protocol: store_true = False,  # also 2,000 runs of all levels, mean of the last 1,000
     json_file: str = "",  # also write the rows, with their protocol, here
     debug: store_true = False,  # show the traceback of an error
 ):
     "Time the detectors, every stage from a picture to a verdict, and a step of every training and sampling; random weights."
     from grad_nb import benchmark as b
+    if bool(model) != bool(data): raise ValueError("--model and --data belong together: a trained model and the part's own pictures")
     where, runs = pick_device(device), min(runs, 5) if quick else runs
     rest = {} if quick else {"stages": b.bench_stages(_preset(preset), device=where, threads=threads),
                              "terms": b.bench_terms(_preset(preset).detector, _preset(preset).levels("mvtec_ad")[0].size, device=where, threads=threads),
@@ -492,11 +498,12 @@ def grad_bench(
              "path": b.bench_path(batch=batch, threads=threads, runs=min(runs, 15), limits=limits) if where.type == "cpu" else [],
              "detectors": [row for bf16 in ((False, True) if bf16_supported(where) else (False,))
                            for row in b.bench_detectors(device=where, batch=batch, bf16=bf16, threads=threads, runs=runs)]}
+    if model: found["int8"] = b.bench_int8(GRAD.load(model, "cpu"), read_category(Path(data).resolve().parent, Path(data).resolve().name), threads, min(runs, 10))
     if protocol: found["protocol"] = [b.bench_protocol(device=where)]
     if peers: from grad_nb.peers import bench_peers; found["peers"] = bench_peers(batch=batch, threads=threads, runs=min(runs, 10))
     print("ceilings: " + ", ".join(f"{name} {value:.0f} {'GB/s' if name == 'copy' else 'GFLOP/s'}" for name, value in limits.items()) + "\n")
-    for name in ("detectors", "path", "ways", "protocol", "peers", "stages", "terms", "growth"):
-        if found.get(name): print(f"{name}: random weights, milliseconds, {found[name][0]['device']}\n{_bench_table(found[name])}\n")
+    for name in ("detectors", "path", "ways", "int8", "protocol", "peers", "stages", "terms", "growth"):
+        if found.get(name): print(f"{name}: {'trained' if name == 'int8' else 'random'} weights, milliseconds, {found[name][0]['device']}\n{_bench_table(found[name])}\n")
     if json_file: write_json(json_file, found)
 
 

@@ -13,19 +13,22 @@ from grad_nb.benchmark import (
     Latency,
     bench_detectors,
     bench_growth,
+    bench_int8,
     bench_protocol,
     bench_stages,
     count_operations,
     latency,
     layer_bytes,
     operations,
+    random_model,
     time_per_step,
     verdict,
 )
 from grad_nb.cli import grad_bench
 from grad_nb.config import Level, override, preset
+from grad_nb.data import load_images, read_category
 from grad_nb.detector import TABLE_8, Decoder, Detector
-from grad_nb.evaluation import score_maps
+from grad_nb.evaluation import image_auroc, score_maps
 from grad_nb.inference import FastDetector, loops
 from grad_nb.patchdiff import PatchDiff
 from grad_nb.store import read_json
@@ -151,6 +154,16 @@ def test_stages_time_the_real_functions(monkeypatch):
     assert [row["items"] for row in rows] == [2, 3, 2, 3, 128 * 4] and all(row.keys() >= PROTOCOL - {"batch", "transfers"} for row in rows)
     assert steps == [(n, s) for n in 2 * ["train_patchdiff", "generate"] + ["train_detector"] for s in (2, 3, 2)]
     assert rows[0]["GMAC"] == rows[1]["GMAC"] > 0 and np.isnan(rows[4]["GMAC"])
+
+
+def test_eight_bits_are_judged_on_test_pictures(data):
+    for name in ("onnx", "onnxscript", "onnxruntime"): pytest.importorskip(name)
+    category, model = read_category(data, "trays"), random_model((48,), 0.1)
+    exact, small = bench_int8(model, category, threads=1, runs=2, calibration=4)
+    x, labels = load_images(category.test, 48, progress=False), [s.label for s in category.test]
+    assert exact["image_auroc"] == pytest.approx(image_auroc(model.score_samples(x), np.array(labels)), abs=1e-6)
+    assert small["MB"] < exact["MB"] and 0 < small["difference"] < 5 and exact["difference"] == exact["other_verdicts"] == 0
+    assert small["pictures"] == len(labels) and (exact["precision"], small["precision"]) == ("float32", "int8")
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):

@@ -21,7 +21,7 @@ from grad_nb.config import Level, override, preset
 from grad_nb.detector import Detector
 from grad_nb.evaluation import HALF_DOWN, MapStats, resize_pictures
 from grad_nb.data import load_images, read_image
-from grad_nb.export import OnnxScorer, Scorer, TorchScorer, float32_below, largest_difference, resize_matrix, to_onnx, to_torch
+from grad_nb.export import OnnxScorer, Scorer, TorchScorer, float32_below, largest_difference, resize_matrix, to_int8, to_onnx, to_torch
 from grad_nb.grad import GRAD
 from grad_nb.trays import draw_tray
 
@@ -209,6 +209,35 @@ def test_the_command(tmp_path, capsys):
     for wrong in ({"format": "pickle"}, {"output": str(tmp_path / "m.grad")}):
         with pytest.raises(SystemExit) as stop: grad_export(str(tmp_path / "m.grad"), **wrong)
         assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1 and (tmp_path / "m.grad").read_bytes() == before
+
+
+def test_eight_bits_are_small_and_keep_the_order(tmp_path):
+    for name in ("onnx", "onnxscript", "onnxruntime"): pytest.importorskip(name)
+    import onnx
+    model, seen = fitted(), pictures(32)
+    to_onnx(model, tmp_path / "exact.onnx")
+    to_int8(model, tmp_path / "small.onnx", pictures(12, seed=1))
+    exact, small = (OnnxScorer(tmp_path / f"{name}.onnx") for name in ("exact", "small"))
+    a, b = exact(seen)[0], small(seen)[0]
+    assert small.meta.items() >= exact.meta.items()
+    assert 0 < np.abs(a - b).mean() < a.std() / 2 and np.corrcoef(a, b)[0, 1] > 0.8, "rounded, and not by much"
+    weights = {t.name: t for t in onnx.load(tmp_path / "small.onnx").graph.initializer}
+    stored = [t.data_type for name, t in weights.items() if len(t.dims) == 4]
+    assert stored.count(onnx.TensorProto.INT8) == 8 * len(model.levels_), "every convolution of every level"
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["exact.onnx", "small.onnx"]
+    with pytest.raises(ValueError, match="at least one normal picture"): to_int8(model, tmp_path / "no.onnx", seen[:0])
+
+
+def test_the_command_for_eight_bits(tmp_path, capsys):
+    for name in ("onnx", "onnxscript", "onnxruntime"): pytest.importorskip(name)
+    fitted("mvtec_ad").save(tmp_path / "m.grad")
+    (tmp_path / "good").mkdir()
+    for wrong in ({"format": "int8"}, {"normals": str(tmp_path / "good")}, {"format": "int8", "normals": str(tmp_path / "good")}):
+        with pytest.raises(SystemExit) as stop: grad_export(str(tmp_path / "m.grad"), **wrong)
+        assert stop.value.code == 2 and "normal picture" in capsys.readouterr().err
+    for i, x in enumerate(pictures(4)): Image.fromarray(x).save(tmp_path / f"good/{i}.png")
+    grad_export(str(tmp_path / "m.grad"), str(tmp_path / "m8.onnx"), "int8", str(tmp_path / "good"))
+    assert "m8.onnx" in capsys.readouterr().out and OnnxScorer(tmp_path / "m8.onnx")(pictures(2))[0].shape == (2,)
 
 
 def trays(n, size=SIZE):

@@ -214,7 +214,8 @@ def test_a_wheel_carries_all_that_a_batch_needs(data, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     (tmp_path / "elsewhere").mkdir()
     code = "import sys, grad_nb; assert '/site/' in grad_nb.__file__, grad_nb.__file__; from grad_nb.reproduce import grad_reproduce; grad_reproduce()"
-    call = [sys.executable, "-c", code, *arguments(data, tmp_path / "runs", "--dry-run")[1:]]
+    (tmp_path / "run.py").write_text(code)  # what the installed command is
+    call = [sys.executable, str(tmp_path / "run.py"), *arguments(data, tmp_path / "runs", "--dry-run")[1:]]
     done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path / "elsewhere", env=os.environ | {"PYTHONPATH": str(tmp_path / "site")}, timeout=600)
     assert done.returncode == 0 and "/site/grad_nb/reproduce/Snakefile" in done.stdout and "total" in done.stdout, done.stdout + done.stderr
     assert not list((tmp_path / "elsewhere").iterdir())
