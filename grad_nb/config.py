@@ -174,15 +174,13 @@ PRESETS = MappingProxyType({p.name: p for p in (
     Preset("fast",
         generator=GeneratorConfig(size=128, width=24, fourier=3, steps=2000, batch=16, crop=48, lr=6e-3, balance=0.75,
                                   n_samples=160, sample_steps=30, spacing=1.5),
-        detector=DetectorConfig(width=0.5, steps=8000, pictures=8, block=4, alpha_1=0.0, alpha_2=0.0),
-        levels_ad=(Level(34, 128, (5, 9, 13)),),
-        levels_loco=(Level(34, 128, (5, 9, 13)), Level(68, 64, (5, 9, 13)), Level(91, 48, (9, 13, 17)))),
+        detector=DetectorConfig(width=0.5, steps=5000, pictures=8, block=2, alpha_1=0.0, alpha_2=0.0),
+        levels_ad=TABLE_7["mvtec_ad"], levels_loco=TABLE_7["mvtec_loco"]),
     Preset("demo",
         generator=GeneratorConfig(size=64, width=16, fourier=3, steps=1500, batch=28, crop=24, lr=8e-3, balance=0.75,
                                   n_samples=128, sample_steps=30, spacing=1.5),
         detector=DetectorConfig(width=0.25, steps=2400, pictures=8, block=2, alpha_1=0.0, alpha_2=0.0),
-        levels_ad=(Level(34, 64, (3, 5, 17)),),
-        levels_loco=(Level(34, 64, (3, 5, 17)),)),
+        levels_ad=(Level(34, 96, (3, 5, 17)),), levels_loco=(Level(34, 96, (3, 5, 17)),)),
 )})
 
 

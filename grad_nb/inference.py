@@ -108,13 +108,16 @@ typedef float vec __attribute__((vector_size(4 * W), aligned(4)));
 typedef int ivec __attribute__((vector_size(4 * W), aligned(4)));
 static const float zero[CH];
 long panel(void) { return 2 * W; }
+/* fetch what the next turn of a loop reads (0) or writes (1), CH numbers on */
+#define AHEAD(p, write) for (int q = 0; q < CH; q += 16) __builtin_prefetch((p) + CH + q, write, 3)
 #define INLINE static inline __attribute__((always_inline))
 
-/* n rows of a (row length lda) times a panel of 2 W columns; with a bias: add it, then ReLU */
-INLINE void block(const int n, long C, const float *a, long lda, const float *b, const float *bias, float *y, long ldy) {
+/* n rows of a (row length lda) times a panel of 2 W columns; with a bias: add it, then ReLU; step / 256 numbers of the next panel are fetched a turn */
+INLINE void block(const int n, long C, const float *a, long lda, const float *b, const float *next, long step, const float *bias, float *y, long ldy) {
   vec s[ROWS][2];
   _Pragma("GCC unroll 12") for (int i = 0; i < n; i++) s[i][0] = s[i][1] = (vec){0};
   for (long c = 0; c < C; c++, b += 2 * W) {
+    __builtin_prefetch(next + (c * step >> 8), 0, 3);
     vec left = *(const vec *)b, right = *(const vec *)(b + W);
     _Pragma("GCC unroll 12") for (int i = 0; i < n; i++) { float x = a[i * lda + c]; s[i][0] += x * left; s[i][1] += x * right; }
   }
@@ -135,19 +138,20 @@ void product(const float *V, const float *U, const float *bias, long N, long T, 
   for (long task = 0; task < N * parts; task++) {
     long n = task / parts, first = task % parts * rows, last = first + rows < T ? first + rows : T;
     for (long k = 0; k < K; k += 2 * W) {
-      const float *u = U + (n * K + k) * C;
-      for (long t = first; t < last; t += ROWS) {
+      const float *u = U + (n * K + k) * C, *next = u + 2 * W * C;
+      long share = 2 * W * C * ROWS / (last - first + ROWS - 1) + 16, step = 256 * share / C;
+      for (long t = first; t < last; t += ROWS, next += share) {
         const float *v = V + n * sv + t * C, *z = bias ? bias + k : 0;
         float *y = M + n * sm + t * K + k;
         switch (last - t) {
           @tails@
-          default: block(ROWS, C, v, C, u, z, y, K);
+          default: block(ROWS, C, v, C, u, next, step, z, y, K);
         }
       }
     }
   }
 }
-""".replace("@tails@", " ".join(f"case {n}: block({n} < ROWS ? {n} : ROWS, C, v, C, u, z, y, K); break;" for n in range(1, 12)))
+""".replace("@tails@", " ".join(f"case {n}: block({n} < ROWS ? {n} : ROWS, C, v, C, u, next, step, z, y, K); break;" for n in range(1, 12)))
 
 # %% ../nbs/10d_inference.ipynb #_inf0017
 INPUT = """
@@ -169,6 +173,7 @@ void input_@m@_@r@(const float *restrict x, long B, long H, long W_, long C, lon
       }
       for (int i = 0; i < @n@; i++) {
         float *v = V + i * @n@ * sv + t * C + c;
+        for (int j = 0; j < @n@; j++) AHEAD(v + j * sv, 1);
         for (int k = 0; k < CH; k++) { @across@ }
       }
     }
@@ -187,6 +192,7 @@ void output_@m@_@r@(const float *restrict M, const float *restrict bias, long B,
     for (long c = 0; c < K; c += CH) {
       for (int j = 0; j < @n@; j++) {
         const float *p = M + j * sm + t * K + c;
+        for (int i = 0; i < @n@; i++) AHEAD(p + i * @n@ * sm, 0);
         for (int k = 0; k < CH; k++) { @down_out@ }
       }
       for (int i = 0; i < @m@ && i0 + i < H; i++) {

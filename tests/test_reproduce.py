@@ -275,7 +275,7 @@ def test_a_job_killed_in_every_stage(data, whole, tmp_path):
     for stage in ("generate-05", "detect-034", "table", "tables"):
         for pid in wait_for(lambda stage=stage: processes("papermill", f"/notebooks/{stage}.ipynb", str(tmp_path)), driver): os.kill(pid, signal.SIGKILL)
     said, _ = driver.communicate(timeout=1800)
-    assert driver.returncode == 1 and "failed: done/tables: it was ended from outside" in said.replace("tables: tables failed:", "tables:"), "all others are tried again by themselves"
+    assert driver.returncode == 1 and "failed: done/tables: it was ended from outside" in said.replace("tables: tables failed:", "tables:"), f"all others are tried again by themselves; {said}"
     assert said.count("failed: ") == 1 and "tables.ipynb" in said
     finish(data, tmp_path)
     assert outcome(tmp_path) == outcome(whole)
