@@ -93,6 +93,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'grad_nb.cli._last_line': ('cli.html#_last_line', 'grad_nb/cli.py'),
                              'grad_nb.cli._leave_pipe': ('cli.html#_leave_pipe', 'grad_nb/cli.py'),
                              'grad_nb.cli._map_name': ('cli.html#_map_name', 'grad_nb/cli.py'),
+                             'grad_nb.cli._print_bench': ('cli.html#_print_bench', 'grad_nb/cli.py'),
                              'grad_nb.cli._row_writer': ('cli.html#_row_writer', 'grad_nb/cli.py'),
                              'grad_nb.cli._rows': ('cli.html#_rows', 'grad_nb/cli.py'),
                              'grad_nb.cli._writable': ('cli.html#_writable', 'grad_nb/cli.py'),

@@ -470,6 +470,18 @@ def grad_export(
     try: print(f"largest difference to the model, scores and maps: {largest_difference(fitted, reader(path), pictures):.1e}")
     except ImportError as e: print(f"not compared: {e}")
 
+# %% ../nbs/16_cli.ipynb #bnchprnt
+def _print_bench(found: dict) -> None:
+    "What was measured, table by table."
+    print("ceilings: " + ", ".join(f"{name} {value:.0f} {'GB/s' if name == 'copy' else 'GFLOP/s'}" for name, value in found["ceilings"].items()) + "\n")
+    for name in ("detectors", "path", "ways", "int8", "protocol", "peers", "stages", "terms", "growth"):
+        if found.get(name): print(f"{name}: {'trained' if name == 'int8' else 'random'} weights, milliseconds, {found[name][0]['device']}\n{_bench_table(found[name])}\n")
+
+
+def _bench_table(rows: list[dict]) -> str:
+    "The rows of a benchmark as text; the device stands above them."
+    return pd.DataFrame(rows).drop(columns="device").round(2).to_string(index=False, na_rep="-")
+
 # %% ../nbs/16_cli.ipynb #bce7ad8f
 @call_parse
 @plain_errors
@@ -502,12 +514,5 @@ def grad_bench(
     if model: found["int8"] = b.bench_int8(GRAD.load(model, "cpu"), read_category(Path(data).resolve().parent, Path(data).resolve().name), threads, min(runs, 10))
     if protocol: found["protocol"] = [b.bench_protocol(device=where)]
     if peers: from grad_nb.peers import bench_peers; found["peers"] = bench_peers(batch=batch, threads=threads, runs=min(runs, 10))
-    print("ceilings: " + ", ".join(f"{name} {value:.0f} {'GB/s' if name == 'copy' else 'GFLOP/s'}" for name, value in limits.items()) + "\n")
-    for name in ("detectors", "path", "ways", "int8", "protocol", "peers", "stages", "terms", "growth"):
-        if found.get(name): print(f"{name}: {'trained' if name == 'int8' else 'random'} weights, milliseconds, {found[name][0]['device']}\n{_bench_table(found[name])}\n")
+    _print_bench(found)
     if json_file: write_json(json_file, found)
-
-
-def _bench_table(rows: list[dict]) -> str:
-    "The rows of a benchmark as text; the device stands above them."
-    return pd.DataFrame(rows).drop(columns="device").round(2).to_string(index=False, na_rep="-")

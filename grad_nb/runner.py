@@ -10,14 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 
-import numpy as np
 from fastcore.script import call_parse, store_true
 
 from .cli import plain_errors
-from .data import load_images, load_masks
-from .pipeline import Run, detect_stage, evaluate_stage, generate_stage, load_normals, open_run, result_table
-from .plots import map_limits, map_overlays, picture_rows, save_figure
-from .store import TimeUp, device_name, read_array, time_left, time_limit
+from .figures import by_level, localised
+from .pipeline import Run, detect_stage, evaluate_stage, generate_stage, open_run, result_table
+from .plots import localisation_figure, picture_rows, save_figure
+from .store import TimeUp, device_name, time_left, time_limit
 
 MORE = 75  # exit status if there is more to do
 
@@ -51,18 +50,8 @@ def write_pictures(
     run: Run,  # a finished run
     columns: int = 10,  # pictures in a row
 ) -> None:
-    "`pictures/contrastive.png`: normal and contrastive pictures; `pictures/maps.png`: test pictures of all types with their maps."
-    rows = {"normal": load_normals(run)[:columns]}
-    rows |= {f"level {n}": read_array(run.folder / "contrastive" / f"level-{n:02d}.npy")[:columns] for n in run.generator_levels}
-    size, test, maps = run.preset.evaluation.map_size, run.category.test, read_array(run.folder / "maps.npy")
-    types = [s.type for s in test]
-    chosen = sorted({i for kind in set(types) for i in np.flatnonzero(np.array(types) == kind)[: max(1, columns // len(set(types)))]})[:columns]
-    shown = [test[i] for i in chosen]
-    good = np.asarray(maps[[i for i, kind in enumerate(types) if kind == "good"]], np.float32)
-    some = np.asarray(maps[chosen], np.float32)
-    masks = load_masks(shown, size) if run.category.has_masks else None
-    figures = {"contrastive": picture_rows(rows, columns),
-               "maps": map_overlays(load_images(shown, size), some, map_limits(good, some), masks, [types[i] for i in chosen])}
+    "`pictures/contrastive.png`: real and contrastive pictures; `pictures/maps.png`: test pictures of all types with their maps."
+    figures = {"contrastive": picture_rows(by_level(run, columns), columns), "maps": localisation_figure({"": localised(run, columns)}, bar=False)}
     (run.folder / "pictures").mkdir(exist_ok=True)
     for name, figure in figures.items(): save_figure(figure, run.folder / "pictures" / f"{name}.png", dpi=72)
 
