@@ -93,7 +93,7 @@ class EvalConfig:
     "Settings of scoring and evaluation."
     blur_kernel: int = 16  # taps of the Gaussian blur ("Evaluation Settings")
     blur_sigma: float = 2.75  # its standard deviation, pixels (our choice: 0.3*((k-1)/2-1)+0.8)
-    placement: str = "geometry"  # where a cell of the score map lies: "geometry" (true) or "stretch" (our choice)
+    placement: str = "geometry"  # where a cell of the score map counts: "geometry" (where it lies), "patch" (wherever its patch lies) or "stretch" (our choice)
     map_size: int = 256  # side of the pixel maps; ground truth is compared at this size (our choice)
     holdout: float = 0.1  # share of the training pictures held out where several levels need normals to be fused and there is no validation set (our choice)
     baseline_size: int = 64  # side of the pictures that the trivial baselines see, pixels (our choice)
@@ -101,8 +101,8 @@ class EvalConfig:
 
     def __post_init__(self):
         _at_least(self, 1, "blur_kernel", "map_size", "baseline_size", "batch")
-        if self.placement not in ("geometry", "stretch"):
-            raise ValueError(f"placement must be 'geometry' or 'stretch', not {self.placement!r}")
+        if self.placement not in ("geometry", "patch", "stretch"):
+            raise ValueError(f"placement must be 'geometry', 'patch' or 'stretch', not {self.placement!r}")
 
 # %% ../nbs/00_config.ipynb #26cb4892
 @dataclass(frozen=True)
@@ -175,12 +175,12 @@ PRESETS = MappingProxyType({p.name: p for p in (
         generator=GeneratorConfig(size=128, width=24, fourier=3, steps=2000, batch=16, crop=48, lr=6e-3, balance=0.75,
                                   n_samples=160, sample_steps=30, spacing=1.5),
         detector=DetectorConfig(width=0.5, steps=5000, pictures=8, block=2, alpha_1=0.0, alpha_2=0.0),
-        levels_ad=TABLE_7["mvtec_ad"], levels_loco=TABLE_7["mvtec_loco"]),
+        evaluation=EvalConfig(placement="patch"), levels_ad=TABLE_7["mvtec_ad"], levels_loco=TABLE_7["mvtec_loco"]),
     Preset("demo",
         generator=GeneratorConfig(size=64, width=16, fourier=3, steps=1500, batch=28, crop=24, lr=8e-3, balance=0.75,
                                   n_samples=128, sample_steps=30, spacing=1.5),
         detector=DetectorConfig(width=0.25, steps=2400, pictures=8, block=2, alpha_1=0.0, alpha_2=0.0),
-        levels_ad=(Level(34, 96, (3, 5, 17)),), levels_loco=(Level(34, 96, (3, 5, 17)),)),
+        evaluation=EvalConfig(placement="patch"), levels_ad=(Level(34, 96, (3, 5, 17)),), levels_loco=(Level(34, 96, (3, 5, 17)),)),
 )})
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['resize_pictures', 'score_levels', 'score_maps', 'image_scores', 'upsampling_matrix', 'gaussian_kernel', 'blur_matrix',
-           'input_size_of', 'pixel_map', 'MapStats', 'fuse', 'image_auroc', 'pixel_auroc', 'auroc_by_type', 'summary',
-           'gaussian_baseline', 'nearest_baseline', 'trivial', 'HALF_DOWN', 'resized', 'au_pro', 'au_spro',
+           'input_size_of', 'placing', 'pixel_map', 'MapStats', 'fuse', 'image_auroc', 'pixel_auroc', 'auroc_by_type',
+           'summary', 'gaussian_baseline', 'nearest_baseline', 'trivial', 'HALF_DOWN', 'resized', 'au_pro', 'au_spro',
            'auroc_interval', 'average_precision', 'f1_max', 'pixel_auroc_ap', 'write_tiff_maps']
 
 # %% ../nbs/11_evaluation.ipynb #ba912e91
@@ -95,10 +95,11 @@ def upsampling_matrix(
     cells: int,  # h, cells along a side of the score map
     size: int,  # pixels along a side of the pixel map
     input_size: int,  # pixels along a side of the detector's input
-    placement: str = "geometry",  # "geometry": cells where they lie; "stretch": spread over the whole picture
+    placement: str = "geometry",  # "geometry": cells where they lie; "patch": over their patches; "stretch": spread over the whole picture
 ) -> Tensor:  # (size, cells) float64, each row sums to 1
-    "Linear interpolation from cells to pixels, by the true geometry or stretched; borders replicated."
+    "Linear interpolation from cells to pixels, by the true geometry or stretched, borders replicated; or the mean of the cells whose patches cover a pixel."
     pixel = (torch.arange(size, dtype=torch.float64) + 0.5) / size  # 0..1 along the picture
+    if placement == "patch": return _over_patches(pixel * input_size - 0.5, cell_centre(0) + STRIDE * torch.arange(cells, dtype=torch.float64))
     at = (pixel * input_size - 0.5 - cell_centre(0)) / STRIDE if placement == "geometry" else pixel * cells - 0.5
     at = at.clamp(0, cells - 1)
     low = at.floor().clamp(max=max(cells - 2, 0)).long()
@@ -106,6 +107,14 @@ def upsampling_matrix(
     U.scatter_(1, low[:, None], (1 - (at - low))[:, None])
     if cells > 1: U.scatter_(1, low[:, None] + 1, (at - low)[:, None])
     return U
+
+
+def _over_patches(pixel: Tensor, centre: Tensor) -> Tensor:
+    "Weights of cells that fall linearly with the distance to a pixel, to zero at the edge of the patch."
+    away = (pixel[:, None] - centre).abs()
+    weight = (1 - 2 * away / PATCH).clamp(min=0)
+    weight.scatter_add_(1, away.argmin(1, keepdim=True), torch.full((len(pixel), 1), 1e-6, dtype=torch.float64))  # no patch ends there: the nearest one
+    return weight / weight.sum(1, keepdim=True)
 
 # %% ../nbs/11_evaluation.ipynb #96ed39b6
 def gaussian_kernel(
@@ -145,10 +154,16 @@ def input_size_of(
 
 
 @lru_cache(maxsize=32)
-def _placing(cells: int, size: int, input_size: int, config: EvalConfig, blur: bool) -> Tensor:
-    "Up-sampling, and the blur after it, along one axis: (size, cells) float32."
-    U = upsampling_matrix(cells, size, input_size, config.placement)
-    return (blur_matrix(size, config.blur_kernel, config.blur_sigma) @ U if blur else U).float()
+def placing(
+    cells: int,  # cells along a side of the score map
+    size: int,  # pixels along a side of the pixel map
+    input_size: int,  # pixels along a side of the detector's input
+    config: EvalConfig,  # placement and blur
+    blur: bool,  # True for a map to be shown; False for one whose maximum is the image score: there every cell stays where it lies
+) -> Tensor:  # (size, cells) float32
+    "Up-sampling, and the blur after it, along one axis."
+    if not blur: return upsampling_matrix(cells, size, input_size, "geometry" if config.placement == "patch" else config.placement).float()
+    return (blur_matrix(size, config.blur_kernel, config.blur_sigma) @ upsampling_matrix(cells, size, input_size, config.placement)).float()
 
 
 def pixel_map(
@@ -160,7 +175,7 @@ def pixel_map(
 ) -> Tensor:  # (N, size, size) float32
     "Up-sample score maps by their true geometry and blur them (\"Evaluation Settings\")."
     S = score_map if isinstance(score_map, Tensor) else torch.from_numpy(np.array(score_map))
-    U = _placing(S.shape[-1], size, input_size or input_size_of(S.shape[-1], size), config, blur).to(S.device)
+    U = placing(S.shape[-1], size, input_size or input_size_of(S.shape[-1], size), config, blur).to(S.device)
     return U @ S.float() @ U.T
 
 # %% ../nbs/11_evaluation.ipynb #b981b1b1

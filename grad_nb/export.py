@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .config import EvalConfig
 from .coords import coord_map
 from .detector import Detector, map_side
-from .evaluation import HALF_DOWN, MapStats, blur_matrix, upsampling_matrix
+from .evaluation import HALF_DOWN, MapStats, placing
 from .grad import GRAD, check_is_fitted
 from .store import atomic_path, versions
 
@@ -60,11 +60,10 @@ class View(nn.Module):
         super().__init__()
         self.resized, self.mean, self.std = side != size, *((stats.mean, stats.std) if stats else (0.0, 1.0))
         self.detector = copy.deepcopy(detector).cpu().float().requires_grad_(False).eval()
-        place = upsampling_matrix(map_side(side), config.map_size, side, config.placement)
         self.register_buffer("resize", resize_matrix(size, side))
         self.register_buffer("coords", coord_map(side, side))
-        self.register_buffer("place", place.float())
-        self.register_buffer("blur", (blur_matrix(config.map_size, config.blur_kernel, config.blur_sigma) @ place).float())
+        self.register_buffer("place", placing(map_side(side), config.map_size, side, config, blur=False).clone())
+        self.register_buffer("blur", placing(map_side(side), config.map_size, side, config, blur=True).clone())
 
     def forward(self,
         x: Tensor,  # (B, 3, S, S) float32 in 0..255

@@ -105,7 +105,7 @@ def test_both_verdicts_occur():
     assert labels.any() and not labels.all()
 
 
-@pytest.mark.parametrize("changes", [{"evaluation.placement": "stretch"}, {"evaluation.blur_kernel": 5}, {"generator.size": 128}, {"generator.size": 192}, {"generator.size": 100}])
+@pytest.mark.parametrize("changes", [{"evaluation.placement": "stretch"}, {"evaluation.placement": "patch"}, {"evaluation.blur_kernel": 5}, {"generator.size": 128}, {"generator.size": 192}, {"generator.size": 100}])
 def test_the_settings_reach_the_scorer(changes):
     model, plain = fitted(**changes), fitted()
     x = pictures(2, model.preset.generator.size)

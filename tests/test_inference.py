@@ -181,7 +181,7 @@ def test_scores_alone_make_no_maps(monkeypatch):
     expected = model.predict(seen)
     assert expected.maps is not None
     monkeypatch.setattr(evaluation, "blur_matrix", lambda *a: pytest.fail("a map was blurred"))
-    evaluation._placing.cache_clear()
+    evaluation.placing.cache_clear()
     assert (model.score_samples(seen) == expected.scores).all() and model.predict(seen, maps=False).maps is None
     scores, none = fuse([np.zeros((1, 8, 8), np.float32)] * 2, [64, 64], [evaluation.MapStats(0, 1)] * 2, 64, with_maps=False)
     assert none is None and scores.shape == (1,)

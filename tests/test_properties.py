@@ -199,6 +199,28 @@ def test_rows_of_the_upsampling_are_means(cells, size, input_size, placement):
 
 
 @FAST
+@given(st.integers(34, 200), st.floats(0.5, 3), st.data())
+def test_by_patch_a_pixel_is_the_mean_of_the_cells_whose_patches_cover_it(input_size, zoom, data):
+    size, side = round(input_size * zoom), map_side(input_size)
+    p = data.draw(st.integers(0, size - 1))
+    at = (p + 0.5) * input_size / size - 0.5
+    weight = [max(0.0, 1 - abs(at - cell_centre(i)) / 17) for i in range(side)]
+    row = upsampling_matrix(side, size, input_size, "patch")[p]
+    if sum(weight) > 1e-3: assert np.allclose(row, np.array(weight) / sum(weight), atol=2e-3)
+    else: assert row.argmax() == np.abs([at - cell_centre(i) for i in range(side)]).argmin() and row.max() > 0.9, "beyond the last patch the nearest cell goes on"
+    assert row.sum() == pytest.approx(1) and (row >= 0).all()
+
+
+def test_by_patch_only_the_map_is_spread_and_the_score_stays():
+    S = torch.zeros(1, 16, 16)
+    S[0, 5, 7] = 1
+    ways = {name: EvalConfig(placement=name) for name in ("geometry", "patch")}
+    assert torch.equal(*(pixel_map(S, 96, 96, blur=False, config=c) for c in ways.values()))
+    lit = {name: (pixel_map(S, 96, 96, config=c)[0] > 1e-3).sum() for name, c in ways.items()}
+    assert lit["patch"] > 2 * lit["geometry"]
+
+
+@FAST
 @given(st.integers(1, 80), st.integers(1, 20), st.floats(0.1, 10))
 def test_rows_of_the_blur_are_means(size, taps, sigma):
     B = blur_matrix(size, taps, sigma)
@@ -206,7 +228,7 @@ def test_rows_of_the_blur_are_means(size, taps, sigma):
 
 
 @FAST
-@given(SEED, st.integers(1, 12), st.integers(20, 90), st.sampled_from(["geometry", "stretch"]))
+@given(SEED, st.integers(1, 12), st.integers(20, 90), st.sampled_from(["geometry", "patch", "stretch"]))
 def test_a_pixel_map_commutes_with_flips(seed, cells, size, placement):
     "Exactly without blur; the even blur is half a pixel off, so that a flip moves its result by one pixel."
     input_size, config = 34 + 4 * (cells - 1), EvalConfig(placement=placement)
