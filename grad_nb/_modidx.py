@@ -679,7 +679,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'grad_nb.store._sha256': ('store.html#_sha256', 'grad_nb/store.py'),
                                'grad_nb.store._split': ('store.html#_split', 'grad_nb/store.py'),
                                'grad_nb.store._state_of': ('store.html#_state_of', 'grad_nb/store.py'),
-                               'grad_nb.store._together': ('store.html#_together', 'grad_nb/store.py'),
                                'grad_nb.store._why_not': ('store.html#_why_not', 'grad_nb/store.py'),
                                'grad_nb.store.alone': ('store.html#alone', 'grad_nb/store.py'),
                                'grad_nb.store.array_sha256': ('store.html#array_sha256', 'grad_nb/store.py'),

@@ -430,23 +430,20 @@ def run_steps(
     pause: float = 0.0,  # seconds between checkpoints, at least
 ) -> pd.DataFrame:  # (steps, len(names)): the figures of every step
     "Run a training that can be killed at any time and continues bit for bit. `TimeUp` at the end of a `time_limit`; the state is saved."
-    done, rows, saved_at = 0, [], time.monotonic()
+    done, old, new, saved_at = 0, torch.empty(0, len(names), dtype=torch.float64), None, time.monotonic()
     keep_memory()
     if checkpoint and (saved := load_checkpoint(checkpoint, key)):
-        rows, done = list(saved.pop("rows").unbind()), saved.pop("done")
+        old, done = saved.pop("rows"), saved.pop("done")
         for name, value in saved.items(): _restore(state[name], value)
         log.info("%s continues after step %d of %d", label, done, steps)
-    save = lambda n: checkpoint and save_checkpoint(checkpoint, key, rows=_together(rows), done=n, **{k: _state_of(v) for k, v in state.items()})
+    rows = lambda: old if new is None else torch.cat([old, new[: i + 1 - done].cpu()])  # old ones on the CPU, new ones where they are made
+    save = lambda n: checkpoint and save_checkpoint(checkpoint, key, rows=rows()[:n], done=n, **{k: _state_of(v) for k, v in state.items()})
     for i in (bar := tqdm(range(done, steps), label, initial=done, total=steps, disable=not progress)):
         if time_left() <= 0: bar.close(); save(i); raise TimeUp(f"{label}: {i:,} of {steps:,} steps done")
-        rows.append(step(i).double())
-        if progress and (i + 1) % 50 == 0: bar.set_postfix({names[0]: f"{_together(rows[-50:])[:, 0].mean().item():.4f}"})
+        row = step(i)
+        if new is None: new = row.new_empty(steps - done, len(row), dtype=torch.float64)  # in one piece: a tensor for each step would scatter the memory
+        new[i - done] = row
+        if progress and (i + 1) % 50 == 0: bar.set_postfix({names[0]: f"{new[max(0, i - done - 49) : i + 1 - done, 0].mean().item():.4f}"})
         if (i + 1) % every == 0 and i + 1 < steps and time.monotonic() - saved_at >= pause: save(i + 1); saved_at = time.monotonic()
     if done < steps and time_left() < math.inf: save(steps)  # what comes next may be cut off
-    return pd.DataFrame(_together(rows).numpy() if rows else [], columns=list(names))
-
-
-def _together(rows: list[Tensor]) -> Tensor:
-    "Rows as one tensor on the CPU; those of a resumed training are there already, the new ones may be on a GPU."
-    new = next((i for i, row in enumerate(rows) if row.device.type != "cpu"), len(rows))
-    return torch.cat([torch.stack(part).cpu() for part in (rows[:new], rows[new:]) if part]) if rows else torch.empty(0, 0)
+    return pd.DataFrame(rows().numpy(), columns=list(names))

@@ -288,20 +288,12 @@ def test_no_steps_give_an_empty_history():
     assert run_steps(None, 0, ["a", "b"], {}, progress=False).shape == (0, 2)
 
 
-def test_resumed_figures_may_live_on_another_device_than_the_checkpoint(tmp_path, monkeypatch):
-    "A training on a GPU makes its figures there; the checkpoint's are on the CPU. The meta device stands in for the GPU."
-    generator = torch.Generator().manual_seed(1)
-    save_checkpoint(tmp_path / "c", "key", rows=torch.zeros(2, 1), done=2, generator=generator.get_state())
-    stacked = []
-    stack = torch.stack
-
-    def strict(rows, *args):
-        stacked.append({r.device.type for r in rows})
-        return stack([torch.zeros(1) for _ in rows], *args)
-
-    monkeypatch.setattr(store.torch, "stack", strict)
-    run_steps(lambda i: torch.zeros(1, device="meta"), 4, ["a"], dict(generator=generator), tmp_path / "c", "key", progress=False)
-    assert len(stacked[-1]) == 1, f"the rows of one table are on {stacked[-1]}"
+def test_figures_from_before_and_after_a_stop_make_one_table(tmp_path):
+    "Old ones come from the checkpoint, on the CPU; new ones stay where they are made until they are asked for."
+    generator, rows = torch.Generator().manual_seed(1), torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    save_checkpoint(tmp_path / "c", "key", rows=rows, done=2, generator=generator.get_state())
+    found = run_steps(lambda i: torch.tensor([float(i)]), 5, ["a"], dict(generator=generator), tmp_path / "c", "key", every=2, progress=False)
+    assert found.a.tolist() == [0, 1, 2, 3, 4] and load_checkpoint(tmp_path / "c", "key")["rows"].flatten().tolist() == [0, 1, 2, 3]
 
 
 # --- names of things ------------------------------------------------------------------------------------------------
