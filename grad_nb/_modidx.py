@@ -247,6 +247,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'grad_nb.export.View': ('export.html#view', 'grad_nb/export.py'),
                                 'grad_nb.export.View.__init__': ('export.html#view.__init__', 'grad_nb/export.py'),
                                 'grad_nb.export.View.forward': ('export.html#view.forward', 'grad_nb/export.py'),
+                                'grad_nb.export._large': ('export.html#_large', 'grad_nb/export.py'),
                                 'grad_nb.export._needs': ('export.html#_needs', 'grad_nb/export.py'),
                                 'grad_nb.export._quiet': ('export.html#_quiet', 'grad_nb/export.py'),
                                 'grad_nb.export.float32_below': ('export.html#float32_below', 'grad_nb/export.py'),

@@ -168,12 +168,20 @@ def to_torch(
     with atomic_path(path) as temporary: temporary.write_bytes(whole.getvalue())
 
 # %% ../nbs/14_export.ipynb #expo0021
+def _large(file: Path) -> list[str]:
+    "The convolutions of an exported file that see more than one pixel and more than a picture with its coordinates."
+    import onnx
+    graph = onnx.load(file).graph
+    shapes = {weight.name: tuple(weight.dims) for weight in graph.initializer}
+    return [node.name for node in graph.node if node.op_type == "Conv" and (shape := shapes[node.input[1]])[1] > 5 and shape[2] > 1]
+
+
 def to_int8(
     model: GRAD,  # fitted
     path: str | Path,  # the file, ending in .onnx
     pictures: np.ndarray,  # (N, S, S, 3) uint8, normal ones: they set the ranges of the activations
 ) -> None:
-    "Write `Scorer(model)` as ONNX with 8-bit convolutions, atomically. `ImportError` without onnx, onnxscript or onnxruntime, `ValueError` without pictures."
+    "Write `Scorer(model)` as ONNX, its large convolutions in 8 bits, atomically. `ImportError` without onnx, onnxscript or onnxruntime, `ValueError` without pictures."
     _needs("onnx", "onnxscript", "onnxruntime")
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
@@ -187,7 +195,7 @@ def to_int8(
         plain, small = Path(folder) / "plain.onnx", Path(folder) / "int8.onnx"
         to_onnx(model, plain)
         logging.disable(logging.WARNING)
-        try: quantize_static(plain, small, Normals(), op_types_to_quantize=["Conv"], per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
+        try: quantize_static(plain, small, Normals(), nodes_to_quantize=_large(plain), per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
         finally: logging.disable(logging.NOTSET)
         with atomic_path(path) as temporary: temporary.write_bytes(small.read_bytes())
 

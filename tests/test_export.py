@@ -220,10 +220,10 @@ def test_eight_bits_are_small_and_keep_the_order(tmp_path):
     exact, small = (OnnxScorer(tmp_path / f"{name}.onnx") for name in ("exact", "small"))
     a, b = exact(seen)[0], small(seen)[0]
     assert small.meta.items() >= exact.meta.items()
-    assert 0 < np.abs(a - b).mean() < a.std() / 2 and np.corrcoef(a, b)[0, 1] > 0.8, "rounded, and not by much"
+    assert 0 < np.abs(a - b).max() < a.std() and np.corrcoef(a, b)[0, 1] > 0.95, "rounded, and not by much"
     weights = {t.name: t for t in onnx.load(tmp_path / "small.onnx").graph.initializer}
     stored = [t.data_type for name, t in weights.items() if len(t.dims) == 4]
-    assert stored.count(onnx.TensorProto.INT8) == 8 * len(model.levels_), "every convolution of every level"
+    assert stored.count(onnx.TensorProto.INT8) == 4 * len(model.levels_), "the four large convolutions of every level"
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["exact.onnx", "small.onnx"]
     with pytest.raises(ValueError, match="at least one normal picture"): to_int8(model, tmp_path / "no.onnx", seen[:0])
 
