@@ -54,7 +54,7 @@ class _Member(tarfile.TarInfo):
         except tarfile.EmptyHeaderError: raise tarfile.ReadError("it ends without an end mark") from None
         except tarfile.HeaderError as e: raise tarfile.ReadError(f"{e} at byte {tar.offset:,}") from None
 
-
+# %% ../nbs/01b_unpack.ipynb #a1c4000d1
 class _Progress:
     "A file that moves a bar as it is read."
 
