@@ -72,7 +72,7 @@ def speed_figure(
     ax.set_xlabel("latency of one picture, ms (logarithmic)", fontsize=9); ax.set_ylabel("image AUROC, %", fontsize=9); ax.tick_params(labelsize=8)
     for millions in (3, 10, 30): ax.scatter([], [], s=area * millions, color="0.6", alpha=0.55, label=f"{millions} million parameters")
     if points.parameters.isna().any(): ax.scatter([], [], s=36, marker="D", facecolors="none", edgecolors="0.4", label="parameters not given in the paper")
-    ax.legend(fontsize=7, loc="upper right", labelspacing=1.3, borderpad=1, handletextpad=1.2)
+    ax.legend(fontsize=7, loc="best", labelspacing=1.3, borderpad=1, handletextpad=1.2)
     ax.set_title("Accuracy and speed", fontsize=10)
     if where: figure.supxlabel(where, fontsize=7, color="0.35")
     return figure
