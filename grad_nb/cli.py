@@ -143,8 +143,9 @@ def run_notebook(
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | limit, pass_fds=hold)
     error = _follow(process, log, task.name, line, stop or threading.Event())
-    reason = _last_line(error) if process.returncode >= 0 else f"it was ended from outside, by signal {-process.returncode}"
-    if process.returncode: raise RuntimeError(f"{task.name} failed: {reason}\nits notebook, with the traceback: {executed}")
+    if process.returncode:
+        reason = _last_line(error) if process.returncode > 0 else f"it was ended from outside, by signal {-process.returncode}"
+        raise RuntimeError(f"{task.name} failed: {reason}\nits notebook, with the traceback: {executed}")
     log.unlink(missing_ok=True)
     return time.perf_counter() - start
 
