@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['operations', 'count_operations', 'Latency', 'latency', 'threads_of', 'bench_detectors', 'time_per_step',
            'bench_stages', 'best_ms', 'ceilings', 'layer_bytes', 'verdict', 'bench_path', 'random_model', 'ways_of',
-           'bench_ways', 'bench_int8', 'peak_memory', 'bench_growth', 'bench_terms', 'bench_protocol']
+           'bench_ways', 'bench_int8', 'forget_peak', 'peak_memory', 'bench_growth', 'bench_terms', 'bench_protocol']
 
 # %% ../nbs/15_benchmark.ipynb #0a47b1cd
 import copy
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -400,7 +402,8 @@ def bench_ways(
         for name, way in ways.items(): scores[name], seconds[name] = np.concatenate([way(same[i : i + 1])[0] for i in range(4)]), []
         for i in range(runs + 1):
             for name, way in ways.items():
-                x = draw(); start = time.perf_counter(); way(x)
+                x = draw(); way(x)  # not timed: threads of the way before may still wait for work on the cores
+                start = time.perf_counter(); way(x)
                 if i: seconds[name].append(time.perf_counter() - start)
         protocol = {"device": device_name("cpu"), "threads": torch.get_num_threads(), "batch": batch, "transfers": "none (cpu)", "runs": runs}
     spread = max(float(scores["library"].std()), 1e-9)
@@ -431,45 +434,57 @@ def bench_int8(
     return rows
 
 # %% ../nbs/15_benchmark.ipynb #b355f6cd
+def forget_peak() -> None:
+    "Let `peak_memory` count from now on, where the system can (Linux)."
+    try: Path("/proc/self/clear_refs").write_text("5")
+    except OSError: pass
+
+
 def peak_memory() -> float:  # megabytes; nan where the system does not tell
-    "The most memory that this process has held so far."
+    "The most memory that this process has held since `forget_peak`, or so far where it cannot be forgotten."
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"): return int(line.split()[1]) * 1024 / 1e6
     try: import resource
     except ImportError: return float("nan")
-    import sys
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 # %% ../nbs/15_benchmark.ipynb #benc0009
 def bench_growth(
-    counts: Sequence[int] = (100, 1_000),  # numbers of pictures streamed, at `size`
-    sides: Sequence[int] = (64, 128, 256),  # sides of pictures, pixels, for one detector
-    threads: Sequence[int] = (1,),  # numbers of threads, for one detector at `size`
+    counts: Sequence[int] = (100, 1_000, 10_000),  # numbers of pictures streamed, at `size`
+    sides: Sequence[int] = (64, 128, 256, 512, 1_024, 2_048, 4_096),  # sides of pictures, pixels, for one detector
+    threads: Sequence[int] = (),  # numbers of threads, for one detector at `size`; none = 1, 2, 4, ... as far as there are cores
     levels: Sequence[int] = (1, 2, 3),  # numbers of detectors: at `size`, its half, its quarter
     size: int = 64,  # side of the pictures unless it varies, pixels
     width: float = 0.5,  # multiple of the channels of Table 8
     batch: int = 16,  # pictures scored together
-) -> list[dict]:  # what varies, its value, seconds, ms a picture, and the peak memory of the process so far, MB
+) -> list[dict]:  # what varies, its value, seconds, ms a picture, and the peak memory of the process meanwhile, MB
     "Time and memory of scoring on the CPU as one thing grows."
-    with torch.random.fork_rng(devices=[]): nets = [Detector(width).eval() for _ in range(max(levels, default=1))]
     rng, rows = np.random.default_rng(0), []
 
     def measure(varies: str, value: int, n: int, side: int, use: int) -> None:
-        "Stream n pictures through some detectors, after one batch that is not timed."
-        sizes = [max(side >> k, 34) for k in range(use)]
+        "Stream n pictures through some new detectors, after one batch that is not timed."
+        with torch.random.fork_rng(devices=[]): nets = [Detector(width).eval() for _ in range(use)]
+        sizes, seconds = [max(side >> k, 34) for k in range(use)], 0.0
         draw = lambda k: rng.integers(0, 256, (k, side, side, 3), dtype=np.uint8)
-        score_levels(nets[:use], draw(min(batch, n)), sizes, batch=batch)
-        seconds = 0.0
+        forget_peak(); score_levels(nets, draw(min(batch, n)), sizes, batch=batch)
         for start in range(0, n, batch):
             x = draw(min(batch, n - start))
-            begun = time.perf_counter(); score_levels(nets[:use], x, sizes, batch=batch); seconds += time.perf_counter() - begun
+            begun = time.perf_counter(); score_levels(nets, x, sizes, batch=batch); seconds += time.perf_counter() - begun
         rows.append({"varies": varies, "value": value, "pictures": n, "seconds": seconds, "ms_per_picture": 1000 * seconds / n, "peak_MB": peak_memory(),
                      "device": device_name("cpu"), "size": side, "width": width, "batch": batch, "levels": use})
 
     for n in counts: measure("pictures", n, n, size, 1)
-    for side in sides: measure("pixels", side, max(1, min(batch, 128**2 * batch // side**2)), side, 1)
-    for n in threads:
+    for n in threads or [1 << k for k in range(5) if 1 << k <= _cores()]:
         with threads_of(n): measure("threads", n, 4 * batch, size, 1)
     for n in levels: measure("levels", n, 2 * batch, size * 2 ** (n - 1), n)
+    for side in sides: measure("pixels", side, max(1, min(batch, 128**2 * batch // side**2)), side, 1)
     return rows
+
+
+def _cores() -> int:
+    "Processor cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # %% ../nbs/15_benchmark.ipynb #benc0013
 def bench_terms(

@@ -504,9 +504,10 @@ def grad_bench(
     from grad_nb import benchmark as b
     if bool(model) != bool(data): raise ValueError("--model and --data belong together: a trained model and the part's own pictures")
     where, runs = pick_device(device), min(runs, 5) if quick else runs
-    rest = {} if quick else {"stages": b.bench_stages(_preset(preset), device=where, threads=threads),
+    with b.threads_of(threads): rest = {} if quick else {"growth": b.bench_growth()}  # first: memory that others leave behind would count
+    if not quick: rest |= {"stages": b.bench_stages(_preset(preset), device=where, threads=threads),
                              "terms": b.bench_terms(_preset(preset).detector, _preset(preset).levels("mvtec_ad")[0].size, device=where, threads=threads),
-                             "ways": b.bench_ways(batch=batch, threads=threads, runs=min(runs, 10)), "growth": b.bench_growth()}
+                             "ways": b.bench_ways(batch=batch, threads=threads, runs=min(runs, 10))}
     limits = b.ceilings(where, threads=threads)
     found = {"versions": versions(), "preset": preset, "ceilings": limits, **rest,
              "path": b.bench_path(batch=batch, threads=threads, runs=min(runs, 15), limits=limits) if where.type == "cpu" else [],
