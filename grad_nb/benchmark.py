@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['operations', 'count_operations', 'Latency', 'latency', 'threads_of', 'bench_detectors', 'time_per_step',
            'bench_stages', 'best_ms', 'ceilings', 'layer_bytes', 'verdict', 'bench_path', 'random_model', 'ways_of',
-           'bench_ways', 'bench_int8', 'forget_peak', 'peak_memory', 'bench_growth', 'bench_terms', 'bench_protocol']
+           'bench_ways', 'bench_int8', 'forget_peak', 'peak_memory', 'bench_growth', 'growth_chart', 'latency_chart',
+           'bench_charts', 'bench_terms', 'bench_protocol']
 
 # %% ../nbs/15_benchmark.ipynb #0a47b1cd
 import copy
@@ -19,8 +20,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -485,6 +489,53 @@ def bench_growth(
 def _cores() -> int:
     "Processor cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+# %% ../nbs/15_benchmark.ipynb #benc0011
+_GROWTH = {"pictures": "pictures, a stream", "pixels": "side of a picture, pixels", "levels": "detectors", "threads": "threads"}  # what varies → its axis
+
+
+def growth_chart(
+    rows: Sequence[dict],  # what `bench_growth` gave
+) -> Figure:  # a column for each thing that varies; time above, memory below
+    "How time and memory grow, on logarithmic axes: a slope of one is in proportion."
+    found = pd.DataFrame(rows)
+    kinds = [kind for kind in _GROWTH if kind in set(found.varies)]
+    figure, axes = plt.subplots(2, len(kinds), figsize=(0.6 + 2.1 * len(kinds), 3.6), dpi=90, squeeze=False, sharex="col", layout="constrained")
+    for (above, below), kind in zip(axes.T, kinds):
+        part = found[found.varies == kind].sort_values("value")
+        above.plot(part.value, part.seconds if kind == "pictures" else part.ms_per_picture, "o-", ms=3, lw=1)
+        below.plot(part.value, part.peak_MB, "o-", ms=3, lw=1, color="tab:orange")
+        above.set(title="seconds" if kind == "pictures" else "ms a picture", xscale="log", yscale="log")
+        below.set(xlabel=_GROWTH[kind], ylim=(0, 1.15 * found.peak_MB.max()))
+        if kind in ("levels", "threads"): below.set_xticks(part.value, part.value.astype(str)); below.minorticks_off()
+        for ax in (above, below): ax.grid(alpha=0.3); ax.tick_params(labelsize=7); ax.title.set_size(8); ax.xaxis.label.set_size(8)
+    axes[1, 0].set_ylabel("peak memory, MB", fontsize=8)
+    return figure
+
+# %% ../nbs/15_benchmark.ipynb #bencplt2
+def latency_chart(
+    rows: Sequence[dict],  # rows of one table: its detectors, its path, its ways, its peers, its stages, its terms
+) -> Figure:  # a bar for each row, the 10 % and 90 % quantiles across it
+    "Latencies beside each other, the first row at the top."
+    name = next(key for key in ("method", "way", "stage", "terms", "detectors") if key in rows[0])
+    titles = [f"{row[name]}  {row['median_ms']:.3g}" for row in rows]
+    figure, ax = plt.subplots(figsize=(5.5, 0.7 + 0.24 * len(rows)), dpi=90, layout="constrained")
+    middle, low, high = (np.array([row[key] for row in rows]) for key in ("median_ms", "p10_ms", "p90_ms"))
+    ax.barh(range(len(rows)), middle, height=0.6, color=["tab:orange" if "here" in t or t.startswith("library") else "tab:blue" for t in titles])
+    ax.errorbar(middle, range(len(rows)), xerr=np.maximum(0, [middle - low, high - middle]), fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
+    ax.set(xscale="log" if middle.max() > 20 * middle.min() else "linear", ylim=(len(rows) - 0.4, -0.6))
+    ax.set_yticks(range(len(rows)), titles, fontsize=8)
+    ax.set_xlabel(f"ms, {rows[0]['device']}" + (f", batch {rows[0]['batch']}" if "batch" in rows[0] else ""), fontsize=8)
+    ax.tick_params(axis="x", labelsize=7); ax.grid(axis="x", alpha=0.3); ax.set_axisbelow(True)
+    return figure
+
+
+def bench_charts(
+    found: dict,  # what `grad_bench` writes: tables by name
+) -> dict[str, Figure]:  # name → figure, only of tables that are there
+    "Every table as a figure."
+    return {name: growth_chart(rows) if name == "growth" else latency_chart(rows) for name, rows in found.items()
+            if name in ("detectors", "path", "ways", "peers", "stages", "terms", "growth") and rows}
 
 # %% ../nbs/15_benchmark.ipynb #benc0013
 def bench_terms(

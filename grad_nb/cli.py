@@ -479,6 +479,12 @@ def _print_bench(found: dict) -> None:
         if found.get(name): print(f"{name}: {'trained' if name == 'int8' else 'random'} weights, milliseconds, {found[name][0]['device']}\n{_bench_table(found[name])}\n")
 
 
+def _save_charts(charts: dict, folder: Path) -> None:
+    "Every figure as a PNG file; says where they are."
+    from grad_nb.plots import save_figure
+    print("figures:", ", ".join(str(save_figure(figure, folder / f"{name}.png")) for name, figure in charts.items()))
+
+
 def _bench_table(rows: list[dict]) -> str:
     "The rows of a benchmark as text; the device stands above them."
     return pd.DataFrame(rows).drop(columns="device").round(2).to_string(index=False, na_rep="-")
@@ -497,6 +503,7 @@ def grad_bench(
     model: str = "",  # file that grad_fit wrote: what 8-bit convolutions cost in AUROC on the test pictures of --data
     data: str = "",  # folder of its part, with training and test pictures
     protocol: store_true = False,  # also 2,000 runs of all levels, mean of the last 1,000
+    plots: str = "",  # also draw the tables as PNG files in this folder
     json_file: str = "",  # also write the rows, with their protocol, here
     debug: store_true = False,  # show the traceback of an error
 ):
@@ -518,3 +525,4 @@ def grad_bench(
     if peers: from grad_nb.peers import bench_peers; found["peers"] = bench_peers(batch=batch, threads=threads, runs=min(runs, 10))
     _print_bench(found)
     if json_file: write_json(json_file, found)
+    if plots: _save_charts(b.bench_charts(found), Path(plots))
