@@ -491,13 +491,13 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # %% ../nbs/15_benchmark.ipynb #benc0011
-_GROWTH = {"pictures": "pictures, a stream", "pixels": "side of a picture, pixels", "levels": "detectors", "threads": "threads"}  # what varies → its axis
+_GROWTH = {"pictures": "pictures, a stream", "pixels": "side of a picture, pixels", "levels": "detectors, each twice as large", "threads": "threads"}  # what varies → its axis
 
 
 def growth_chart(
     rows: Sequence[dict],  # what `bench_growth` gave
 ) -> Figure:  # a column for each thing that varies; time above, memory below
-    "How time and memory grow, on logarithmic axes: a slope of one is in proportion."
+    "How time and memory grow; numbers of pictures and of pixels on logarithmic axes, where a straight line is a power."
     found = pd.DataFrame(rows)
     kinds = [kind for kind in _GROWTH if kind in set(found.varies)]
     figure, axes = plt.subplots(2, len(kinds), figsize=(0.6 + 2.1 * len(kinds), 3.6), dpi=90, squeeze=False, sharex="col", layout="constrained")
@@ -505,9 +505,12 @@ def growth_chart(
         part = found[found.varies == kind].sort_values("value")
         above.plot(part.value, part.seconds if kind == "pictures" else part.ms_per_picture, "o-", ms=3, lw=1)
         below.plot(part.value, part.peak_MB, "o-", ms=3, lw=1, color="tab:orange")
-        above.set(title="seconds" if kind == "pictures" else "ms a picture", xscale="log", yscale="log")
+        scale = "log" if kind in ("pictures", "pixels") else "linear"
+        above.set(title="seconds" if kind == "pictures" else "ms a picture", xscale=scale, yscale=scale)
+        above.yaxis.set_major_formatter("{x:g}"); above.yaxis.set_minor_formatter("")
+        if scale == "linear": above.set_ylim(0)
         below.set(xlabel=_GROWTH[kind], ylim=(0, 1.15 * found.peak_MB.max()))
-        if kind in ("levels", "threads"): below.set_xticks(part.value, part.value.astype(str)); below.minorticks_off()
+        below.set_xticks(part.value, [f"{v:,}" for v in part.value], rotation=0 if len(part) < 5 else 60); below.minorticks_off()
         for ax in (above, below): ax.grid(alpha=0.3); ax.tick_params(labelsize=7); ax.title.set_size(8); ax.xaxis.label.set_size(8)
     axes[1, 0].set_ylabel("peak memory, MB", fontsize=8)
     return figure
@@ -515,18 +518,19 @@ def growth_chart(
 # %% ../nbs/15_benchmark.ipynb #bencplt2
 def latency_chart(
     rows: Sequence[dict],  # rows of one table: its detectors, its path, its ways, its peers, its stages, its terms
-) -> Figure:  # a bar for each row, the 10 % and 90 % quantiles across it
+) -> Figure:  # a bar for each row, a dot if they lie far apart; the line reaches from the 10 % to the 90 % quantile
     "Latencies beside each other, the first row at the top."
     name = next(key for key in ("method", "way", "stage", "terms", "detectors") if key in rows[0])
-    titles = [f"{row[name]}  {row['median_ms']:.3g}" for row in rows]
+    titles = [f"{row[name]}  {row['median_ms']:,.{0 if row['median_ms'] >= 100 else 1}f}" for row in rows]
     figure, ax = plt.subplots(figsize=(5.5, 0.7 + 0.24 * len(rows)), dpi=90, layout="constrained")
     middle, low, high = (np.array([row[key] for row in rows]) for key in ("median_ms", "p10_ms", "p90_ms"))
-    ax.barh(range(len(rows)), middle, height=0.6, color=["tab:orange" if "here" in t or t.startswith("library") else "tab:blue" for t in titles])
+    colours, far = ["tab:orange" if "here" in t or t.startswith("library") else "tab:blue" for t in titles], middle.max() > 20 * middle.min()
+    ax.scatter(middle, range(len(rows)), c=colours, zorder=3) if far else ax.barh(range(len(rows)), middle, height=0.6, color=colours)
     ax.errorbar(middle, range(len(rows)), xerr=np.maximum(0, [middle - low, high - middle]), fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
-    ax.set(xscale="log" if middle.max() > 20 * middle.min() else "linear", ylim=(len(rows) - 0.4, -0.6))
+    ax.set(xscale="log" if far else "linear", ylim=(len(rows) - 0.4, -0.6))
     ax.set_yticks(range(len(rows)), titles, fontsize=8)
     ax.set_xlabel(f"ms, {rows[0]['device']}" + (f", batch {rows[0]['batch']}" if "batch" in rows[0] else ""), fontsize=8)
-    ax.tick_params(axis="x", labelsize=7); ax.grid(axis="x", alpha=0.3); ax.set_axisbelow(True)
+    ax.xaxis.set_major_formatter("{x:g}"); ax.tick_params(axis="x", labelsize=7); ax.grid(axis="x", alpha=0.3); ax.set_axisbelow(True)
     return figure
 
 

@@ -229,7 +229,8 @@ def test_charts_show_every_row():
     charts = bench_charts({"peers": [row | {"method": "GRAD here"}, row | {"method": "other", "median_ms": 300.0}], "terms": [], "growth": grown, "ceilings": {"copy": 1.0}})
     assert set(charts) == {"peers", "growth"}
     bars = charts["peers"].axes[0]
-    assert [t.get_text() for t in bars.get_yticklabels()] == ["GRAD here  2", "other  300"] and bars.get_xscale() == "log" and [b.get_width() for b in bars.patches] == [2, 300]
+    assert [t.get_text() for t in bars.get_yticklabels()] == ["GRAD here  2.0", "other  300"] and bars.get_xscale() == "log" and list(bars.collections[0].get_offsets()[:, 0]) == [2, 300]
+    assert [b.get_width() for b in bench_charts({"ways": [row | {"way": "library"}, row | {"way": "b", "median_ms": 3.0}]})["ways"].axes[0].patches] == [2, 3]
     above, below = charts["growth"].axes[0], charts["growth"].axes[2]
     assert list(above.lines[0].get_ydata()) == [0.1, 0.2, 0.4] and list(below.lines[0].get_ydata()) == [101, 102, 104]
 
