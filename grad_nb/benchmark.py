@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['operations', 'count_operations', 'Latency', 'latency', 'threads_of', 'bench_detectors', 'time_per_step',
-           'bench_stages', 'best_ms', 'ceilings', 'layer_bytes', 'verdict', 'bench_path', 'random_model', 'ways_of',
-           'bench_ways', 'bench_int8', 'forget_peak', 'peak_memory', 'bench_growth', 'growth_chart', 'latency_chart',
-           'bench_charts', 'bench_terms', 'bench_protocol']
+           'bench_stages', 'best_ms', 'ceilings', 'layer_bytes', 'verdict', 'bench_path', 'random_model', 'in_bfloat16',
+           'ways_of', 'bench_ways', 'bench_precisions', 'forget_peak', 'peak_memory', 'bench_growth', 'growth_chart',
+           'latency_chart', 'bench_charts', 'bench_terms', 'bench_protocol']
 
 # %% ../nbs/15_benchmark.ipynb #0a47b1cd
 import copy
@@ -303,8 +303,9 @@ def verdict(
     megabytes: float,  # moved at least
     limits: dict[str, float],  # what `ceilings` gave
 ) -> dict[str, object]:  # "share" of the ceiling and what "bound"s the stage
-    "How close a time is to what the machine can do."
-    compute, memory = 1000 * gflop / limits["matmul float32"], megabytes / limits["copy"]
+    "How close a time is to what the machine can do: the faster of the large product and the large convolution, or the copy."
+    peak = max(value for name, value in limits.items() if name.endswith("float32"))
+    compute, memory = 1000 * gflop / peak, megabytes / limits["copy"]
     share = max(compute, memory) / ms
     return {"share": share, "bound": "calls" if share < 1 / 3 else "arithmetic" if compute > memory else "memory"}
 
@@ -362,6 +363,25 @@ def random_model(
     model.offset_, model.map_limits_, model.n_pictures_, model.versions_ = 0.0, (0.0, 1.0), None, {}
     return model
 
+# %% ../nbs/15_benchmark.ipynb #bway0006
+class _Half(nn.Module):
+    "A detector with weights and activations in bfloat16, between float32."
+
+    def __init__(self, detector: Detector):
+        super().__init__()
+        self.detector = detector.bfloat16().to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor: return self.detector(x.bfloat16()).float()
+
+
+def in_bfloat16(
+    scorer: Scorer,  # float32; it is copied, not changed
+) -> Scorer:
+    "The same way from bytes to verdicts with the detectors in bfloat16; everything around them stays in float32."
+    made = copy.deepcopy(scorer)
+    for view in made.views: view.detector = _Half(view.detector)
+    return made
+
 
 def ways_of(
     model: GRAD,  # fitted
@@ -373,6 +393,7 @@ def ways_of(
     yield "library", lambda x: (found := model.predict(x)) and (found.scores, found.labels, found.maps)
     scorer, file = Scorer(model).eval(), Path(folder) / "model.onnx"
     yield "torch, plain", lambda x: [t.numpy() for t in scorer(torch.from_numpy(x))]
+    if bf16_supported("cpu"): yield "torch, bfloat16", lambda x, run=in_bfloat16(scorer): [t.numpy() for t in run(torch.from_numpy(x))]
     if compiled: yield "torch, compiled", lambda x, run=torch.compile(scorer): [t.numpy() for t in run(torch.from_numpy(x))]
     try: to_onnx(model, file)
     except ImportError: return
@@ -411,29 +432,37 @@ def bench_ways(
                 if i: seconds[name].append(time.perf_counter() - start)
         protocol = {"device": device_name("cpu"), "threads": torch.get_num_threads(), "batch": batch, "transfers": "none (cpu)", "runs": runs}
     spread = max(float(scores["library"].std()), 1e-9)
-    return [{"way": name, **protocol, "precision": "int8" if "int8" in name else "float32", **vars(Latency.of(s)), "difference": float(np.abs(scores[name] - scores["library"]).max()) / spread} for name, s in seconds.items()]
+    return [{"way": name, **protocol, "precision": next((p for p in ("int8", "bfloat16") if p in name), "float32"), **vars(Latency.of(s)), "difference": float(np.abs(scores[name] - scores["library"]).max()) / spread} for name, s in seconds.items()]
 
 # %% ../nbs/15_benchmark.ipynb #bway0005
+def _precisions(model: GRAD, folder: str | Path, threads: int, normals: np.ndarray) -> Iterator[tuple[str, str, Callable, float]]:
+    "Way, precision, call and megabytes of a model in every precision that can be had here, float32 first."
+    for name, write in {"float32": to_onnx, "int8": partial(to_int8, pictures=normals)}.items():
+        write(model, file := Path(folder) / f"{name}.onnx")
+        yield "ONNX Runtime", name, OnnxScorer(file, threads), file.stat().st_size / 1e6
+    if bf16_supported("cpu"):
+        run = in_bfloat16(Scorer(model).eval())
+        yield "torch", "bfloat16", lambda x: [t.numpy() for t in run(torch.from_numpy(x))], sum(p.nbytes for p in run.parameters()) / 1e6
+
+# %% ../nbs/15_benchmark.ipynb #bway0007
 @torch.no_grad()
-def bench_int8(
+def bench_precisions(
     model: GRAD,  # fitted
     category: Category,  # with training and test pictures
     threads: int = 0,  # threads of the runtime, 0 = as it is
     runs: int = 10,  # timed single pictures
-    calibration: int = 64,  # training pictures that set the ranges of the activations
-) -> list[dict]:  # a row for the exported model in either precision
-    "What 8-bit convolutions gain in time and size, and what they cost in image AUROC and in verdicts, on the test pictures of a part."
-    size, labels, rows = model.preset.generator.size, np.array([s.label for s in category.test]), []
+    calibration: int = 64,  # training pictures that set the ranges of the activations in eight bits
+) -> list[dict]:  # a row for float32, for int8, and for bfloat16 where the processor has it
+    "What fewer bits gain in time and size, and what they cost in image AUROC and in verdicts, on the test pictures of a part."
+    size, labels, rows, first = model.preset.generator.size, np.array([s.label for s in category.test]), [], None
     x, normals = (load_images(s, size, progress=False) for s in (category.test, category.train[:calibration]))
     with threads_of(threads), tempfile.TemporaryDirectory() as folder:
-        for name, write in {"float32": to_onnx, "int8": partial(to_int8, pictures=normals)}.items():
-            write(model, file := Path(folder) / f"{name}.onnx")
-            way = OnnxScorer(file, torch.get_num_threads())
+        for name, precision, way, megabytes in _precisions(model, folder, torch.get_num_threads(), normals):
             scores, verdicts = (np.concatenate(part) for part in zip(*[way(x[i : i + 16])[:2] for i in range(0, len(x), 16)]))
-            if not rows: first = scores, verdicts
+            first = first or (scores, verdicts)
             t = latency(way, iter(x[np.arange(2 + runs) % len(x), None]).__next__, runs, 2)
-            rows.append({"way": "ONNX Runtime", "precision": name, "device": device_name("cpu"), "threads": torch.get_num_threads(), "batch": 1, "runs": runs,
-                         **vars(t), "MB": file.stat().st_size / 1e6, "pictures": len(x), "image_auroc": image_auroc(scores, labels),
+            rows.append({"way": name, "precision": precision, "device": device_name("cpu"), "threads": torch.get_num_threads(), "batch": 1, "runs": runs,
+                         **vars(t), "MB": megabytes, "pictures": len(x), "image_auroc": image_auroc(scores, labels),
                          "other_verdicts": int((verdicts != first[1]).sum()), "difference": float(np.abs(scores - first[0]).max()) / max(float(first[0].std()), 1e-9)})
     return rows
 

@@ -475,8 +475,8 @@ def grad_export(
 def _print_bench(found: dict) -> None:
     "What was measured, table by table."
     print("ceilings: " + ", ".join(f"{name} {value:.0f} {'GB/s' if name == 'copy' else 'GFLOP/s'}" for name, value in found["ceilings"].items()) + "\n")
-    for name in ("detectors", "path", "ways", "int8", "protocol", "peers", "stages", "terms", "growth"):
-        if found.get(name): print(f"{name}: {'trained' if name == 'int8' else 'random'} weights, milliseconds, {found[name][0]['device']}\n{_bench_table(found[name])}\n")
+    for name in ("detectors", "path", "ways", "precisions", "protocol", "peers", "stages", "terms", "growth"):
+        if found.get(name): print(f"{name}: {'trained' if name == 'precisions' else 'random'} weights, milliseconds, {found[name][0]['device']}\n{_bench_table(found[name])}\n")
 
 
 def _save_charts(charts: dict, folder: Path) -> None:
@@ -500,7 +500,7 @@ def grad_bench(
     preset: str = "fast",  # whose training and sampling steps are timed: "paper", "fast" or "demo"
     quick: store_true = False,  # the detectors and the way to a verdict only, and at most five runs
     peers: store_true = False,  # also run other detectors beside this one; needs the option "compare"
-    model: str = "",  # file that grad_fit wrote: what 8-bit convolutions cost in AUROC on the test pictures of --data
+    model: str = "",  # file that grad_fit wrote: what fewer bits cost in AUROC on the test pictures of --data
     data: str = "",  # folder of its part, with training and test pictures
     protocol: store_true = False,  # also 2,000 runs of all levels, mean of the last 1,000
     plots: str = "",  # also draw the tables as PNG files in this folder
@@ -520,7 +520,7 @@ def grad_bench(
              "path": b.bench_path(batch=batch, threads=threads, runs=min(runs, 15), limits=limits) if where.type == "cpu" else [],
              "detectors": [row for bf16 in ((False, True) if bf16_supported(where) else (False,))
                            for row in b.bench_detectors(device=where, batch=batch, bf16=bf16, threads=threads, runs=runs)]}
-    if model: found["int8"] = b.bench_int8(GRAD.load(model, "cpu"), read_category(Path(data).resolve().parent, Path(data).resolve().name), threads, min(runs, 10))
+    if model: found["precisions"] = b.bench_precisions(GRAD.load(model, "cpu"), read_category(Path(data).resolve().parent, Path(data).resolve().name), threads, min(runs, 10))
     if protocol: found["protocol"] = [b.bench_protocol(device=where)]
     if peers: from grad_nb.peers import bench_peers; found["peers"] = bench_peers(batch=batch, threads=threads, runs=min(runs, 10))
     _print_bench(found)

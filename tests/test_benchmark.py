@@ -16,11 +16,12 @@ from grad_nb.benchmark import (
     bench_charts,
     bench_detectors,
     bench_growth,
-    bench_int8,
+    bench_precisions,
     bench_protocol,
     bench_stages,
     count_operations,
     forget_peak,
+    in_bfloat16,
     latency,
     layer_bytes,
     operations,
@@ -34,9 +35,10 @@ from grad_nb.config import Level, override, preset
 from grad_nb.data import load_images, read_category
 from grad_nb.detector import TABLE_8, Decoder, Detector
 from grad_nb.evaluation import image_auroc, score_maps
+from grad_nb.export import Scorer
 from grad_nb.inference import FastDetector, loops
 from grad_nb.patchdiff import PatchDiff
-from grad_nb.store import read_json
+from grad_nb.store import bf16_supported, read_json
 
 PROTOCOL = {"device", "threads", "batch", "precision", "transfers", "runs", "median_ms", "p10_ms", "p90_ms"}
 
@@ -118,7 +120,7 @@ def test_rows_carry_their_protocol():
     for row in rows:
         assert row.keys() >= PROTOCOL | {"pictures_per_s", "GMAC", "GMAC_per_s"}
         assert (row["threads"], row["batch"], row["precision"], row["transfers"], row["runs"]) == (1, 3, "float32", "none (cpu)", 2)
-        assert row["device"] == "cpu (1 threads)" and row["pictures_per_s"] == pytest.approx(3000 / row["median_ms"])
+        assert row["device"].startswith("cpu (1 threads, ") and row["pictures_per_s"] == pytest.approx(3000 / row["median_ms"])
         assert row["GMAC_per_s"] == pytest.approx(row["GMAC"] * row["pictures_per_s"])
     assert rows[2]["GMAC"] == pytest.approx(sum(count_operations(Detector(0.1), s) [n] for s in (64, 48) for n in count_operations(Detector(0.1), s)) / 1e9)
 
@@ -161,14 +163,25 @@ def test_stages_time_the_real_functions(monkeypatch):
     assert rows[0]["GMAC"] == rows[1]["GMAC"] > 0 and np.isnan(rows[4]["GMAC"])
 
 
-def test_eight_bits_are_judged_on_test_pictures(data):
+def test_fewer_bits_are_judged_on_test_pictures(data):
     for name in ("onnx", "onnxscript", "onnxruntime"): pytest.importorskip(name)
     category, model = read_category(data, "trays"), random_model((48,), 0.1)
-    exact, small = bench_int8(model, category, threads=1, runs=2, calibration=4)
+    exact, small, *half = bench_precisions(model, category, threads=1, runs=2, calibration=4)
     x, labels = load_images(category.test, 48, progress=False), [s.label for s in category.test]
     assert exact["image_auroc"] == pytest.approx(image_auroc(model.score_samples(x), np.array(labels)), abs=1e-6)
     assert small["MB"] < exact["MB"] and 0 < small["difference"] < 5 and exact["difference"] == exact["other_verdicts"] == 0
     assert small["pictures"] == len(labels) and (exact["precision"], small["precision"]) == ("float32", "int8")
+    assert [row["precision"] for row in half] == ["bfloat16"] * bf16_supported("cpu") and all(0 < row["difference"] < 1 for row in half)
+
+
+def test_bfloat16_changes_the_detectors_alone():
+    model = random_model((64, 48), 0.25)
+    scorer, x = Scorer(model).eval(), torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    exact, half = scorer(x)[2], in_bfloat16(scorer)
+    near = half(x)[2]
+    assert near.dtype == torch.float32 and 0 < float((near - exact).abs().max()) < 0.1 * float(exact.std())
+    assert all(p.dtype == torch.bfloat16 for p in half.parameters()) and all(b.dtype == torch.float32 for b in half.buffers())
+    assert torch.equal(scorer(x)[2], exact)
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
@@ -176,7 +189,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(benchmark, name, lambda *a, real=getattr(benchmark, name), small=small, **k: real(*a, **k | small))
     grad_bench("cpu", batch=2, runs=7, threads=1, quick=True, json_file=str(tmp_path / "bench.json"), plots=str(tmp_path / "plots"))
     out, found = capsys.readouterr().out, read_json(tmp_path / "bench.json")
-    assert "48 + 34" in out and "random weights" in out and "float32" in out and "cpu (1 threads)" in out
+    assert "48 + 34" in out and "random weights" in out and "float32" in out and "cpu (1 threads, " in out
     assert "stages" not in found and "peers" not in found and found["path"][-1]["stage"] == "bytes to score, map and label" and found["ceilings"]["copy"] > 0
     assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == ["detectors.png", "path.png"] and "path.png" in out
     assert found["detectors"][0]["runs"] == 5 and found["detectors"][0]["batch"] == 2 and "torch" in found["versions"]
