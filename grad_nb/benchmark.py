@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -549,8 +550,9 @@ def latency_chart(
     rows: Sequence[dict],  # rows of one table: its detectors, its path, its ways, its peers, its stages, its terms
 ) -> Figure:  # a bar for each row, a dot if they lie far apart; the line reaches from the 10 % to the 90 % quantile
     "Latencies beside each other, the first row at the top."
-    name = next(key for key in ("method", "way", "stage", "terms", "detectors") if key in rows[0])
-    titles = [f"{row[name]}  {row['median_ms']:,.{0 if row['median_ms'] >= 100 else 1}f}" for row in rows]
+    name = next(key for key in ("method", "detectors", "stage", "terms", "way") if key in rows[0])
+    more = lambda row: f", {row['precision']}" if name == "detectors" and len({r["precision"] for r in rows}) > 1 else ""
+    titles = [f"{row[name]}{more(row)}  {row['median_ms']:,.{0 if row['median_ms'] >= 100 else 1}f}" for row in rows]
     figure, ax = plt.subplots(figsize=(5.5, 0.7 + 0.24 * len(rows)), dpi=90, layout="constrained")
     middle, low, high = (np.array([row[key] for row in rows]) for key in ("median_ms", "p10_ms", "p90_ms"))
     colours, far = ["tab:orange" if "here" in t or t.startswith("library") else "tab:blue" for t in titles], middle.max() > 20 * middle.min()
@@ -559,6 +561,7 @@ def latency_chart(
     ax.set(xscale="log" if far else "linear", ylim=(len(rows) - 0.4, -0.6))
     ax.set_yticks(range(len(rows)), titles, fontsize=8)
     ax.set_xlabel(f"ms, {rows[0]['device']}" + (f", batch {rows[0]['batch']}" if "batch" in rows[0] else ""), fontsize=8)
+    if far: ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); ax.xaxis.set_minor_formatter("")
     ax.xaxis.set_major_formatter("{x:g}"); ax.tick_params(axis="x", labelsize=7); ax.grid(axis="x", alpha=0.3); ax.set_axisbelow(True)
     return figure
 

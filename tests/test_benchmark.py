@@ -244,6 +244,8 @@ def test_charts_show_every_row():
     bars = charts["peers"].axes[0]
     assert [t.get_text() for t in bars.get_yticklabels()] == ["GRAD here  2.0", "other  300"] and bars.get_xscale() == "log" and list(bars.collections[0].get_offsets()[:, 0]) == [2, 300]
     assert [b.get_width() for b in bench_charts({"ways": [row | {"way": "library"}, row | {"way": "b", "median_ms": 3.0}]})["ways"].axes[0].patches] == [2, 3]
+    both = bench_charts({"detectors": [row | {"detectors": "64", "way": "fast", "precision": p} for p in ("float32", "bf16")]})["detectors"].axes[0]
+    assert [t.get_text() for t in both.get_yticklabels()] == ["64, float32  2.0", "64, bf16  2.0"]
     above, below = charts["growth"].axes[0], charts["growth"].axes[2]
     assert list(above.lines[0].get_ydata()) == [0.1, 0.2, 0.4] and list(below.lines[0].get_ydata()) == [101, 102, 104]
 
