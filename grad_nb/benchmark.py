@@ -394,7 +394,7 @@ def ways_of(
     yield "library", lambda x: (found := model.predict(x)) and (found.scores, found.labels, found.maps)
     scorer, file = Scorer(model).eval(), Path(folder) / "model.onnx"
     yield "torch, plain", lambda x: [t.numpy() for t in scorer(torch.from_numpy(x))]
-    if bf16_supported("cpu"): yield "torch, bfloat16", lambda x, run=in_bfloat16(scorer): [t.numpy() for t in run(torch.from_numpy(x))]
+    if bf16_supported("cpu"): yield "torch, bf16", lambda x, run=in_bfloat16(scorer): [t.numpy() for t in run(torch.from_numpy(x))]
     if compiled: yield "torch, compiled", lambda x, run=torch.compile(scorer): [t.numpy() for t in run(torch.from_numpy(x))]
     try: to_onnx(model, file)
     except ImportError: return
@@ -406,7 +406,7 @@ def ways_of(
     except ImportError: pass
     try: import openvino
     except ImportError: return
-    run = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"})
+    run = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"})
     yield "OpenVINO", lambda x: [run([x])[i] for i in range(3)]
 
 # %% ../nbs/15_benchmark.ipynb #bway0002
@@ -433,17 +433,21 @@ def bench_ways(
                 if i: seconds[name].append(time.perf_counter() - start)
         protocol = {"device": device_name("cpu"), "threads": torch.get_num_threads(), "batch": batch, "transfers": "none (cpu)", "runs": runs}
     spread = max(float(scores["library"].std()), 1e-9)
-    return [{"way": name, **protocol, "precision": next((p for p in ("int8", "bfloat16") if p in name), "float32"), **vars(Latency.of(s)), "difference": float(np.abs(scores[name] - scores["library"]).max()) / spread} for name, s in seconds.items()]
+    return [{"way": name, **protocol, "precision": next((p for p in ("int8", "bf16") if p in name), "float32"), **vars(Latency.of(s)), "difference": float(np.abs(scores[name] - scores["library"]).max()) / spread} for name, s in seconds.items()]
 
 # %% ../nbs/15_benchmark.ipynb #bway0005
 def _precisions(model: GRAD, folder: str | Path, threads: int, normals: np.ndarray) -> Iterator[tuple[str, str, Callable, float]]:
-    "Way, precision, call and megabytes of a model in every precision that can be had here, float32 first."
+    "Way, precision, call and megabytes of a model in every precision that can be had here, torch's float32 first."
+    plain = Scorer(model).eval()
+    for name, scorer in ({"float32": plain} | ({"bf16": in_bfloat16(plain)} if bf16_supported("cpu") else {})).items():
+        size = sum(t.nbytes for t in scorer.state_dict().values()) / 1e6
+        yield "torch", name, lambda x, run=scorer: [t.numpy() for t in run(torch.from_numpy(x))], size
     for name, write in {"float32": to_onnx, "int8": partial(to_int8, pictures=normals)}.items():
-        write(model, file := Path(folder) / f"{name}.onnx")
-        yield "ONNX Runtime", name, OnnxScorer(file, threads), file.stat().st_size / 1e6
-    if bf16_supported("cpu"):
-        run = in_bfloat16(Scorer(model).eval())
-        yield "torch", "bfloat16", lambda x: [t.numpy() for t in run(torch.from_numpy(x))], sum(p.nbytes for p in run.parameters()) / 1e6
+        try:
+            write(model, file := Path(folder) / f"{name}.onnx")
+            run = OnnxScorer(file, threads)
+        except ImportError: return
+        yield "ONNX Runtime", name, run, file.stat().st_size / 1e6
 
 # %% ../nbs/15_benchmark.ipynb #bway0007
 @torch.no_grad()
@@ -453,7 +457,7 @@ def bench_precisions(
     threads: int = 0,  # threads of the runtime, 0 = as it is
     runs: int = 10,  # timed single pictures
     calibration: int = 64,  # training pictures that set the ranges of the activations in eight bits
-) -> list[dict]:  # a row for float32, for int8, and for bfloat16 where the processor has it
+) -> list[dict]:  # rows for torch, in bf16 too where the processor has it, and for ONNX Runtime, in int8 too, where it is installed
     "What fewer bits gain in time and size, and what they cost in image AUROC and in verdicts, on the test pictures of a part."
     size, labels, rows, first = model.preset.generator.size, np.array([s.label for s in category.test]), [], None
     x, normals = (load_images(s, size, progress=False) for s in (category.test, category.train[:calibration]))
@@ -547,9 +551,10 @@ def growth_chart(
 
 # %% ../nbs/15_benchmark.ipynb #bencplt2
 def latency_chart(
-    rows: Sequence[dict],  # rows of one table: its detectors, its path, its ways, its peers, its stages, its terms
+    rows: Sequence[dict],  # rows of one table: its detectors, its path, its ways, its peers (one that could not be built is left out), its stages, its terms
 ) -> Figure:  # a bar for each row, a dot if they lie far apart; the line reaches from the 10 % to the 90 % quantile
     "Latencies beside each other, the first row at the top."
+    rows = [row for row in rows if "error" not in row]
     name = next(key for key in ("method", "detectors", "stage", "terms", "way") if key in rows[0])
     more = lambda row: f", {row['precision']}" if name == "detectors" and len({r["precision"] for r in rows}) > 1 else ""
     titles = [f"{row[name]}{more(row)}  {row['median_ms']:,.{0 if row['median_ms'] >= 100 else 1}f}" for row in rows]

@@ -305,11 +305,11 @@ def versions() -> dict[str, str]:  # name → version
 
 def device_name(
     device: str | torch.device,  # "cpu", "cuda", ...
-) -> str:  # for instance "cpu (2 threads, AVX2)", "cpu (2 threads, AVX512, bfloat16)"
+) -> str:  # for instance "cpu (2 threads, AVX2)", "cpu (2 threads, AVX512, bf16)"
     "A device in words, with what decides its speed and its rounding; stored beside every result."
     device = torch.device(device)
     if device.type == "cuda": return f"cuda ({torch.cuda.get_device_name(device)})"
-    words = [f"{torch.get_num_threads()} threads", torch.backends.cpu.get_cpu_capability(), *["bfloat16"] * bf16_supported(device)]
+    words = [f"{torch.get_num_threads()} threads", torch.backends.cpu.get_cpu_capability(), *["bf16"] * bf16_supported(device)]
     return f"{device.type} ({', '.join(words)})" if device.type == "cpu" else device.type
 
 

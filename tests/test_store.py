@@ -19,6 +19,7 @@ from grad_nb.store import (
     array_sha256,
     atomic_path,
     autocast,
+    device_name,
     file_sha256,
     fingerprint,
     load_checkpoint,
@@ -359,3 +360,11 @@ def test_mixed_precision_can_be_switched_off():
 def test_versions_name_what_a_result_depends_on():
     found = versions()
     assert found["torch"] == torch.__version__.split("+")[0] and found["python"].startswith("3.") and set(found) >= {"python", "numpy", "scikit-learn", "grad_nb"}
+
+
+@pytest.mark.parametrize("has, words", [(True, "cpu (3 threads, NEON, bf16)"), (False, "cpu (3 threads, NEON)")])
+def test_a_device_names_what_decides_its_speed_and_rounding(monkeypatch, has, words):
+    monkeypatch.setattr(store, "bf16_supported", lambda device: has)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "NEON")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert device_name("cpu") == words and device_name("mps") == "mps"
