@@ -27,6 +27,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'grad_nb.ablation.cell_key': ('ablation.html#cell_key', 'grad_nb/ablation.py'),
                                   'grad_nb.ablation.cells': ('ablation.html#cells', 'grad_nb/ablation.py'),
                                   'grad_nb.ablation.collect_results': ('ablation.html#collect_results', 'grad_nb/ablation.py'),
+                                  'grad_nb.ablation.common_seeds': ('ablation.html#common_seeds', 'grad_nb/ablation.py'),
                                   'grad_nb.ablation.compare': ('ablation.html#compare', 'grad_nb/ablation.py'),
                                   'grad_nb.ablation.compare_generators': ('ablation.html#compare_generators', 'grad_nb/ablation.py'),
                                   'grad_nb.ablation.curve_chart': ('ablation.html#curve_chart', 'grad_nb/ablation.py'),

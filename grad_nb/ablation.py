@@ -6,8 +6,8 @@
 __all__ = ['OFF', 'ON', 'TABLE_4', 'REMOVED', 'ADDED', 'SETS', 'FIGURES', 'KEYS', 'REPORT', 'parse_variants', 'slug', 'Ablation',
            'Cell', 'home', 'open_ablation', 'cells', 'cell_key', 'cell_done', 'figures_on_test', 'train_cell',
            'judge_generator', 'Piece', 'pieces', 'run_pieces', 'read_results', 'seed_interval', 'pictures_interval',
-           'compare', 'rank_correlation', 'ablation_chart', 'table_4_figures', 'compare_generators', 'curve_chart',
-           'tables_of', 'collect_results', 'ablate', 'grad_ablate']
+           'compare', 'common_seeds', 'rank_correlation', 'ablation_chart', 'table_4_figures', 'compare_generators',
+           'curve_chart', 'tables_of', 'collect_results', 'ablate', 'grad_ablate']
 
 # %% ../nbs/18b_ablation.ipynb #abl00004
 import json
@@ -471,12 +471,23 @@ def compare(
     return pd.DataFrame(rows)
 
 # %% ../nbs/18b_ablation.ipynb #abl00036
+def common_seeds(
+    found: pd.DataFrame,  # what `read_results` gave
+) -> pd.DataFrame:  # the same, without seeds that not all variants of a category and level have; all of them if there is no other
+    "What an unfinished ablation can be judged by: means over other seeds are means of other things."
+    kept = []
+    for _, part in found.groupby(KEYS[:5], sort=False):
+        shared = set.intersection(*(set(own.seed) for _, own in part.groupby("variant")))
+        kept.append(part[part.seed.isin(shared)] if shared else part)
+    return pd.concat(kept, ignore_index=True) if kept else found
+
+
 def rank_correlation(
     found: pd.DataFrame,  # what `read_results` gave
 ) -> pd.DataFrame:  # for each category, level, criterion and test figure: rho, its standard error without a connection, n, chosen variant and regret (points)
     "How well the criterion and its parts rank the variants; rho is nan for fewer than 3 variants or no differences."
     rows = []
-    for group, part in found.groupby(KEYS[:5], sort=False):
+    for group, part in common_seeds(found).groupby(KEYS[:5], sort=False):
         means = part.groupby("variant")[list(FIGURES)].mean()
         for by in ("criterion", "selection_image", "selection_pixel", "selection_ap"):
             for figure in (_metric(group[2]), "pixel_auroc"):
@@ -505,7 +516,7 @@ def ablation_chart(
         _panel(ax, part, mine, base)
         ax.set_title(f"{group[3]}, level {group[4]}", fontsize=10)
         ax.set_xlabel("difference in image AUROC, points", fontsize=8)
-    figure.supxlabel("dot: mean; circles: seeds; thick: 95 % over test pictures; thin: 95 % over seeds", fontsize=7, color="0.4")
+    figure.supxlabel("dot: mean; circles: seeds; thick: 95 % over test pictures; thin: 95 % over seeds, cut off at the edge", fontsize=7, color="0.4")
     return figure
 
 
@@ -513,13 +524,17 @@ def _panel(ax: plt.Axes, part: pd.DataFrame, mine: pd.DataFrame, base: pd.Series
     "One panel of the chart: a line for each variant, the first at the top."
     colours = {"gain": "tab:green", "loss": "tab:red", "open": "0.35", "reference": "black"}
     ax.axvline(0, color="0.7", lw=1)
+    seen = [0.0]
     for y, row in enumerate(part.itertuples()):
         colour = colours[row.verdict]
         ax.plot([row.seeds_low, row.seeds_high], [y, y], color=colour, lw=1)
         ax.plot([row.test_low, row.test_high], [y, y], color=colour, lw=4, alpha=0.35, solid_capstyle="butt")
         seeds = mine[mine.variant == row.variant].set_index("seed")[base.name] - base
         ax.plot(seeds, [y] * len(seeds), "o", mfc="none", mec=colour, ms=4, mew=0.8)
+        seen += [*seeds, row.test_low, row.test_high]
         ax.plot(row.difference, y, "o", color=colour, ms=6)
+    room = 0.5 + 0.06 * (np.nanmax(seen) - np.nanmin(seen))
+    ax.set_xlim(np.nanmin(seen) - room, np.nanmax(seen) + room)
     ax.set_yticks(range(len(part)), [f"{r.variant}  {r.image:.1f}" for r in part.itertuples()], fontsize=8)
     ax.set_ylim(len(part) - 0.5, -0.5); ax.tick_params(axis="x", labelsize=8); ax.grid(axis="x", alpha=0.3)
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from grad_nb.ablation import (FIGURES, KEYS, SETS, TABLE_4, Piece, ablate, ablation_chart, cell_done, cells, collect_results, compare, compare_generators, curve_chart,
-                              grad_ablate, loss_curve, open_ablation, parse_variants, pictures_interval, pieces, rank_correlation, read_results, run_pieces,
+                              common_seeds, grad_ablate, loss_curve, open_ablation, parse_variants, pictures_interval, pieces, rank_correlation, read_results, run_pieces,
                               seed_interval, slug, table_4_figures, tables_of)
 from grad_nb.config import PRESETS, override, to_dict
 from grad_nb.pipeline import load_normals, open_run
@@ -329,6 +329,26 @@ def test_rank_correlation():
     assert np.isnan(ranks.loc[("selection_ap", "image_auroc_mean")].rho), "no differences, no ranks"
     wrong = rank_correlation(found.assign(criterion=-found.criterion)).set_index(["chosen by", "test figure"]).loc[("criterion", "image_auroc_mean")]
     assert wrong.rho == pytest.approx(-1) and wrong.chosen == "a" and wrong.regret > 5
+
+
+def test_ranks_are_of_means_over_the_same_seeds():
+    found = made_up({"a": 0.5, "b": 1.0, "c": 1.5, "d": 2.0}, noise=0.0)
+    last = found.seed.max()
+    easy = found.assign(image_auroc_mean=found.image_auroc_mean.where(found.seed < last, 100.0))
+    unfinished = easy[~((easy.seed == last) & (easy.variant != "a"))]  # only "a" has the seed that is easy for all
+    assert set(common_seeds(unfinished).seed) == set(found.seed) - {last} and len(common_seeds(easy)) == len(easy)
+    rho = lambda x: rank_correlation(x).set_index(["chosen by", "test figure"]).rho[("criterion", "image_auroc_mean")]
+    assert rho(unfinished) == pytest.approx(1)
+    apart = easy[(easy.variant == "a") == (easy.seed == last)]  # no seed in common: all are used
+    assert len(common_seeds(apart)) == len(apart)
+
+
+def test_chart_ends_where_its_points_do():
+    found = made_up({"base": 1.0, "better": 2.0})
+    found = found[found.seed < 2]
+    table, ax = compare(found), ablation_chart(found).axes[0]
+    low, high = ax.get_xlim()
+    assert low < table.test_low.min() and high > table.test_high.max() and high - low < 100, "an interval over two seeds does not decide the axis"
 
 
 def test_chart_shows_every_variant_with_its_figure(done):
