@@ -10,7 +10,7 @@ from grad_nb.peers import PEERS, bench_peers, build_peer
 from grad_nb.store import write_json
 from grad_nb.tables import table_3
 
-SMALL = dict(threads=1, runs=2, size=48, sizes=(48, 34), width=0.1, progress=False)
+SMALL = dict(threads=1, runs=2, size=48, sizes=(48,), width=0.1, progress=False)
 
 
 def test_an_unknown_peer_is_an_error():
@@ -32,13 +32,18 @@ def test_everybody_gets_the_same_kind_of_pictures_in_turns(monkeypatch, tmp_path
     real = peers._ours
     monkeypatch.setattr(peers, "_ours", lambda *a: lambda x, judge=real(*a): seen.append(("GRAD", x.shape, x.dtype)) or judge(x))
     rows = bench_peers(("STFPM", "DSR"), batch=2, **SMALL)
-    assert [name for name, *_ in seen] == 3 * ["GRAD", "STFPM", "DSR"]
+    assert [name for name, *_ in seen] == 3 * ["GRAD", "GRAD", "STFPM", "STFPM", "DSR", "DSR"], "each twice, and the second call is timed"
     assert all(shape in ((2, 3, 48, 48), (2, 48, 48, 3)) for _, shape, _ in seen) and all(top <= 1 for name, _, top in seen if name != "GRAD")
     assert seen[0][2] == np.uint8 and [row["method"] for row in rows] == ["GRAD here", "STFPM (anomalib)", "DSR (anomalib)"]
     for row in rows:
         assert (row["threads"], row["batch"], row["runs"], row["weights"]) == (1, 2, 2, "random") and row["times_GRAD"] == row["median_ms"] / rows[0]["median_ms"]
     write_json(tmp_path / "bench.json", {"detectors": [], "peers": rows})
     assert list(table_3(tmp_path / "bench.json").index[-3:]) == ["GRAD here", "STFPM (anomalib)", "DSR (anomalib)"]
+
+
+def test_several_detectors_stand_beside_one_alone():
+    rows = bench_peers((), **SMALL | {"sizes": (48, 34)})
+    assert [row["method"] for row in rows] == ["GRAD here", "GRAD here, one detector"] and rows[0]["times_GRAD"] == 1
 
 
 def test_a_peer_that_breaks_is_named_and_the_others_go_on(monkeypatch, tmp_path):
