@@ -519,7 +519,7 @@ def ablation_chart(
     figure.supxlabel("dot: mean; circles: seeds; thick: 95 % over test pictures; thin: 95 % over seeds, cut off at the edge", fontsize=7, color="0.4")
     return figure
 
-
+# %% ../nbs/18b_ablation.ipynb #abl00056
 def _panel(ax: plt.Axes, part: pd.DataFrame, mine: pd.DataFrame, base: pd.Series) -> None:
     "One panel of the chart: a line for each variant, the first at the top."
     colours = {"gain": "tab:green", "loss": "tab:red", "open": "0.35", "reference": "black"}

@@ -383,7 +383,7 @@ def in_bfloat16(
     for view in made.views: view.detector = _Half(view.detector)
     return made
 
-
+# %% ../nbs/15_benchmark.ipynb #bway0008
 def ways_of(
     model: GRAD,  # fitted
     folder: str | Path,  # where the exported file goes
