@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['operations', 'count_operations', 'Latency', 'latency', 'threads_of', 'bench_detectors', 'time_per_step',
            'bench_stages', 'best_ms', 'ceilings', 'layer_bytes', 'verdict', 'bench_path', 'random_model', 'in_bfloat16',
-           'ways_of', 'bench_ways', 'bench_precisions', 'forget_peak', 'peak_memory', 'bench_growth', 'growth_chart',
-           'latency_chart', 'bench_charts', 'bench_terms', 'bench_protocol']
+           'ways_of', 'in_turns', 'bench_ways', 'bench_precisions', 'forget_peak', 'peak_memory', 'bench_growth',
+           'growth_chart', 'latency_chart', 'bench_charts', 'bench_terms', 'bench_protocol']
 
 # %% ../nbs/15_benchmark.ipynb #0a47b1cd
 import copy
@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -384,6 +384,11 @@ def in_bfloat16(
     return made
 
 # %% ../nbs/15_benchmark.ipynb #bway0008
+def _on_arrays(module: nn.Module) -> Callable:
+    "A module's call with arrays instead of tensors."
+    return lambda x: [t.numpy() for t in module(torch.from_numpy(x))]
+
+
 def ways_of(
     model: GRAD,  # fitted
     folder: str | Path,  # where the exported file goes
@@ -393,9 +398,9 @@ def ways_of(
     "Every way to judge pictures that is installed here."
     yield "library", lambda x: (found := model.predict(x)) and (found.scores, found.labels, found.maps)
     scorer, file = Scorer(model).eval(), Path(folder) / "model.onnx"
-    yield "torch, plain", lambda x: [t.numpy() for t in scorer(torch.from_numpy(x))]
-    if bf16_supported("cpu"): yield "torch, bf16", lambda x, run=in_bfloat16(scorer): [t.numpy() for t in run(torch.from_numpy(x))]
-    if compiled: yield "torch, compiled", lambda x, run=torch.compile(scorer): [t.numpy() for t in run(torch.from_numpy(x))]
+    yield "torch, plain", _on_arrays(scorer)
+    if bf16_supported("cpu"): yield "torch, bf16", _on_arrays(in_bfloat16(scorer))
+    if compiled: yield "torch, compiled", _on_arrays(torch.compile(scorer))
     try: to_onnx(model, file)
     except ImportError: return
     try:
@@ -409,6 +414,22 @@ def ways_of(
     run = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"})
     yield "OpenVINO", lambda x: [run([x])[i] for i in range(3)]
 
+# %% ../nbs/15_benchmark.ipynb #bway0009
+def in_turns(
+    ways: Mapping[str, Callable],  # name → what is timed; takes what `draw` gives
+    draw: Callable,  # makes an input; not timed
+    runs: int,  # timed rounds, after one that is not
+    progress: bool = False,  # show a progress bar
+) -> dict[str, list[float]]:  # name → seconds, one a round
+    "Time several ways one after the other in every round, so that a disturbance of the machine meets them all."
+    seconds = {name: [] for name in ways}
+    for i in tqdm(range(runs + 1), "rounds", disable=not progress, leave=False):
+        for name, way in ways.items():
+            x = draw(); way(x)  # not timed: the way before has left its threads on the cores and its numbers in the caches
+            start = time.perf_counter(); way(x)
+            if i: seconds[name].append(time.perf_counter() - start)
+    return seconds
+
 # %% ../nbs/15_benchmark.ipynb #bway0002
 @torch.no_grad()
 def bench_ways(
@@ -421,16 +442,12 @@ def bench_ways(
 ) -> list[dict]:  # a row for each way, the library's first
     "Latency on the CPU of the ways from bytes to score, label and map, in turns; random weights."
     model = random_model(sizes, width)
-    rng, seconds, scores = np.random.default_rng(0), {}, {}
+    rng = np.random.default_rng(0)
     draw = lambda: rng.integers(0, 256, (batch, max(sizes), max(sizes), 3), dtype=np.uint8)
     with threads_of(threads), tempfile.TemporaryDirectory() as folder:
         ways, same = dict(ways_of(model, folder, torch.get_num_threads(), compiled)), rng.integers(0, 256, (4, max(sizes), max(sizes), 3), dtype=np.uint8)
-        for name, way in ways.items(): scores[name], seconds[name] = np.concatenate([way(same[i : i + 1])[0] for i in range(4)]), []
-        for i in range(runs + 1):
-            for name, way in ways.items():
-                x = draw(); way(x)  # not timed: threads of the way before may still wait for work on the cores
-                start = time.perf_counter(); way(x)
-                if i: seconds[name].append(time.perf_counter() - start)
+        scores = {name: np.concatenate([way(same[i : i + 1])[0] for i in range(4)]) for name, way in ways.items()}
+        seconds = in_turns(ways, draw, runs)
         protocol = {"device": device_name("cpu"), "threads": torch.get_num_threads(), "batch": batch, "transfers": "none (cpu)", "runs": runs}
     spread = max(float(scores["library"].std()), 1e-9)
     return [{"way": name, **protocol, "precision": next((p for p in ("int8", "bf16") if p in name), "float32"), **vars(Latency.of(s)), "difference": float(np.abs(scores[name] - scores["library"]).max()) / spread} for name, s in seconds.items()]
@@ -439,9 +456,8 @@ def bench_ways(
 def _precisions(model: GRAD, folder: str | Path, threads: int, normals: np.ndarray) -> Iterator[tuple[str, str, Callable, float]]:
     "Way, precision, call and megabytes of a model in every precision that can be had here, torch's float32 first."
     plain = Scorer(model).eval()
-    for name, scorer in ({"float32": plain} | ({"bf16": in_bfloat16(plain)} if bf16_supported("cpu") else {})).items():
-        size = sum(t.nbytes for t in scorer.state_dict().values()) / 1e6
-        yield "torch", name, lambda x, run=scorer: [t.numpy() for t in run(torch.from_numpy(x))], size
+    scorers = {"float32": plain, **({"bf16": in_bfloat16(plain)} if bf16_supported("cpu") else {})}
+    for name, scorer in scorers.items(): yield "torch", name, _on_arrays(scorer), sum(t.nbytes for t in scorer.state_dict().values()) / 1e6
     for name, write in {"float32": to_onnx, "int8": partial(to_int8, pictures=normals)}.items():
         try:
             write(model, file := Path(folder) / f"{name}.onnx")

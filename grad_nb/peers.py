@@ -7,7 +7,6 @@ __all__ = ['PEERS', 'BANK', 'build_peer', 'bench_peers']
 
 # %% ../nbs/15b_peers.ipynb #_pee0003
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from unittest import mock
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .benchmark import Latency, threads_of
+from .benchmark import Latency, in_turns, threads_of
 from .config import EvalConfig
 from .detector import Detector
 from .evaluation import MapStats, fuse, score_levels
@@ -89,14 +88,9 @@ def bench_peers(
     for name in tqdm(names, "building peers", disable=not progress, leave=False):
         try: ways[name] = _theirs(build_peer(name, size))
         except (RuntimeError, TypeError, AttributeError, OSError) as e: rows.append({"method": f"{name} (anomalib)", "error": f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"})
-    rng, seconds = np.random.default_rng(0), {name: [] for name in ways}
+    rng = np.random.default_rng(0)
     with threads_of(threads):
-        for i in tqdm(range(runs + 1), "rounds", disable=not progress, leave=False):
-            for name, judge in ways.items():
-                x = rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
-                judge(x)  # not timed: the method before has left its threads on the cores and its numbers in the caches
-                start = time.perf_counter(); judge(x)
-                if i: seconds[name].append(time.perf_counter() - start)
+        seconds = in_turns(ways, lambda: rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8), runs, progress)
         protocol = {"device": device_name("cpu"), "threads": torch.get_num_threads(), "batch": batch, "precision": "float32", "transfers": "none (cpu)", "runs": runs}
     times = {name: Latency.of(s) for name, s in seconds.items()}
     return [{"method": name if name in ours else f"{name} (anomalib)", **protocol, "weights": "random", **vars(t),
