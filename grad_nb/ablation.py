@@ -71,28 +71,40 @@ def _strength(
     own = {f"detector.{name}": getattr(preset.detector, name) for name in ("alpha_1", "alpha_2")}
     return {path: own[path] if own.get(path) and value else value for path, value in changes.items()}
 
+# %% ../nbs/18b_ablation.ipynb #abl0009b
+def _alone(settings: Mapping, reference: str, changes: Mapping[str, Sequence], kind: str = "detector") -> dict[str, dict]:
+    "The reference, and each value alone in place of its own."
+    told = lambda value: f"{value:.2g}" if isinstance(value, float) and value < 1000 else str(value).lower()
+    return {reference: dict(settings)} | {f"{name} {told(value)}": {**settings, f"{kind}.{name}": value} for name, values in changes.items() for value in values}
+
 
 def _open_values(preset: Preset) -> dict[str, dict]:
-    "Values that the paper does not give, each changed alone in the whole method."
+    "Values of every detector that the paper does not give, each changed alone in the preset with both weights."
+    weights = {name: ON[name] for name in ("detector.noisy_reweighting", "detector.tail_reweighting")}
+    d = override(preset, weights).detector
+    changes = {"beta_density": [d.beta_density * by for by in (1 / 3, 3, 10)], "ess_target": (0.5,), "reweight_from": (0.0 if d.reweight_from else 0.5,)}
+    changes |= {"lr": (d.lr / 3, d.lr * 3), "weight_decay": (d.weight_decay / 10, d.weight_decay * 10), "ema": (0.99,)}
+    return _alone(weights, "the preset with weights", changes)
+
+
+def _regularizers(preset: Preset) -> dict[str, dict]:
+    "Values of the regularisers that the paper does not give, each changed alone in the whole method."
     whole = _strength(ON, preset)
     d = override(preset, whole).detector
-    changes = {name: (getattr(d, name) / by, getattr(d, name) * by) for name, by in
-               {"beta_density": 3, "alpha_1": 10, "alpha_2": 10, "sigma_c": 3, "sigma_z": 3, "weight_decay": 10, "lr": 3}.items()}
-    changes |= {"penalise": ({"logit": "probability", "probability": "logit"}[d.penalise],), "shared_pass": (not d.shared_pass,), "reweight_from": (0.0 if d.reweight_from else 0.5,)}
-    told = lambda value: f"{value:.2g}" if isinstance(value, float) else str(value).lower()
-    return {"the whole method": whole} | {f"{name} {told(value)}": {**whole, f"detector.{name}": value} for name, values in changes.items() for value in values}
+    by = {"alpha_1": 10, "alpha_2": 10, "sigma_c": 3, "sigma_z": 3}
+    changes = {name: (getattr(d, name) / factor, getattr(d, name) * factor) for name, factor in by.items()}
+    return _alone(whole, "the whole method", changes | {"penalise": ({"logit": "probability", "probability": "logit"}[d.penalise],), "shared_pass": (not d.shared_pass,)})
 
 
 def _generators(preset: Preset) -> dict[str, dict]:
     "Settings of PatchDiff, each changed alone in the preset."
     g = preset.generator
     changes = {"sigma_g": (0.0, 0.02, 0.1), "fourier": (0, 3), "width": (max(2, g.width // 4 * 2), 2 * g.width), "balance": (0.0, 0.75), "crop": (0,), "spacing": (1.0, 2.0),
-               "sample_steps": (10, 100, g.T), "steps": (max(1, g.steps // 3),)}
-    return {"the preset": {}} | {f"{name} {value:g}": {f"generator.{name}": value} for name, values in changes.items() for value in values
-                                 if value != getattr(g, name)}
+               "sample_steps": (10, 100, g.T), "steps": (max(1, g.steps // 3),), "ema": (0.99,)}
+    return _alone({}, "the preset", {name: [v for v in values if v != getattr(g, name)] for name, values in changes.items()}, "generator")
 
 # %% ../nbs/18b_ablation.ipynb #abl00010
-SETS = ("table4", "removed", "added", "sensitivity", "generators")  # sets of variants that have a name
+SETS = ("table4", "removed", "added", "sensitivity", "regularizers", "generators")  # sets of variants that have a name
 
 
 def parse_variants(
@@ -101,7 +113,7 @@ def parse_variants(
 ) -> dict[str, dict]:  # name → changes by path; the first one is the reference
     "The variants of an ablation. `ValueError` for an unknown set or setting, and for two names that would share a folder."
     named = {"table4": lambda: TABLE_4, "removed": lambda: REMOVED, "added": lambda: ADDED,
-             "sensitivity": lambda: _open_values(preset), "generators": lambda: _generators(preset)}
+             "sensitivity": lambda: _open_values(preset), "regularizers": lambda: _regularizers(preset), "generators": lambda: _generators(preset)}
     if isinstance(text, str) and text.lstrip().startswith("{"):
         try: text = json.loads(text)
         except json.JSONDecodeError as e: raise ValueError(f"the variants are not valid JSON ({e}); write {{\"name\": {{\"detector.lr\": 1e-4}}}}") from None
@@ -638,7 +650,7 @@ def grad_ablate(
     category: str = "trays",  # name of the category
     preset: str = "demo",  # "paper", "fast" or "demo"
     seeds: Annotated[int, {"nargs": "+"}] = (0, 1, 2),  # every variant is trained with each
-    variants: str = "",  # sets: table4 removed added sensitivity generators; or JSON {"name": {"setting": value}}
+    variants: str = "",  # sets: table4 removed added sensitivity regularizers generators; or JSON {"name": {"setting": value}}
     overrides: str = "",  # settings changed for all variants, for instance "detector.steps=500"
     selection: str = "",  # settings of the selection, for instance "share=0.2 per_kind=40"
     runs: str = "runs",  # folder of normal runs, whose contrastive sets are used
