@@ -128,6 +128,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'grad_nb.cli.packed': ('cli.html#packed', 'grad_nb/cli.py'),
                              'grad_nb.cli.plain_errors': ('cli.html#plain_errors', 'grad_nb/cli.py'),
                              'grad_nb.cli.plan': ('cli.html#plan', 'grad_nb/cli.py'),
+                             'grad_nb.cli.rounds': ('cli.html#rounds', 'grad_nb/cli.py'),
                              'grad_nb.cli.run_notebook': ('cli.html#run_notebook', 'grad_nb/cli.py'),
                              'grad_nb.cli.run_phase': ('cli.html#run_phase', 'grad_nb/cli.py'),
                              'grad_nb.cli.template': ('cli.html#template', 'grad_nb/cli.py'),

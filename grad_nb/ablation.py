@@ -664,7 +664,7 @@ def grad_ablate(
     "Train every variant with every seed, judge each by the selection criterion and report the test figures; run it again to go on, or beside itself to share the work."
     if collect: return print(f"{len(collect_results(folder, collect))} files in {collect}")
     if threads: torch.set_num_threads(threads)
-    if not data and category == "trays": data = str(make_trays(Path(runs) / "data", seed=TRAYS_SEED).parent)
+    if not data and category == "trays": data = str(make_trays(Path(runs) / "data", seed=TRAYS_SEED, progress=not quiet).parent)
     if not data: raise ValueError(f"--category {category} needs --data, the folder that holds it")
     made = ablate(open_ablation(data, category, preset, seeds, variants, overrides, runs, folder, device, selection, not quiet))
     for name in made: print("table:", Path(folder) / f"{name}.md")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRAYS_SEED', 'plain_errors', 'packed', 'template', 'template_parameters', 'check_parameters', 'Task', 'plan',
-           'run_notebook', 'last_progress', 'grad_demo', 'cores', 'run_phase', 'grad_data', 'grad_fit', 'card_path',
-           'expand', 'map_paths', 'write_map', 'grad_predict', 'grad_export', 'grad_bench']
+           'run_notebook', 'last_progress', 'grad_demo', 'cores', 'rounds', 'run_phase', 'grad_data', 'grad_fit',
+           'card_path', 'expand', 'map_paths', 'write_map', 'grad_predict', 'grad_export', 'grad_bench']
 
 # %% ../nbs/16_cli.ipynb #ba779539
 import ast
@@ -116,7 +116,7 @@ def plan(
     run: Run,  # the run
 ) -> list[list[Task]]:  # phases: tasks of one phase do not wait for each other
     "The notebooks of a run that are still to be done, phase by phase."
-    generate = [Task("generate", f"generate-{n:02d}", n) for n in run.generator_levels if not stage_done(run.folder, f"generate-{n:02d}", generate_key(run, n))]
+    generate = [Task("generate", f"generate-{n:02d}", n) for n in reversed(run.generator_levels) if not stage_done(run.folder, f"generate-{n:02d}", generate_key(run, n))]
     detect = [Task("detect", f"detect-{row.level:03d}", row.level) for row in run.levels
               if not stage_done(run.folder, f"detect-{row.level:03d}", detect_key(run, row.level))]
     return [phase for phase in (generate, detect, [Task("table", "table")]) if phase]
@@ -244,20 +244,30 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def rounds(
+    tasks: int,  # how many there are
+    available: int,  # cores
+) -> list[tuple[int, int]]:  # tasks of each round and threads of each task
+    "Tasks shared between cores: full rounds first, a thread for each task; those that are left over then share all cores."
+    left = tasks % available
+    return [(tasks - left, 1)] * (tasks > left) + [(left, available // max(left, 1))] * (left > 0)
+
+
 def run_phase(
     tasks: Sequence[Task],  # notebooks that do not wait for each other
     run: Run,  # the run
     values: dict,  # parameters of the templates
 ) -> None:
     "Run the notebooks of a phase side by side: one for each core, or one after the other on a GPU."
-    side_by_side = 1 if run.device.startswith("cuda") else min(cores(), len(tasks))
-    pool, stop = ThreadPoolExecutor(side_by_side), threading.Event()
-    jobs = {pool.submit(run_notebook, task, run.folder, values, max(1, cores() // side_by_side), i % side_by_side, stop): task for i, task in enumerate(tasks)}
-    try:
-        for job in as_completed(jobs): tqdm.write(f"{jobs[job].name}: {job.result():.0f} s")
-    finally:
-        stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
+    todo, stop = list(tasks), threading.Event()
+    for number, threads in [(len(todo), cores())] if run.device.startswith("cuda") else rounds(len(todo), cores()):
+        now, todo, side_by_side = todo[:number], todo[number:], cores() // threads
+        pool = ThreadPoolExecutor(side_by_side)
+        jobs = {pool.submit(run_notebook, task, run.folder, values, threads, i % side_by_side, stop): task for i, task in enumerate(now)}
+        try:
+            for job in as_completed(jobs): tqdm.write(f"{jobs[job].name}: {job.result():.0f} s")
+        except BaseException: stop.set(); raise
+        finally: pool.shutdown(wait=True, cancel_futures=True)
 
 # %% ../nbs/16_cli.ipynb #c00dc414
 @call_parse
