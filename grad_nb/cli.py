@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRAYS_SEED', 'plain_errors', 'packed', 'template', 'template_parameters', 'check_parameters', 'Task', 'plan',
-           'run_notebook', 'last_progress', 'grad_demo', 'cores', 'rounds', 'run_phase', 'grad_data', 'grad_fit',
+           'run_notebook', 'last_progress', 'grad_demo', 'cores', 'threads_for', 'run_phase', 'grad_data', 'grad_fit',
            'card_path', 'expand', 'map_paths', 'write_map', 'grad_predict', 'grad_export', 'grad_bench']
 
 # %% ../nbs/16_cli.ipynb #ba779539
@@ -244,13 +244,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def rounds(
+def threads_for(
     tasks: int,  # how many there are
     available: int,  # cores
-) -> list[tuple[int, int]]:  # tasks of each round and threads of each task
-    "Tasks shared between cores: full rounds first, a thread for each task; those that are left over then share all cores."
+) -> list[int]:  # threads of each task, in order
+    "Tasks shared between cores: a thread for each task of the full rounds; those that are left over then share all cores."
     left = tasks % available
-    return [(tasks - left, 1)] * (tasks > left) + [(left, available // max(left, 1))] * (left > 0)
+    return [1] * (tasks - left) + [available // max(left, 1)] * left
 
 
 def run_phase(
@@ -259,15 +259,15 @@ def run_phase(
     values: dict,  # parameters of the templates
 ) -> None:
     "Run the notebooks of a phase side by side: one for each core, or one after the other on a GPU."
-    todo, stop = list(tasks), threading.Event()
-    for number, threads in [(len(todo), cores())] if run.device.startswith("cuda") else rounds(len(todo), cores()):
-        now, todo, side_by_side = todo[:number], todo[number:], cores() // threads
-        pool = ThreadPoolExecutor(side_by_side)
-        jobs = {pool.submit(run_notebook, task, run.folder, values, threads, i % side_by_side, stop): task for i, task in enumerate(now)}
-        try:
-            for job in as_completed(jobs): tqdm.write(f"{jobs[job].name}: {job.result():.0f} s")
-        except BaseException: stop.set(); raise
-        finally: pool.shutdown(wait=True, cancel_futures=True)
+    gpu = run.device.startswith("cuda")
+    side_by_side, threads = 1 if gpu else min(cores(), len(tasks)), [cores()] * len(tasks) if gpu else threads_for(len(tasks), cores())
+    pool, stop = ThreadPoolExecutor(side_by_side), threading.Event()
+    jobs = {pool.submit(run_notebook, task, run.folder, values, threads[i], i % side_by_side, stop): task for i, task in enumerate(tasks)}
+    try:
+        for job in as_completed(jobs): tqdm.write(f"{jobs[job].name}: {job.result():.0f} s")
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
 
 # %% ../nbs/16_cli.ipynb #c00dc414
 @call_parse
