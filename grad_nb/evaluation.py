@@ -263,12 +263,11 @@ def gaussian_baseline(
 def nearest_baseline(
     train: np.ndarray,  # (N, H, W, 3) uint8 normal pictures
     test: np.ndarray,  # (M, H, W, 3) uint8
-    progress: bool = False,  # show a progress bar
 ) -> np.ndarray:  # (M,) float64: root mean squared difference, grey levels
     "The trivial nearest neighbour: the distance to the nearest normal picture in pixel space."
-    known = train.reshape(len(train), -1).astype(np.float32)
-    distance = lambda picture: np.sqrt(((known - picture.reshape(-1).astype(np.float32)) ** 2).mean(1, dtype=np.float64).min())
-    return np.array([distance(picture) for picture in tqdm(test, "nearest picture", disable=not progress, leave=False)])
+    from sklearn.metrics import pairwise_distances_argmin_min
+    known, asked = (pictures.reshape(len(pictures), -1).astype(np.float64) for pictures in (train, test))
+    return pairwise_distances_argmin_min(asked, known)[1] / np.sqrt(known.shape[1])
 
 # %% ../nbs/11_evaluation.ipynb #3778a85a
 def trivial(
@@ -281,4 +280,4 @@ def trivial(
     "Both trivial baselines on a test set."
     train, test = resize_pictures(train, size), resize_pictures(test, size)
     return {"gaussian": summary(gaussian_baseline(train, test, progress=progress), types),
-            "nearest": summary(nearest_baseline(train, test, progress), types)}
+            "nearest": summary(nearest_baseline(train, test), types)}
