@@ -10,13 +10,13 @@ from torch import nn
 
 from grad_nb.config import DetectorConfig
 from grad_nb.coords import coord_map, with_coords
-from grad_nb.detector import TABLE_8, Decoder, Detector, map_side
+from grad_nb.detector import TABLE_8, Conv, Decoder, Detector, map_side
 from grad_nb.diffusion import alpha_bars, global_noise, posterior_variance, q_sample, reverse_step, sample, timesteps
 from grad_nb.patchdiff import PatchDiff, denoising_loss, time_embedding, to_bytes, to_model
 from grad_nb.patches import PATCH, STRIDE, Batch, split_blocks
 from grad_nb.regularizers import feature_loss, gradient_penalty, noised
 from grad_nb.reweighting import log_density, negative_weight, noisy_weight, reweighted_bce, tail_weight
-from grad_nb.training import Learner, batch_losses
+from grad_nb.training import Learner, batch_losses, gradients
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -479,3 +479,47 @@ def test_a_fresh_patchdiff_takes_any_size_and_forgets_nothing_of_the_coordinates
     assert y.shape == (1, 3, 21, 30)
     moved = model(with_coords(x, coord_map(21, 30).flip(-1)), torch.tensor([3]))
     assert not torch.allclose(y, moved, atol=1e-3), "position must matter"
+
+
+# --- gradients by matrix products -----------------------------------------------------------------------------------
+
+def step_gradients(plain, monkeypatch, **config):
+    "The losses of one step with all terms, and the gradients of every parameter."
+    if plain: monkeypatch.setattr(Conv, "forward", nn.Conv2d.forward)
+    config = DetectorConfig(width=0.2, pictures=2, patches=16, alpha_1=1.0, alpha_2=0.5, bf16=False, **config)
+    learner, side = Learner(config, 10, seed=3), PATCH + STRIDE * (config.block - 1)
+    blocks = randn(3 * 16 // config.block**2, 5, side, side, seed=5, dtype=torch.float32).clamp(-1, 1).to(memory_format=torch.channels_last)
+    first = 16 // config.block**2
+    loss, parts = gradients(learner, Batch(blocks[:first], blocks[first:], blocks))
+    monkeypatch.undo()
+    return {"loss": loss, **parts}, [p.grad for net in (learner.detector, learner.decoder) for p in net.parameters()]
+
+
+@pytest.mark.parametrize("config", [{}, {"block": 2}, {"block": 2, "shared_pass": True}, {"penalise": "probability"}])
+def test_a_step_by_products_is_the_step_of_plain_convolutions(monkeypatch, config):
+    ours, g = step_gradients(False, monkeypatch, **config)
+    theirs, h = step_gradients(True, monkeypatch, **config)
+    assert len(g) == len(h) and float(ours["feat"]) > 0 and float(ours["grad"]) > 0
+    for name in ours: assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-5), name
+    for a, b in zip(g, h): assert a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
+def test_products_are_taken_in_training_on_a_cpu_in_full_precision_alone():
+    layer, x = Conv(3, 4, 3), randn(2, 3, 6, 6, dtype=torch.float32)
+    took = lambda y: "ByProducts" in type(y.grad_fn).__name__
+    assert took(layer(x)) and not took(layer.eval()(x))
+    layer.train()
+    with torch.no_grad(): assert layer(x).grad_fn is None
+    with torch.autocast("cpu", torch.bfloat16): assert not took(layer(x)) and layer(x).dtype == torch.bfloat16
+    assert layer.to("meta")(x.to("meta")).shape == (2, 4, 4, 4)
+
+
+@pytest.mark.parametrize("wanted", list(product((False, True), repeat=3)))
+def test_only_the_gradients_that_are_asked_for_are_computed(wanted):
+    layer, x = Conv(3, 4, 2).double(), randn(2, 3, 5, 4)
+    given = [t.detach().requires_grad_(on) for t, on in zip((x, layer.weight, layer.bias), wanted)]
+    layer.weight, layer.bias = (nn.Parameter(t.detach(), on) for t, on in zip(given[1:], wanted[1:]))
+    y = layer(given[0])
+    assert y.requires_grad == any(wanted)
+    if any(wanted): (y**3).sum().backward()
+    assert [g.grad is not None for g in (given[0], layer.weight, layer.bias)] == list(wanted)

@@ -8,7 +8,7 @@ from torch import nn
 
 from grad_nb.config import Augmentation, DetectorConfig, EvalConfig
 from grad_nb.coords import coord_map, with_coords
-from grad_nb.detector import Detector, cell_centre, map_side
+from grad_nb.detector import Conv, Detector, cell_centre, map_side
 from grad_nb.diffusion import alpha_bars, global_noise, q_sample
 from grad_nb.evaluation import blur_matrix, pixel_map, upsampling_matrix
 from grad_nb.patches import (
@@ -44,6 +44,23 @@ def seeded(seed):
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
+
+
+# --- convolutions ---------------------------------------------------------------------------------------------------
+
+@FAST
+@given(SEED, st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.integers(0, 5), st.integers(0, 5), st.booleans())
+def test_the_gradients_by_products_are_those_of_torch(seed, n, before, after, k, more_rows, more_columns, last):
+    x, weight, bias = randn(n, before, k + more_rows, k + more_columns, seed=seed), randn(after, before, k, k, seed=seed + 1), randn(after, seed=seed + 2)
+    x = x.to(memory_format=torch.channels_last) if last else x
+    layer = Conv(before, after, k).double()
+    with torch.no_grad(): layer.weight.copy_(weight); layer.bias.copy_(bias)
+    given = [t.requires_grad_() for t in (x, weight, bias)]
+    y, plain = layer(x), torch.nn.functional.conv2d(*given)
+    G = randn(*y.shape, seed=seed + 3)
+    assert torch.allclose(y, plain)
+    for a, b in zip(torch.autograd.grad(y, (x, layer.weight, layer.bias), G), torch.autograd.grad(plain, given, G)):
+        assert a.shape == b.shape and torch.allclose(a, b, atol=1e-10)
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
