@@ -36,7 +36,7 @@ export: install  ## after editing a notebook: clean the notebooks, write grad_nb
 collect:  ## the records of finished runs and ablations, without pictures, into results/
 	mkdir -p results/runs
 	cd "$(RUNS)" && find . -mindepth 5 -name result.json -exec cp --parents {} "$(CURDIR)/results/runs/" \;
-	if [ -d ablation ]; then $(BIN)/grad_ablate --folder ablation --collect results/ablation; fi
+	for set in ablation sensitivity regularizers generators; do if [ -d $$set ]; then $(BIN)/grad_ablate --folder $$set --collect results/$$set || exit 1; fi; done
 
 clean:
 	rm -rf .venv build dist *.egg-info

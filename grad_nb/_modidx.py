@@ -39,6 +39,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'grad_nb.ablation.judge_generator': ('ablation.html#judge_generator', 'grad_nb/ablation.py'),
                                   'grad_nb.ablation.open_ablation': ('ablation.html#open_ablation', 'grad_nb/ablation.py'),
                                   'grad_nb.ablation.parse_variants': ('ablation.html#parse_variants', 'grad_nb/ablation.py'),
+                                  'grad_nb.ablation.picture_sheets': ('ablation.html#picture_sheets', 'grad_nb/ablation.py'),
                                   'grad_nb.ablation.pictures_interval': ('ablation.html#pictures_interval', 'grad_nb/ablation.py'),
                                   'grad_nb.ablation.pieces': ('ablation.html#pieces', 'grad_nb/ablation.py'),
                                   'grad_nb.ablation.rank_correlation': ('ablation.html#rank_correlation', 'grad_nb/ablation.py'),

@@ -7,7 +7,7 @@ __all__ = ['OFF', 'ON', 'TABLE_4', 'REMOVED', 'ADDED', 'SETS', 'FIGURES', 'KEYS'
            'Cell', 'home', 'open_ablation', 'cells', 'cell_key', 'cell_done', 'figures_on_test', 'train_cell',
            'judge_generator', 'Piece', 'pieces', 'run_pieces', 'read_results', 'seed_interval', 'pictures_interval',
            'compare', 'common_seeds', 'rank_correlation', 'ablation_chart', 'table_4_figures', 'compare_generators',
-           'curve_chart', 'tables_of', 'collect_results', 'ablate', 'grad_ablate']
+           'curve_chart', 'picture_sheets', 'tables_of', 'collect_results', 'ablate', 'grad_ablate']
 
 # %% ../nbs/18b_ablation.ipynb #abl00004
 import json
@@ -35,6 +35,7 @@ from .evaluation import image_scores, pixel_map, score_maps, summary, trivial
 from .metrics import pixel_auroc_ap
 from .pipeline import (Run, contrastive_set, dataset_name, detect_key, generate_key, generate_stage, load_normals, make_contrastive, make_detector,
                               open_run, parse_overrides, run_stage, stage_done)
+from .plots import picture_rows, save_figure
 from .quality import generator_report, loss_curve
 from .selection import SelectionConfig, criterion, pseudo_sets, selection_split
 from .store import fingerprint, lock, read_array, read_json, write_json
@@ -597,6 +598,18 @@ def curve_chart(
     axes[0, -1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False); axes[0, 0].set_ylabel(figure, fontsize=8)
     return drawn
 
+# %% ../nbs/18b_ablation.ipynb #shee0002
+def picture_sheets(
+    ablation: Ablation,  # of generators
+    columns: int = 12,  # pictures of each variant
+) -> dict[int, Figure]:  # level → figure, of what is done
+    "What the generators of the first seed draw, a row for each variant, below real pictures."
+    rows, real = {}, load_normals(ablation.run)[:columns]
+    for c in cells(ablation):
+        if c.run.seed != ablation.seeds[0] or not cell_done(c): continue
+        rows.setdefault(c.level, {"real": real})[c.name] = read_array(c.folder / f"contrastive/level-{c.level:02d}.npy")[:columns]
+    return {level: picture_rows(those, columns, 0.7) for level, those in rows.items()}
+
 # %% ../nbs/18b_ablation.ipynb #abl00050
 def tables_of(
     folder: str | Path,  # of results
@@ -636,10 +649,12 @@ def ablate(
     ablation: Ablation,  # what `open_ablation` gave
     say: Callable[[str], None] = print,  # where to report
 ) -> dict[str, pd.DataFrame]:  # the tables of its folder
-    "Run what is left of an ablation and write its tables beside the records."
+    "Run what is left of an ablation and write its tables beside the records; of generators also what they draw."
     run_pieces(pieces(ablation), say)
     made = tables_of(ablation.folder)
     write_tables(ablation.folder, made)
+    if ablation.part == "generator":
+        for level, sheet in picture_sheets(ablation).items(): save_figure(sheet, home(ablation) / f"pictures-{level:02d}.png", dpi=72)
     return made
 
 

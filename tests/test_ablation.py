@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from grad_nb.ablation import (FIGURES, KEYS, SETS, TABLE_4, Piece, ablate, ablation_chart, cell_done, cells, collect_results, compare, compare_generators, curve_chart,
-                              common_seeds, grad_ablate, loss_curve, open_ablation, parse_variants, pictures_interval, pieces, rank_correlation, read_results, run_pieces,
+                              common_seeds, grad_ablate, loss_curve, open_ablation, parse_variants, picture_sheets, pictures_interval, pieces, rank_correlation, read_results, run_pieces,
                               seed_interval, slug, table_4_figures, tables_of)
 from grad_nb.config import PRESETS, override, to_dict
 from grad_nb.pipeline import load_normals, open_run
@@ -409,6 +409,8 @@ def test_generators_are_judged_without_a_test_picture(data, tmp_path, monkeypatc
     losses = [r["loss"] for r in found.record]
     assert losses[0] != losses[1] and found.record[1]["config"]["generator"]["sigma_g"] == 1
     assert len(compare_generators(found)) == 2 and list(tables_of(tmp_path / "ablation")) == ["generators"]
+    sheets = picture_sheets(drawn, 3)
+    assert list(sheets) == [3] and len(sheets[3].axes) == 3 * 3, "real pictures and two variants, of the level that is done"
     curve_chart(found); plt.close("all")
 
 
