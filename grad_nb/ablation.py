@@ -34,7 +34,7 @@ from .detector import Detector, load_detector
 from .evaluation import image_scores, pixel_map, score_maps, summary, trivial
 from .metrics import pixel_auroc_ap
 from .pipeline import (Run, contrastive_set, dataset_name, detect_key, generate_key, generate_stage, load_normals, make_contrastive, make_detector,
-                              open_run, parse_overrides, run_stage, stage_done)
+                              open_run, parse_overrides, run_stage, stage_done, with_reconstructed)
 from .plots import picture_rows, save_figure
 from .quality import generator_report, loss_curve
 from .selection import SelectionConfig, criterion, pseudo_sets, selection_split
@@ -267,7 +267,8 @@ def train_cell(
     normals = load_normals(run)
     train, held = selection_split(normals, run.seed, selection)
     sets = [contrastive_set(run, n) for n in row.generators]
-    figures, files = make_detector(cell.folder, normals[train], sets, row, run.preset.detector, augmentation(run.category.name), run.seed, run.device, run.progress)
+    known = with_reconstructed(normals, run.folder, row, run.preset.generator, train)
+    figures, files = make_detector(cell.folder, known, sets, row, run.preset.detector, augmentation(run.category.name), run.seed, run.device, run.progress)
     detector, history = load_detector(cell.folder / files[0])[0], pd.read_csv(cell.folder / files[1])
     chosen = criterion([detector], [row.size], normals[held], pseudo_sets(normals[held], run.seed, selection), run.preset.evaluation, run.device)
     test, scores = figures_on_test(run, detector, row.size)

@@ -34,11 +34,13 @@ class GeneratorConfig:
     sample_batch: int = 32  # pictures sampled together (our choice)
     bf16: bool = True  # mixed precision where the processor has it (our choice)
     ema: float = 0.0  # decay of a running mean of the weights, which then draws the pictures; 0 = the last weights draw them (our choice)
+    reconstruct: float = 0.0  # share of T to which normal pictures are noised, then denoised, to be normal ones too for the detector; 0 = none (our choice)
 
     def __post_init__(self):
         _at_least(self, 1, "size", "steps", "batch", "T", "n_samples", "sample_steps", "sample_batch")
         _at_least(self, 0, "fourier", "crop", "lr", "weight_decay", "balance", "sigma_g")
-        if not 0 <= self.ema < 1: raise ValueError(f"ema must be in [0, 1), not {self.ema}")
+        for name in ("ema", "reconstruct"):
+            if not 0 <= getattr(self, name) < 1: raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
         if self.width < 2 or self.width % 2: raise ValueError(f"width must be even and at least 2, not {self.width}")
         if not self.spacing >= 1: raise ValueError(f"spacing must be at least 1, not {self.spacing}")
         if self.sample_steps > self.T: raise ValueError(f"sample_steps={self.sample_steps} is more than T={self.T}")

@@ -28,7 +28,7 @@ from .detector import Detector, load_detector
 from .evaluation import MapStats, fuse, score_levels
 from .explain import Explanation, PatchBank, evidence, make_bank
 from .patches import PATCH
-from .pipeline import make_contrastive, make_detector, run_stage
+from .pipeline import make_contrastive, make_detector, run_stage, with_reconstructed
 from .store import alone, array_sha256, fingerprint, pick_device, read_array, read_tensors, stage_generator, versions, write_tensors
 
 log = logging.getLogger(__name__)
@@ -209,7 +209,7 @@ def _work_folder(work_dir: str | Path | None) -> Iterator[Path]:
         return
     folder = Path(work_dir)
     with alone(folder / ".lock", str(folder)):
-        for pattern in (".generat*.part", ".detect*.part", "contrastive/.level-*.part", "history/.*.part"):
+        for pattern in (".generat*.part", ".detect*.part", "contrastive/.*.part", "history/.*.part"):
             for part in folder.glob(pattern): part.unlink()  # of a process that was killed while it wrote
         yield folder
 
@@ -225,7 +225,8 @@ def _train(self: GRAD, folder: Path, normals: np.ndarray, device) -> list[Detect
         run_stage(folder, f"generate-{n:02d}", key, make, device)
     for row in self.levels_:
         name, sets = f"detector-{row.level:03d}", [read_array(folder / f"contrastive/level-{n:02d}.npy") for n in row.generators]
-        make = partial(make_detector, folder, normals, sets, row, config.detector, self.augmentation, seed, *rest)
+        known = with_reconstructed(normals, folder, row, config.generator)
+        make = partial(make_detector, folder, known, sets, row, config.detector, self.augmentation, seed, *rest)
         run_stage(folder, name, fingerprint(key, to_dict(row), to_dict(config.detector), to_dict(self.augmentation)), make, device)
         (folder / f"{name}.checkpoint").unlink(missing_ok=True)
         detectors.append(load_detector(folder / f"{name}.safetensors")[0])

@@ -6,7 +6,7 @@ r"""A diffusion model that sees only $n\times n$ pixels: what it draws is right 
 __all__ = ['PixelNorm', 'Pointwise', 'time_embedding', 'fourier_coords', 'Block', 'check_level', 'PatchDiff', 'gradient_support',
            'bounding_box', 'to_model', 'to_bytes', 'stratified_times', 'denoising_losses', 'denoising_loss',
            'TimeBalance', 'draw_pictures', 'new_patchdiff', 'one_cycle', 'WeightMean', 'gradients_of_batch',
-           'train_patchdiff', 'Made', 'generate', 'save_patchdiff', 'load_patchdiff']
+           'train_patchdiff', 'Made', 'generate', 'reconstruct_normals', 'save_patchdiff', 'load_patchdiff']
 
 # %% ../nbs/05_patchdiff.ipynb #d7dbafac
 import math
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .capture import Replayed
 from .config import DetectorConfig, GeneratorConfig, to_dict
 from .coords import coord_map, with_coords
-from .diffusion import alpha_bars, global_noise, q_sample, sample
+from .diffusion import alpha_bars, global_noise, q_sample, reconstruct, sample
 from .store import (array_sha256, autocast, fingerprint, halving, pause_of, read_tensors, run_steps, seeded_weights,
                            stage_generator, tensors_sha256, write_tensors)
 
@@ -424,6 +424,26 @@ def generate(
 
     batches = math.ceil(config.n_samples / config.sample_batch)
     run_steps(step, batches, ["pictures"], dict(generator=generator, made=made), checkpoint, key, every=1, label=f"sampling {model.level}", progress=progress, pause=60)
+    return made.pictures
+
+# %% ../nbs/05_patchdiff.ipynb #reco0005
+def reconstruct_normals(
+    model: PatchDiff,  # trained
+    pictures: np.ndarray,  # (N, size, size, 3) uint8 normal pictures
+    config: GeneratorConfig,  # how far they are noised, and the strides back
+    seed: int = 0,  # of the run
+    device: str | torch.device = "cpu",  # where to compute
+) -> np.ndarray:  # (N, size, size, 3) uint8
+    "Normal pictures noised to `reconstruct` T and denoised again, a batch at a time."
+    alpha_bar, t, made = alpha_bars(config.T).tolist(), min(round(config.reconstruct * config.T), config.T - 1), Made(len(pictures), pictures.shape[1])
+    generator = stage_generator(seed, f"patchdiff-reconstruct-{model.level}", device)
+    model, fits = model.eval().to(device, memory_format=torch.channels_last), config.sample_batch
+    again = lambda x: to_bytes(reconstruct(model, x, t, alpha_bar, generator, config.sample_steps, spacing=config.spacing))
+    with autocast(device, config.bf16):
+        while made.n < len(pictures):
+            draw = lambda n: again(to_model(torch.from_numpy(np.array(pictures[made.n : made.n + n])).to(device)))
+            some, fits = halving(draw, fits)
+            made.add(some)
     return made.pictures
 
 # %% ../nbs/05_patchdiff.ipynb #23ef79f0

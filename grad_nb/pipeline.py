@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['log', 'PATIENCE', 'SPRO_LIMITS', 'parse_overrides', 'Run', 'dataset_name', 'open_run', 'split_normals',
            'load_normals', 'stage_done', 'run_stage', 'write_table', 'make_contrastive', 'generate_key',
-           'generate_stage', 'contrastive_set', 'make_detector', 'detect_key', 'detect_stage', 'full_size_maps',
-           'image_figures', 'spro_figures', 'pixel_figures', 'evaluate_key', 'evaluate_stage', 'write_tiffs',
-           'provenance', 'result_table']
+           'generate_stage', 'contrastive_set', 'with_reconstructed', 'make_detector', 'detect_key', 'detect_stage',
+           'full_size_maps', 'image_figures', 'spro_figures', 'pixel_figures', 'evaluate_key', 'evaluate_stage',
+           'write_tiffs', 'provenance', 'result_table']
 
 # %% ../nbs/11b_pipeline.ipynb #876e4aa8
 import logging
@@ -27,7 +27,7 @@ from .data import Category, Sample, data_sha256, hold_out, load_defects, load_im
 from .detector import Detector, load_detector, save_detector
 from .evaluation import MapStats, fuse, image_scores, resize_pictures, score_maps, summary, trivial
 from .metrics import OnDemand, area_to, au_pro, auroc_interval, average_precision, f1_max, pixel_auroc_ap, resize_map, spro_curve, write_tiff_maps
-from .patchdiff import generate, save_patchdiff, train_patchdiff
+from .patchdiff import generate, reconstruct_normals, save_patchdiff, train_patchdiff
 from .store import (TimeUp, alone, atomic_path, device_name, file_sha256, fingerprint, git_state, pick_device, read_array, read_json,
                            versions, write_array, write_json)
 from .training import train_detector
@@ -174,8 +174,8 @@ def make_contrastive(
     seed: int = 0,  # of the run
     device: str | torch.device = "cpu",  # where to compute
     progress: bool = True,  # show progress bars
-) -> tuple[dict, list[str]]:  # figures, and the files: generator, contrastive set (a memory map for `read_array`), history
-    "Train a PatchDiff and make its contrastive set: the work of a generate stage."
+) -> tuple[dict, list[str]]:  # figures, and the files: generator, contrastive set (a memory map for `read_array`), history, normal pictures reconstructed
+    "Train a PatchDiff and make its contrastive set, and its hand of the normal pictures if asked for: the work of a generate stage."
     tag = f"{level:02d}"
     files = [f"generator-{tag}.safetensors", f"contrastive/level-{tag}.npy", f"history/generate-{tag}.csv"]
     checkpoint, sampled, start = folder / f"generator-{tag}.checkpoint", folder / f"contrastive-{tag}.checkpoint", time.perf_counter()
@@ -185,6 +185,7 @@ def make_contrastive(
     save_patchdiff(folder / files[0], model)
     write_array(folder / files[1], made)
     write_table(folder / files[2], history)
+    if config.reconstruct: files.append(f"contrastive/normal-{tag}.npy"); write_array(folder / files[-1], reconstruct_normals(model, normals, config, seed, device))
     for file in (checkpoint, sampled): file.unlink(missing_ok=True)
     seconds = {"train": round(trained - start, 2), "sample": round(time.perf_counter() - trained, 2)}
     return {"level": level, "loss": history.loss.tail(100).mean(), "parts": seconds}, files
@@ -217,6 +218,18 @@ def contrastive_set(
     if not stage_done(run.folder, f"generate-{level:02d}", generate_key(run, level)):
         raise FileNotFoundError(f"{run.folder} has no contrastive pictures of level {level} for these settings; run the generate stage for it first")
     return read_array(run.folder / "contrastive" / f"level-{level:02d}.npy")
+
+
+def with_reconstructed(
+    normals: np.ndarray,  # (N, size, size, 3) uint8 training pictures
+    folder: Path,  # of the generate stages
+    row: Level,  # row of Table 7
+    config: GeneratorConfig,  # whether there are any
+    chosen: np.ndarray | slice = slice(None),  # which of the pictures
+) -> np.ndarray:  # (N (k + 1), size, size, 3) uint8, or the pictures themselves
+    "What a detector learns as normal: the pictures, and after them what each of its k generators made of them if `reconstruct` is on."
+    if not config.reconstruct: return normals[chosen]
+    return np.concatenate([normals[chosen], *(read_array(folder / f"contrastive/normal-{n:02d}.npy")[chosen] for n in row.generators)])
 
 # %% ../nbs/11b_pipeline.ipynb #pipe0002
 def make_detector(
@@ -258,7 +271,8 @@ def detect_stage(
     tag, row = f"{level:03d}", run.level(level)
     def make():
         sets = [contrastive_set(run, n) for n in row.generators]
-        figures, files = make_detector(run.folder, load_normals(run), sets, row, run.preset.detector, augmentation(run.category.name),
+        normals = with_reconstructed(load_normals(run), run.folder, row, run.preset.generator)
+        figures, files = make_detector(run.folder, normals, sets, row, run.preset.detector, augmentation(run.category.name),
                                        run.seed, run.device, run.progress)
         detector, start = load_detector(run.folder / files[0])[0], time.perf_counter()
         for kind, samples in (("held", split_normals(run)[1]), ("test", run.category.test)):

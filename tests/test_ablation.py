@@ -394,6 +394,19 @@ def test_damaged_and_doubled_records_are_named(done, tmp_path):
     assert read_results(tmp_path, "generator").empty
 
 
+def test_held_out_pictures_are_not_learnt_by_way_of_the_generators(data, tmp_path, monkeypatch):
+    import grad_nb.ablation as room
+    learnt, real = [], room.make_detector
+    monkeypatch.setattr(room, "make_detector", lambda folder, normals, *rest: learnt.append(normals) or real(folder, normals, *rest))
+    made = opened(data, tmp_path, {"with": {"detector.lr": 1e-3}}, seeds=(0,), extra=" generator.reconstruct=0.05")
+    run_pieces(pieces(made), lambda line: None)
+    (record,), (normals,), run = read_results(tmp_path / "ablation").record, learnt, made.run
+    train, held = room.selection_split(load_normals(run), 0, made.selection)
+    again = [np.load(run.folder / f"contrastive/normal-{n:02d}.npy") for n in (3, 5, 17)]
+    assert len(normals) == 4 * len(train) == 4 * record["counts"]["train"] and len(again[0]) == len(train) + len(held)
+    for part, whole in zip(np.split(normals, 4), [load_normals(run), *again]): assert np.array_equal(part, whole[train])
+
+
 # generators
 
 def test_generators_are_judged_without_a_test_picture(data, tmp_path, monkeypatch):

@@ -95,6 +95,18 @@ def test_a_fit_without_work_dir_leaves_nothing_behind(trays, tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+def test_reconstructed_normals_are_learnt_beside_the_pictures_and_kept_nowhere_else(trays, tmp_path, monkeypatch):
+    import grad_nb.pipeline as room
+    learnt, real = [], room.train_detector
+    monkeypatch.setattr(room, "train_detector", lambda normal, *rest: learnt.append(normal) or real(normal, *rest))
+    fitted = tiny(generator__reconstruct=0.1).set_params(work_dir=tmp_path).fit(trays / "train/good")
+    made = {n: np.load(tmp_path / f"contrastive/normal-{n:02d}.npy") for n in (3, 5, 17)}
+    n = fitted.n_pictures_[0]
+    assert [len(x) for x in learnt] == [4 * n] and all(m.shape == (n, 64, 64, 3) for m in made.values())
+    assert not np.array_equal(made[3], made[17]) and not list(tmp_path.rglob("*.part"))
+    assert fitted.preset.generator.reconstruct == 0.1 and "reconstruct" in fitted.card()
+
+
 CHILD = """
 import sys
 from grad_nb.config import override, preset
@@ -125,7 +137,7 @@ def test_a_killed_fit_continues_bit_for_bit(trays, tmp_path, stage):
 
 def test_other_settings_do_not_take_the_old_stages(trays, tmp_path):
     first = tiny().set_params(work_dir=tmp_path).fit(trays / "train/good").score_samples(trays / "test/good")
-    for other in (tiny(detector__lr=0.01), tiny(generator__lr=0.05), tiny().set_params(random_state=1)):
+    for other in (tiny(detector__lr=0.01), tiny(generator__lr=0.05), tiny(generator__reconstruct=0.1), tiny().set_params(random_state=1)):
         fresh = clone(other).fit(trays / "train/good").score_samples(trays / "test/good")
         kept = other.set_params(work_dir=tmp_path).fit(trays / "train/good").score_samples(trays / "test/good")
         assert (fresh == kept).all() and not (fresh == first).all()

@@ -11,7 +11,7 @@ from torch import nn
 from grad_nb.config import DetectorConfig
 from grad_nb.coords import coord_map, with_coords
 from grad_nb.detector import TABLE_8, Conv, Decoder, Detector, map_side
-from grad_nb.diffusion import alpha_bars, global_noise, posterior_variance, q_sample, reverse_step, sample, timesteps
+from grad_nb.diffusion import alpha_bars, global_noise, posterior_variance, q_sample, reconstruct, reverse_step, sample, timesteps
 from grad_nb.patchdiff import PatchDiff, denoising_loss, time_embedding, to_bytes, to_model
 from grad_nb.patches import PATCH, STRIDE, Batch, split_blocks
 from grad_nb.regularizers import feature_loss, gradient_penalty, noised
@@ -150,6 +150,24 @@ def test_a_perfect_denoiser_brings_back_the_mean_and_the_spread(steps):
     assert float(made.mean()) == pytest.approx(mean, abs=4e-3) and float(made.std()) == pytest.approx(math.sqrt(var), abs=4e-3)
     assert mean == pytest.approx(MU, abs=3e-3)
     if steps == 1000: assert math.sqrt(var) == pytest.approx(S, abs=5e-3)
+
+
+@pytest.mark.parametrize("t, steps", [(0, 1000), (100, 1000), (300, 50), (999, 7), (5, 7)])
+def test_a_reconstruction_is_the_end_of_the_chain_of_diffusers(t, steps):
+    alpha_bar, x_0 = alpha_bars(1000).tolist(), randn(4, 3, 8, 8, seed=1, dtype=torch.float32).clamp(-1, 1)
+    model, before = analytic(alpha_bar), x_0.clone()
+    ours = reconstruct(model, x_0, t, alpha_bar, seeded(5), steps, False)
+    times = [t] + [s for s in timesteps(1000, steps) if s < t]
+    ddpm, generator = scheduler(False), seeded(5)
+    ddpm.set_timesteps(timesteps=times)
+    x = math.sqrt(alpha_bar[t]) * x_0 + math.sqrt(1 - alpha_bar[t]) * torch.randn(x_0.shape, generator=generator)
+    for s in ddpm.timesteps: x = ddpm.step(model(x, s[None]), s, x, generator=generator).prev_sample.float()
+    assert torch.allclose(ours, x, atol=2e-5, rtol=0) and torch.equal(x_0, before), "and the pictures that were given stay as they are"
+
+
+@pytest.mark.parametrize("t", [-1, 1000])
+def test_a_time_that_is_none_is_refused(t):
+    with pytest.raises(ValueError, match="0 to 999"): reconstruct(None, torch.zeros(1, 3, 8, 8), t, alpha_bars(1000).tolist(), seeded(0))
 
 
 def test_the_sampler_shows_the_model_the_coordinates_and_the_times():
