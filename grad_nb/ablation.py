@@ -658,7 +658,7 @@ def ablate(
         for level, sheet in picture_sheets(ablation).items(): save_figure(sheet, home(ablation) / f"pictures-{level:02d}.png", dpi=72)
     return made
 
-
+# %% ../nbs/18b_ablation.ipynb #abl0053b
 @call_parse
 @plain_errors
 def grad_ablate(

@@ -219,7 +219,7 @@ def contrastive_set(
         raise FileNotFoundError(f"{run.folder} has no contrastive pictures of level {level} for these settings; run the generate stage for it first")
     return read_array(run.folder / "contrastive" / f"level-{level:02d}.npy")
 
-
+# %% ../nbs/11b_pipeline.ipynb #reco0007
 def with_reconstructed(
     normals: np.ndarray,  # (N, size, size, 3) uint8 training pictures
     folder: Path,  # of the generate stages
