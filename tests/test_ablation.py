@@ -59,7 +59,10 @@ def test_regularisers_are_as_strong_as_in_the_preset():
     found = parse_variants("table4 removed", own)
     strength = lambda name: (found[name]["detector.alpha_1"], found[name]["detector.alpha_2"])
     assert strength("baseline") == (0, 0) and strength("+ Long-tail Reweighting") == (0.25, 0.5) and strength("all but gradient penalty") == (0.25, 0)
-    assert parse_variants("sensitivity", own)["alpha_2 5"] == {**found["+ Long-tail Reweighting"], "detector.alpha_2": 5.0}
+    weighed = parse_variants("sensitivity", own)
+    assert {path for changes in weighed.values() for path in changes}.isdisjoint({"detector.alpha_1", "detector.alpha_2"}), "these stay as in the preset"
+    assert weighed["lr 0.003"] == {**weighed["the preset with weights"], "detector.lr": pytest.approx(0.003)}
+    assert parse_variants("regularizers", own)["alpha_2 5"] == {**found["+ Long-tail Reweighting"], "detector.alpha_2": 5.0}
     assert parse_variants({"mine": {"detector.alpha_1": 1.0}}, own) == {"mine": {"detector.alpha_1": 1.0}}, "what is asked for by hand is not touched"
 
 
