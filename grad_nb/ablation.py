@@ -34,7 +34,7 @@ from .detector import Detector, load_detector
 from .evaluation import image_scores, pixel_map, score_maps, summary, trivial
 from .metrics import pixel_auroc_ap
 from .pipeline import (Run, contrastive_set, dataset_name, detect_key, generate_key, generate_stage, load_normals, make_contrastive, make_detector,
-                              open_run, parse_overrides, run_stage, stage_done, with_reconstructed)
+                              open_run, parse_overrides, run_stage, split_normals, stage_done, with_reconstructed)
 from .plots import picture_rows, save_figure
 from .quality import generator_report, loss_curve
 from .selection import SelectionConfig, criterion, pseudo_sets, selection_split
@@ -75,7 +75,7 @@ def _strength(
 # %% ../nbs/18b_ablation.ipynb #abl0009b
 def _alone(settings: Mapping, reference: str, changes: Mapping[str, Sequence], kind: str = "detector") -> dict[str, dict]:
     "The reference, and each value alone in place of its own."
-    told = lambda value: f"{value:.2g}" if isinstance(value, float) and value < 1000 else str(value).lower()
+    told = lambda value: f"{value:.2g}" if isinstance(value, float) else str(value).lower()
     return {reference: dict(settings)} | {f"{name} {told(value)}": {**settings, f"{kind}.{name}": value} for name, values in changes.items() for value in values}
 
 
@@ -605,7 +605,8 @@ def picture_sheets(
     columns: int = 12,  # pictures of each variant
 ) -> dict[int, Figure]:  # level → figure, of what is done
     "What the generators of the first seed draw, a row for each variant, below real pictures."
-    rows, real = {}, load_normals(ablation.run)[:columns]
+    run, rows = ablation.run, {}
+    real = load_images(split_normals(run)[0][:columns], run.preset.generator.size)
     for c in cells(ablation):
         if c.run.seed != ablation.seeds[0] or not cell_done(c): continue
         rows.setdefault(c.level, {"real": real})[c.name] = read_array(c.folder / f"contrastive/level-{c.level:02d}.npy")[:columns]

@@ -260,7 +260,8 @@ def run_phase(
 ) -> None:
     "Run the notebooks of a phase side by side: one for each core, or one after the other on a GPU."
     gpu = run.device.startswith("cuda")
-    side_by_side, threads = 1 if gpu else min(cores(), len(tasks)), [cores()] * len(tasks) if gpu else threads_for(len(tasks), cores())
+    side_by_side = 1 if gpu else min(cores(), len(tasks))
+    threads = [cores()] * len(tasks) if gpu else threads_for(len(tasks), cores())
     pool, stop = ThreadPoolExecutor(side_by_side), threading.Event()
     jobs = {pool.submit(run_notebook, task, run.folder, values, threads[i], i % side_by_side, stop): task for i, task in enumerate(tasks)}
     try:

@@ -48,8 +48,8 @@ class _ByProducts(torch.autograd.Function):
             to_weight = (seen.T @ rows).view(k, k, c, -1).permute(3, 2, 0, 1)
         if wanted[0]:
             back = (rows @ weight.permute(0, 2, 3, 1).flatten(1)).view(b, h, w, k, k, c)
-            to_x = back.flatten(3) if k == 1 else back.new_zeros(b, h + k - 1, w + k - 1, c)
-            for i, j in product(range(k), range(k)) if k > 1 else (): to_x[:, i : i + h, j : j + w] += back[:, :, :, i, j]
+            to_x = back.new_zeros(b, h + k - 1, w + k - 1, c)
+            for i, j in product(range(k), range(k)): to_x[:, i : i + h, j : j + w] += back[:, :, :, i, j]
             to_x = to_x.movedim(-1, 1)
         return to_x, to_weight, rows.sum(0) if wanted[2] else None
 

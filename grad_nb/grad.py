@@ -225,8 +225,8 @@ def _train(self: GRAD, folder: Path, normals: np.ndarray, device) -> list[Detect
         run_stage(folder, f"generate-{n:02d}", key, make, device)
     for row in self.levels_:
         name, sets = f"detector-{row.level:03d}", [read_array(folder / f"contrastive/level-{n:02d}.npy") for n in row.generators]
-        known = with_reconstructed(normals, folder, row, config.generator)
-        make = partial(make_detector, folder, known, sets, row, config.detector, self.augmentation, seed, *rest)
+        known = partial(with_reconstructed, normals, folder, row, config.generator)  # read only by a stage that is not there yet
+        make = lambda row=row, sets=sets, known=known: make_detector(folder, known(), sets, row, config.detector, self.augmentation, seed, *rest)
         run_stage(folder, name, fingerprint(key, to_dict(row), to_dict(config.detector), to_dict(self.augmentation)), make, device)
         (folder / f"{name}.checkpoint").unlink(missing_ok=True)
         detectors.append(load_detector(folder / f"{name}.safetensors")[0])
