@@ -451,6 +451,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'grad_nb.patchdiff.WeightMean.state_dict': ( 'patchdiff.html#weightmean.state_dict',
                                                                                 'grad_nb/patchdiff.py'),
                                    'grad_nb.patchdiff.WeightMean.update': ('patchdiff.html#weightmean.update', 'grad_nb/patchdiff.py'),
+                                   'grad_nb.patchdiff._make': ('patchdiff.html#_make', 'grad_nb/patchdiff.py'),
+                                   'grad_nb.patchdiff._weights_sha256': ('patchdiff.html#_weights_sha256', 'grad_nb/patchdiff.py'),
                                    'grad_nb.patchdiff.bounding_box': ('patchdiff.html#bounding_box', 'grad_nb/patchdiff.py'),
                                    'grad_nb.patchdiff.check_level': ('patchdiff.html#check_level', 'grad_nb/patchdiff.py'),
                                    'grad_nb.patchdiff.denoising_loss': ('patchdiff.html#denoising_loss', 'grad_nb/patchdiff.py'),

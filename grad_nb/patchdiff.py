@@ -398,6 +398,36 @@ class Made:
         self.add(state["pictures"].numpy())
 
 # %% ../nbs/05_patchdiff.ipynb #train501
+def _make(
+    made: Made,  # the pictures there are, and room for those there will be
+    draw: Callable[[int, int], Tensor],  # index of the first picture, how many → (n, 3, size, size) in [-1, 1]
+    generator: torch.Generator,  # that `draw` uses
+    config: GeneratorConfig,  # pictures at a time, precision
+    checkpoint: str | Path | None,  # file to save the pictures in once a minute and to resume from
+    key: str,  # fingerprint of everything the pictures depend on
+    label: str,  # the progress bar's text
+    progress: bool,  # show a progress bar
+) -> np.ndarray:  # (n, size, size, 3) uint8
+    "Pictures, batch after batch; smaller batches where the memory is too small."
+    fits, total = config.sample_batch, len(made.pictures)
+    def step(_: int) -> Tensor:
+        nonlocal fits
+        end = min(made.n + config.sample_batch, total)
+        with autocast(generator.device, config.bf16):
+            while made.n < end:
+                some, fits = halving(lambda n: to_bytes(draw(made.n, min(n, end - made.n))), fits)
+                made.add(some)
+        return torch.tensor([float(made.n)])
+
+    state = dict(generator=generator, made=made)
+    run_steps(step, math.ceil(total / config.sample_batch), ["pictures"], state, checkpoint, key, every=1, label=label, progress=progress, pause=60)
+    return made.pictures
+
+
+def _weights_sha256(model: PatchDiff) -> str: return tensors_sha256({k: v.cpu() for k, v in model.state_dict().items()})
+
+
+# %% ../nbs/05_patchdiff.ipynb #train502
 def generate(
     model: PatchDiff,  # trained
     config: GeneratorConfig,  # how many pictures, of what size, in how many steps
@@ -407,24 +437,12 @@ def generate(
     checkpoint: str | Path | None = None,  # file to save the pictures in once a minute and to resume from
 ) -> np.ndarray:  # (n_samples, size, size, 3) uint8
     "The contrastive set of one level (Algorithm 2, or a stride through it), batch after batch; resumes from `checkpoint`."
-    made, alpha_bar, fits = Made(config.n_samples, config.size), alpha_bars(config.T).tolist(), config.sample_batch
-    generator = stage_generator(seed, f"patchdiff-sample-{model.level}", device)
-    key = fingerprint("sample", to_dict(config), seed, torch.device(device).type, tensors_sha256({k: v.cpu() for k, v in model.state_dict().items()}))
+    key = fingerprint("sample", to_dict(config), seed, torch.device(device).type, _weights_sha256(model))
+    alpha_bar, generator = alpha_bars(config.T).tolist(), stage_generator(seed, f"patchdiff-sample-{model.level}", device)
     model = model.eval().to(device, memory_format=torch.channels_last)
+    draw = lambda _, n: sample(model, n, config.size, alpha_bar, generator, config.sample_steps, spacing=config.spacing)
+    return _make(Made(config.n_samples, config.size), draw, generator, config, checkpoint, key, f"sampling {model.level}", progress)
 
-    def step(_: int) -> Tensor:
-        nonlocal fits
-        end = min(made.n + config.sample_batch, config.n_samples)
-        with autocast(device, config.bf16):
-            while made.n < end:
-                draw = lambda n: to_bytes(sample(model, min(n, end - made.n), config.size, alpha_bar, generator, config.sample_steps, spacing=config.spacing))
-                some, fits = halving(draw, fits)
-                made.add(some)
-        return torch.tensor([float(made.n)])
-
-    batches = math.ceil(config.n_samples / config.sample_batch)
-    run_steps(step, batches, ["pictures"], dict(generator=generator, made=made), checkpoint, key, every=1, label=f"sampling {model.level}", progress=progress, pause=60)
-    return made.pictures
 
 # %% ../nbs/05_patchdiff.ipynb #reco0005
 def reconstruct_normals(
@@ -433,18 +451,18 @@ def reconstruct_normals(
     config: GeneratorConfig,  # how far they are noised, and the strides back
     seed: int = 0,  # of the run
     device: str | torch.device = "cpu",  # where to compute
+    progress: bool = True,  # show a progress bar
+    checkpoint: str | Path | None = None,  # file to save the pictures in once a minute and to resume from
 ) -> np.ndarray:  # (N, size, size, 3) uint8
-    "Normal pictures noised to `reconstruct` T and denoised again, a batch at a time."
-    alpha_bar, t, made = alpha_bars(config.T).tolist(), min(round(config.reconstruct * config.T), config.T - 1), Made(len(pictures), pictures.shape[1])
-    generator = stage_generator(seed, f"patchdiff-reconstruct-{model.level}", device)
-    model, fits = model.eval().to(device, memory_format=torch.channels_last), config.sample_batch
-    again = lambda x: to_bytes(reconstruct(model, x, t, alpha_bar, generator, config.sample_steps, spacing=config.spacing))
-    with autocast(device, config.bf16):
-        while made.n < len(pictures):
-            draw = lambda n: again(to_model(torch.from_numpy(np.array(pictures[made.n : made.n + n])).to(device)))
-            some, fits = halving(draw, fits)
-            made.add(some)
-    return made.pictures
+    "Normal pictures noised to `reconstruct` T and denoised again, batch after batch; resumes from `checkpoint`."
+    key = fingerprint("reconstruct", to_dict(config), seed, torch.device(device).type, _weights_sha256(model), array_sha256(pictures))
+    alpha_bar, generator = alpha_bars(config.T).tolist(), stage_generator(seed, f"patchdiff-reconstruct-{model.level}", device)
+    model, t = model.eval().to(device, memory_format=torch.channels_last), min(round(config.reconstruct * config.T), config.T - 1)
+    def draw(start: int, n: int) -> Tensor:
+        x_0 = to_model(torch.from_numpy(np.array(pictures[start : start + n])).to(device))
+        return reconstruct(model, x_0, t, alpha_bar, generator, config.sample_steps, spacing=config.spacing)
+    return _make(Made(len(pictures), pictures.shape[1]), draw, generator, config, checkpoint, key, f"reconstructing {model.level}", progress)
+
 
 # %% ../nbs/05_patchdiff.ipynb #23ef79f0
 def save_patchdiff(

@@ -178,15 +178,18 @@ def make_contrastive(
     "Train a PatchDiff and make its contrastive set, and its hand of the normal pictures if asked for: the work of a generate stage."
     tag = f"{level:02d}"
     files = [f"generator-{tag}.safetensors", f"contrastive/level-{tag}.npy", f"history/generate-{tag}.csv"]
-    checkpoint, sampled, start = folder / f"generator-{tag}.checkpoint", folder / f"contrastive-{tag}.checkpoint", time.perf_counter()
+    checkpoint, sampled, again = (folder / f"{part}-{tag}.checkpoint" for part in ("generator", "contrastive", "normal"))
+    start = time.perf_counter()
     model, history = train_patchdiff(normals, level, config, seed, device, checkpoint, progress)
     trained = time.perf_counter()
     made = generate(model, config, seed, device, progress, sampled)
     save_patchdiff(folder / files[0], model)
     write_array(folder / files[1], made)
     write_table(folder / files[2], history)
-    if config.reconstruct: files.append(f"contrastive/normal-{tag}.npy"); write_array(folder / files[-1], reconstruct_normals(model, normals, config, seed, device))
-    for file in (checkpoint, sampled): file.unlink(missing_ok=True)
+    if config.reconstruct:
+        files.append(f"contrastive/normal-{tag}.npy")
+        write_array(folder / files[-1], reconstruct_normals(model, normals, config, seed, device, progress, again))
+    for file in (checkpoint, sampled, again): file.unlink(missing_ok=True)
     seconds = {"train": round(trained - start, 2), "sample": round(time.perf_counter() - trained, 2)}
     return {"level": level, "loss": history.loss.tail(100).mean(), "parts": seconds}, files
 

@@ -10,7 +10,7 @@ from conftest import TINY
 
 from grad_nb import runner, store
 from grad_nb.config import GeneratorConfig
-from grad_nb.patchdiff import generate, new_patchdiff
+from grad_nb.patchdiff import generate, new_patchdiff, reconstruct_normals
 from grad_nb.pipeline import run_stage
 from grad_nb.store import TimeUp, read_json, run_steps, time_left, time_limit
 
@@ -50,20 +50,24 @@ def test_without_a_checkpoint_the_time_still_ends(monkeypatch):
     with pytest.raises(TimeUp): run_steps(lambda i: torch.zeros(1), 5, ["u"], {}, progress=False)
 
 
-def test_a_contrastive_set_made_in_pieces_is_the_same(monkeypatch, tmp_path):
-    config = GeneratorConfig(size=16, width=8, n_samples=7, sample_batch=2, sample_steps=4, bf16=False)
-    model, calls = new_patchdiff(5, config), []
-    whole = generate(model, config, progress=False)
+@pytest.mark.parametrize("what", ["sampling", "reconstructing"])
+def test_pictures_made_in_pieces_are_the_same(monkeypatch, tmp_path, what):
+    config = GeneratorConfig(size=16, width=8, n_samples=7, sample_batch=2, sample_steps=4, bf16=False, reconstruct=0.5)
+    model, normals, calls = new_patchdiff(5, config), np.random.default_rng(0).integers(0, 256, (7, 16, 16, 3), np.uint8), []
+    def make(pictures=normals, **where):
+        return generate(model, config, progress=False, **where) if what == "sampling" else reconstruct_normals(model, pictures, config, progress=False, **where)
     def piece(steps):
         with monkeypatch.context() as patch:
             after(patch, steps)
-            return generate(model, config, progress=False, checkpoint=tmp_path / "c")
+            return make(checkpoint=tmp_path / "c")
+    whole = make()
     for _ in range(3):
-        with pytest.raises(TimeUp, match="sampling 5"): piece(1)
+        with pytest.raises(TimeUp, match=f"{what} 5"): piece(1)
         calls.append(store.read_tensors(tmp_path / "c")[1]["state"]["done"])
     assert calls == [1, 2, 3] and (piece(9) == whole).all()
+    if what == "reconstructing": assert (make(255 - normals, checkpoint=tmp_path / "c") != whole).any(), "those of other pictures are not taken"
     with torch.no_grad(): model.out[2].bias.add_(0.5)
-    assert (generate(model, config, progress=False, checkpoint=tmp_path / "c") != whole).any(), "pictures of other weights are not taken"
+    assert (make(checkpoint=tmp_path / "c") != whole).any(), "pictures of other weights are not taken"
 
 
 def test_the_seconds_of_a_cut_stage_add_up(tmp_path, monkeypatch):
