@@ -475,7 +475,7 @@ def bench_precisions(
     calibration: int = 64,  # training pictures that set the ranges of the activations in eight bits
 ) -> list[dict]:  # rows for torch, in bf16 too where the processor has it, and for ONNX Runtime, in int8 too, where it is installed
     "What fewer bits gain in time and size, and what they cost in image AUROC and in verdicts, on the test pictures of a part."
-    size, labels, rows, first = model.preset.generator.size, np.array([s.label for s in category.test]), [], None
+    size, labels, rows, first = model.preset_.generator.size, np.array([s.label for s in category.test]), [], None
     x, normals = (load_images(s, size, progress=False) for s in (category.test, category.train[:calibration]))
     with threads_of(threads), tempfile.TemporaryDirectory() as folder:
         for name, precision, way, megabytes in _precisions(model, folder, torch.get_num_threads(), normals):

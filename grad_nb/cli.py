@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import repeat
 from pathlib import Path
 
@@ -313,13 +314,13 @@ def grad_fit(
 ):
     "Train a model on a folder of normal pictures; write it to one file, and a model card (Markdown) beside it."
     settings = override(_preset(preset), parse_overrides(overrides))
-    _writable(model)
+    card = _before_fit(model, category)
     fitted = GRAD(settings, layout, augmentation(category), validation, false_alarm_rate, seed, device, not quiet, work_dir).fit(pictures)
     fitted.save(model)
-    with atomic_path(card_path(model)) as temporary: temporary.write_text(fitted.card(), encoding="utf-8")
+    with atomic_path(card) as temporary: temporary.write_text(fitted.card(), encoding="utf-8")
     print(f"{model}: threshold {fitted.offset_:.3f} at a false-alarm rate of {false_alarm_rate:.0%} on held-out normal pictures")
 
-
+# %% ../nbs/16_cli.ipynb #fitbefore
 _preset = preset  # the command's option has the same name as the function
 
 
@@ -331,20 +332,29 @@ def _writable(path: str | Path) -> None:
         with tempfile.TemporaryFile(dir=Path(path).parent): pass
     except OSError as e: raise ValueError(f"{path} cannot be written ({e.strerror}); give another file") from None
 
+
+def _before_fit(model: str, category: str) -> Path:
+    "Where the card goes; `ValueError` for what would otherwise be known after the training only."
+    if category and category not in OFFICIAL:
+        near = get_close_matches(category, OFFICIAL, n=1)
+        raise ValueError(f"no MVTec category {category!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(OFFICIAL)}"))
+    _writable(model); _writable(card := card_path(model))
+    if card.exists() and not card.read_bytes().startswith(b"# GRAD"): raise ValueError(f"{card} is there and is no model card; give another --model, or move it away")
+    return card
+
 # %% ../nbs/16_cli.ipynb #533b0b47
 def card_path(
     model: str | Path,  # a model's file
-) -> Path:  # part.grad → part.md
+) -> Path:  # part.grad → part.grad.md
     "Where the card of a model goes: beside it."
-    path = Path(model)
-    return path.with_name(f"{path.name}.md") if path.suffix == ".md" else path.with_suffix(".md")
+    return Path(model).with_name(f"{Path(model).name}.md")
 
 # %% ../nbs/16_cli.ipynb #2bb05a7f
 def expand(
     given: Sequence[str | Path],  # pictures, folders of pictures, and "-" for the names on stdin, one a line
 ) -> list[Path]:  # the pictures, folder by folder
     "Folders as the pictures in them; a file stays as it is, even if it is absent. `DataError` for an empty folder or nothing at all."
-    found, names = [], [line for name in given for line in (sys.stdin.read().splitlines() if str(name) == "-" else [name])]
+    found, names = [], [line for name in given for line in (sys.stdin.read().replace("\r\n", "\n").split("\n") if str(name) == "-" else [name]) if str(line).strip()]
     for path in map(Path, names):
         inside = picture_files(path) if _is_folder(path) else [path]
         if not inside: raise DataError(f"{path} holds no pictures; give a folder of pictures, or files")

@@ -103,6 +103,8 @@ class EvalConfig:
 
     def __post_init__(self):
         _at_least(self, 1, "blur_kernel", "map_size", "baseline_size", "batch")
+        if not (self.blur_sigma > 0 and 0 <= self.holdout < 1):
+            raise ValueError(f"blur_sigma={self.blur_sigma} must be positive (blur_kernel=1 blurs nothing), holdout={self.holdout} in [0, 1)")
         if self.placement not in ("geometry", "patch", "stretch"):
             raise ValueError(f"placement must be 'geometry', 'patch' or 'stretch', not {self.placement!r}")
 
@@ -155,6 +157,10 @@ class Preset:
     evaluation: EvalConfig = EvalConfig()  # scoring and evaluation
     levels_ad: tuple[Level, ...] = TABLE_7["mvtec_ad"]  # detectors for MVTec AD and plain folders
     levels_loco: tuple[Level, ...] = TABLE_7["mvtec_loco"]  # detectors for MVTec LOCO and the trays
+
+    def __post_init__(self):
+        for rows in (self.levels_ad, self.levels_loco):
+            if len({row.level for row in rows}) < len(rows): raise ValueError(f"two detectors have the same level: {', '.join(str(row.level) for row in rows)}")
 
     def levels(self,
         layout: str,  # layout of the data: "mvtec_ad", "mvtec_loco" or "folder"

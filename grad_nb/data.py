@@ -239,7 +239,7 @@ def read_category(
         raise DataError(f"{normals[0].parent if normals else root / 'train' / 'good'} holds {len(normals)} normal pictures; "
                         f"at least {MIN_NORMALS} are needed, a batch takes {MIN_NORMALS}")
     category = Category(Path(os.path.abspath(root)).name, layout, root, tuple(Sample(p, 0, "good") for p in normals))
-    if layout == "folder": return category
+    if layout == "folder": return _named_in_utf8(category)
     test, validation, defects, notes = _test_samples(root, layout), (), (), ()
     if layout == "mvtec_loco":
         validation = tuple(Sample(p, 0, "good") for p in picture_files(root / "validation" / "good"))
@@ -248,7 +248,15 @@ def read_category(
         test, validation = validation + test, ()
         notes += ("validation/good stands in for test/good, which is absent",)
     if any(s.label and not s.masks for s in test): notes += ("no ground truth: pixel figures are n/a",)
-    return replace(category, validation=validation, test=test, defects=defects, notes=notes)
+    return _named_in_utf8(replace(category, validation=validation, test=test, defects=defects, notes=notes))
+
+
+def _named_in_utf8(category: Category) -> Category:
+    "The category itself; `DataError` for a name that cannot be written into a result."
+    for sample in (*category.train, *category.validation, *category.test):
+        try: str(sample.path).encode()
+        except UnicodeEncodeError: raise DataError(f"{ascii(str(sample.path))} has a name that is not UTF-8; rename it") from None
+    return category
 
 # %% ../nbs/01_data.ipynb #hold0002
 def hold_out(

@@ -62,7 +62,7 @@ def score_levels(
     def judge(start, batch):
         bytes_ = torch.from_numpy(np.array(pictures[start : start + batch])).to(device)
         x = bytes_.permute(0, 3, 1, 2).float().contiguous() if any(bytes_.shape[1:3] != (size, size) for size in sizes) else bytes_.permute(0, 3, 1, 2)
-        return [score_map(net, resized(x, size).permute(0, 2, 3, 1)).cpu().numpy() for net, size in zip(nets, sizes)]
+        return [score_map(net, resized(x, size).permute(0, 2, 3, 1)).cpu().numpy() for net, size in zip(nets, sizes, strict=True)]
     with tqdm(total=len(pictures), desc="scoring", disable=not progress, leave=False) as bar:
         while done < len(pictures):
             found, batch = halving(partial(judge, done), batch)

@@ -81,7 +81,7 @@ class Scorer(nn.Module):
     ):
         super().__init__()
         check_is_fitted(model)
-        self.size, config = model.preset.generator.size, model.preset.evaluation
+        self.size, config = model.preset_.generator.size, model.preset_.evaluation
         stats = model.stats_ if len(model.levels_) > 1 else [None]
         self.views = nn.ModuleList(View(d, self.size, row.size, config, s) for d, row, s in zip(model.detectors_, model.levels_, stats))
         self.register_buffer("threshold", torch.tensor(float32_below(model.offset_)))
@@ -127,7 +127,7 @@ def metadata(
     model: GRAD,  # fitted
 ) -> dict[str, str]:  # ready for an ONNX file's metadata_props
     "What an exported file says about itself; `levels` and `versions` are JSON."
-    return {"kind": "grad_nb.Scorer", "size": str(model.preset.generator.size), "map_size": str(model.preset.evaluation.map_size),
+    return {"kind": "grad_nb.Scorer", "size": str(model.preset_.generator.size), "map_size": str(model.preset_.evaluation.map_size),
             "threshold": repr(model.offset_), "levels": json.dumps([[row.level, row.size] for row in model.levels_]),
             "versions": json.dumps(versions(), sort_keys=True)}
 

@@ -172,6 +172,16 @@ def fit(self: GRAD,
 ) -> GRAD:  # self
     "Train the generators and the detectors on normal pictures and set the threshold. `DataError` for too few or broken pictures, `ValueError` for wrong settings."
     _check_parameters(self)
+    new = type(self)(**self.get_params())  # a fit that fails leaves this model as it was
+    new._learn(X)
+    vars(self).update({name: value for name, value in vars(new).items() if name.endswith("_")})
+    return self
+
+
+@patch
+def _learn(self: GRAD, X: Input) -> None:
+    "The work of `fit`, on a model that is not fitted yet."
+    self.made_with_ = _settings(self)
     device, size = pick_device(self.device), self.preset.generator.size
     pictures = np.concatenate([b for _, b in picture_batches(X, size, 64, self.progress)])
     train, held = hold_out(len(pictures), self.validation, self.random_state)
@@ -184,9 +194,8 @@ def fit(self: GRAD,
     self.n_pictures_, self.versions_ = (len(train), len(held)), versions()
     self.stats_ = [MapStats.of(m) for m in self._maps(pictures[held])]
     scores, maps = self._score(pictures[held])
-    if not np.isfinite(scores).all(): raise ValueError("the training diverged: scores of held-out pictures are not finite; lower detector.lr")
+    if not (np.isfinite(scores).all() and np.isfinite(maps).all()): raise ValueError("the training diverged: scores of held-out pictures are not finite; lower detector.lr")
     self.offset_, self.map_limits_ = float(np.quantile(scores, 1 - self.false_alarm_rate)), colour_limits(maps, self.false_alarm_rate)
-    return self
 
 # %% ../nbs/12_grad.ipynb #grad0009
 def _check_parameters(model: GRAD) -> None:
@@ -201,6 +210,11 @@ def _check_parameters(model: GRAD) -> None:
         if not isinstance(value, (int, np.integer)) or value < 0: raise ValueError(f"{name} must be a whole number from 0 on, not {value!r}")
 
 
+def _settings(model: GRAD) -> dict[str, object]:
+    "The parameters that make a model what it is; later changes of them take a new `fit`."
+    return {name: value for name, value in model.get_params().items() if name not in ("device", "progress", "work_dir")}
+
+
 @contextlib.contextmanager
 def _work_folder(work_dir: str | Path | None) -> Iterator[Path]:
     "The folder for the stages of `fit`: a temporary one, or `work_dir`, for this process alone. `ValueError` if another is in it."
@@ -208,10 +222,7 @@ def _work_folder(work_dir: str | Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder: yield Path(folder)
         return
     folder = Path(work_dir)
-    with alone(folder / ".lock", str(folder)):
-        for pattern in (".generat*.part", ".detect*.part", "contrastive/.*.part", "history/.*.part"):
-            for part in folder.glob(pattern): part.unlink()  # of a process that was killed while it wrote
-        yield folder
+    with alone(folder / ".lock", str(folder)): yield folder
 
 
 # %% ../nbs/12_grad.ipynb #2a2584ac
@@ -247,18 +258,30 @@ def _keep_patches(self: GRAD, folder: Path, pictures: np.ndarray, train: np.ndar
         return normal, bank("contrastive", made, row, detector)
     return [banks(row, detector) for row, detector in zip(self.levels_, self.detectors_)]
 
+# %% ../nbs/12_grad.ipynb #grad0010
+@patch(as_prop=True)
+def settings_(self: GRAD) -> dict[str, object]:
+    "The parameters with which the model was fitted; its own if it was put together by hand."
+    return vars(self).get("made_with_") or _settings(self)
+
+
+@patch(as_prop=True)
+def preset_(self: GRAD) -> Preset:
+    "The preset with which the model was fitted."
+    return self.settings_["preset"]
+
 # %% ../nbs/12_grad.ipynb #grad0004
 @patch
 def _maps(self: GRAD, pictures: np.ndarray) -> list[np.ndarray]:
     "Score maps of some pictures, one array for each detector."
-    device, batch = pick_device(self.device), self.preset.evaluation.batch
+    device, batch = pick_device(self.device), self.preset_.evaluation.batch
     return score_levels(self.detectors_, pictures, [row.size for row in self.levels_], device, batch)
 
 
 @patch
 def _fused(self: GRAD, maps: list[np.ndarray], with_maps: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
     "Image scores and, if asked for, pixel maps from the detectors' maps."
-    config = self.preset.evaluation
+    config = self.preset_.evaluation
     return fuse(maps, [row.size for row in self.levels_], self.stats_, config.map_size, config, with_maps)
 
 
@@ -276,7 +299,7 @@ def stream(self: GRAD,
 ) -> Iterator[Prediction]:  # of one batch after the other
     "Judge pictures a batch at a time, in flat memory. `DataError` names a picture that cannot be read."
     check_is_fitted(self)
-    for paths, pictures in picture_batches(X, self.preset.generator.size, self.preset.evaluation.batch, self.progress, "judging", report):
+    for paths, pictures in picture_batches(X, self.preset_.generator.size, self.preset_.evaluation.batch, self.progress, "judging", report):
         scores, heat_maps = self._score(pictures, maps)
         yield Prediction(scores, scores > self.offset_, heat_maps, tuple(paths))
 
@@ -315,7 +338,7 @@ def explain(self: GRAD,
     "Why a picture gets its score: place, nearest normal and nearest generated patch, level by level."
     check_is_fitted(self)
     pixels = picture if isinstance(picture, np.ndarray) else read_image(picture)
-    small, device = _read(pixels, self.preset.generator.size), pick_device(self.device)
+    small, device = _read(pixels, self.preset_.generator.size), pick_device(self.device)
     maps = self._maps(small[None])
     (score,), (heat_map,) = self._fused(maps)
     stats = self.stats_ if len(maps) > 1 else [MapStats(0.0, 1.0)]
@@ -328,8 +351,8 @@ def _uses(model: GRAD) -> str:
     "The part of a card that tells how a model was made."
     seen = "{} normal pictures, and {} others held out".format(*model.n_pictures_) if model.n_pictures_ else "normal pictures"
     names = ", ".join(f"level {row.level} at {row.size} px (contrastive pictures of level {', '.join(map(str, row.generators))})" for row in model.levels_)
-    return (f"Trained on {seen}, each resized to {model.preset.generator.size} x {model.preset.generator.size} pixels, with preset `{model.preset.name}` and "
-            f"seed {model.random_state}. No anomalous picture was used. Detectors: {names}.")
+    return (f"Trained on {seen}, each resized to {model.preset_.generator.size} x {model.preset_.generator.size} pixels, with preset `{model.preset_.name}` and "
+            f"seed {model.settings_['random_state']}. No anomalous picture was used. Detectors: {names}.")
 
 
 @patch
@@ -337,9 +360,10 @@ def card(self: GRAD) -> str:  # Markdown
     "What the model is, how it was made, how to use it, and what not to expect."
     check_is_fitted(self)
     made = ", ".join(f"{name} {number}" for name, number in sorted(self.versions_.items()))
-    settings = json.dumps({"preset": to_dict(self.preset), "layout": self.layout, "augmentation": to_dict(self.augmentation), "validation": self.validation}, indent=1)
-    return CARD.format(how=_uses(self), threshold=f"{self.offset_:.6g}", rate=f"{self.false_alarm_rate:.1%}", low=f"{self.map_limits_[0]:.4g}",
-                       high=f"{self.map_limits_[1]:.4g}", size=self.preset.generator.size, licence=LICENCE, made=made, settings=settings)
+    known = self.settings_
+    settings = json.dumps({"preset": to_dict(self.preset_), "layout": known["layout"], "augmentation": to_dict(known["augmentation"]), "validation": known["validation"]}, indent=1)
+    return CARD.format(how=_uses(self), threshold=f"{self.offset_:.6g}", rate=f"{known['false_alarm_rate']:.1%}", low=f"{self.map_limits_[0]:.4g}",
+                       high=f"{self.map_limits_[1]:.4g}", size=self.preset_.generator.size, licence=LICENCE, made=made, settings=settings)
 
 # %% ../nbs/12_grad.ipynb #3b2c8352
 LICENCE = """The software is Apache-2.0. The model holds what was learnt from the training pictures, and some patches of them: the licence of those
@@ -393,9 +417,8 @@ def _contents(
         for kind, bank in zip(("normal", "contrastive"), banks or ()):
             tensors |= {f"bank.{row.level}.{kind}.{f.name}": torch.from_numpy(getattr(bank, f.name)) for f in fields(PatchBank)}
     return tensors, {
-        "kind": "GRAD", "format": FORMAT, "preset": to_dict(model.preset), "layout": model.layout, "augmentation": to_dict(model.augmentation),
-        "offset": model.offset_, "map_limits": model.map_limits_, "stats": [[s.mean, s.std] for s in model.stats_], "validation": model.validation,
-        "false_alarm_rate": model.false_alarm_rate, "random_state": model.random_state, "explain_patches": model.explain_patches,
+        "kind": "GRAD", "format": FORMAT, **model.settings_, "preset": to_dict(model.preset_), "augmentation": to_dict(model.settings_["augmentation"]),
+        "offset": model.offset_, "map_limits": model.map_limits_, "stats": [[s.mean, s.std] for s in model.stats_],
         "pictures": model.n_pictures_, "versions": model.versions_,
         "licence": LICENCE, "card": model.card()}
 
@@ -444,6 +467,7 @@ def _rebuild(tensors: dict[str, torch.Tensor], meta: dict, device: str) -> GRAD:
     model = GRAD(from_dict(Preset, meta["preset"]), meta["layout"], Augmentation(**meta["augmentation"]), meta["validation"], meta["false_alarm_rate"],
                  meta["random_state"], device, explain_patches=meta["explain_patches"])
     _check_parameters(model)
+    model.made_with_ = _settings(model)
     model.levels_, model.offset_, model.stats_ = model.preset.levels(model.layout), meta["offset"], [MapStats(*s) for s in meta["stats"]]
     if len(model.stats_) != len(model.levels_): raise ValueError(f"{len(model.stats_)} statistics for {len(model.levels_)} detectors")
     _check_numbers(tensors, meta)

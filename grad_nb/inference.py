@@ -297,7 +297,7 @@ def loops() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(compile_loops(_cache())))
         return library if _right(library) else None
-    except (OSError, subprocess.SubprocessError, AttributeError): return None
+    except (OSError, subprocess.SubprocessError, AttributeError, RuntimeError): return None
 
 # %% ../nbs/10d_inference.ipynb #_inf0025
 FETCH = 14  # a transformed weight from memory costs as much as so many products (our choice)

@@ -55,7 +55,7 @@ def time_embedding(
     t: Tensor,  # (B,) int64
     dim: int,  # size of the embedding, even
 ) -> Tensor:  # (B, dim) float32
-    "Sines and cosines of t at frequencies from 1 to 1/10,000 (as in DDPM)."
+    "Sines and cosines of t at frequencies that fall from 1 towards 1/10,000 (as in the Transformer; our choice)."
     frequency = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angle = t[:, None].float() * frequency
     return torch.cat([angle.sin(), angle.cos()], 1)

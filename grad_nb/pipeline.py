@@ -141,6 +141,7 @@ def run_stage(
     if record := record_of(): return record
     with alone(folder / f".{name}.lock", f"{folder} ({name})", patience=PATIENCE):
         if record := record_of(): return record
+        for part in folder.rglob(f".*-{name.rsplit('-', 1)[-1]}.*.part"): part.unlink(missing_ok=True)  # of a process that was killed while it wrote
         start, pieces = time.perf_counter(), folder / f".{name}.pieces.json"
         try: before = read_json(pieces)["seconds"] if read_json(pieces)["fingerprint"] == key else 0.0
         except (FileNotFoundError, ValueError, KeyError, TypeError): before = 0.0

@@ -17,8 +17,8 @@ import logging
 import math
 import os
 import platform
+import secrets
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,16 +45,15 @@ log = logging.getLogger(__name__)  # what the library has to tell besides result
 def atomic_path(
     path: str | Path,  # where the file is to appear
 ) -> Iterator[Path]:  # a temporary path in the same folder, to be written inside the `with`
-    "Write a file whole or not at all: on success it is fsynced and renamed to `path`, on any error it is removed."
-    path = Path(path)
+    "Write a file whole or not at all: on success it is fsynced and renamed to `path`, on any error it is removed. `ValueError` for a pipe or a device."
+    path = Path(os.path.realpath(path))  # a link stays one, and what it leads to is replaced
+    if path.exists() and not (path.is_file() or path.is_dir()): raise ValueError(f"{path} is no regular file; give another")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.part")
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # less what the umask forbids
     try:
         yield temporary
         with open(temporary, "rb+") as f: os.fsync(f.fileno())
-        temporary.chmod(0o644)
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
@@ -172,6 +171,7 @@ def read_tensors(
     path: str | Path,  # a file that `write_tensors` made
 ) -> tuple[dict[str, Tensor], Any]:  # tensors on the CPU, and the plain data
     "Read tensors and plain data; runs no code from the file. `ValueError` names a file that is damaged, changed, or a pickle."
+    if Path(path).is_dir(): raise ValueError(f"{path} is a folder, not a file; give the file in it")
     try:
         with safe_open(str(path), framework="pt") as f:
             tensors, about = {name: f.get_tensor(name).clone() for name in f.keys()}, f.metadata() or {}  # not a view of the file, which may change
@@ -283,8 +283,10 @@ def array_sha256(
     array: np.ndarray,  # any array of numbers
 ) -> str:  # 64 hexadecimal digits
     "The SHA-256 of an array's shape, type and values."
-    head = f"{array.dtype}{array.shape}".encode()
-    return hashlib.sha256(head + np.ascontiguousarray(array).tobytes()).hexdigest()
+    digest, rows = hashlib.sha256(f"{array.dtype}{array.shape}".encode()), np.atleast_1d(array)
+    step = max(1, 2**24 // max(1, rows[:1].nbytes))  # 16 MB at a time: the array may be a memory map
+    for i in range(0, len(rows), step): digest.update(np.ascontiguousarray(rows[i : i + step]).data)
+    return digest.hexdigest()
 
 
 def _sha256(f) -> str:
@@ -314,7 +316,7 @@ def device_name(
 
 
 def pick_device(
-    name: str = "auto",  # "auto", "cpu", "cuda", "cuda:1", "mps"
+    name: str = "auto",  # "auto", "cpu", "cuda", "cuda:1"
 ) -> torch.device:
     "The device to use: `auto` takes CUDA if it is there. `ValueError` if the one asked for is absent."
     if name == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")

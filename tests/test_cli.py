@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from grad_nb.cli import grad_fit, grad_predict, map_paths, plain_errors
+from grad_nb.cli import card_path, expand, grad_fit, grad_predict, map_paths, plain_errors
 from grad_nb.data import read_image
 from grad_nb.grad import GRAD, colour_limits
 from grad_nb.plots import heat_overlay
@@ -227,6 +227,24 @@ def test_fit_says_at_once_where_it_cannot_write(trays, tmp_path, capsys, monkeyp
     for target in (tmp_path, tmp_path / "file/m.grad"):
         with pytest.raises(SystemExit) as stop: grad_fit(str(trays / "train/good"), str(target), quiet=True)
         assert stop.value.code == 2 and f"{target} cannot be written" in (err := capsys.readouterr().err) and len(err.splitlines()) == 1
+
+
+def test_fit_refuses_a_misspelt_category_and_a_card_that_is_none(trays, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(GRAD, "fit", lambda *_: pytest.fail("it was trained first"))
+    with pytest.raises(SystemExit): grad_fit(str(trays / "train/good"), str(tmp_path / "m.grad"), category="Screw", quiet=True)
+    assert "did you mean 'screw'?" in capsys.readouterr().err
+    (notes := tmp_path / "m.grad.md").write_text("my notes")
+    with pytest.raises(SystemExit): grad_fit(str(trays / "train/good"), str(tmp_path / "m.grad"), quiet=True)
+    assert f"{notes} is there and is no model card" in capsys.readouterr().err and notes.read_text() == "my notes"
+
+
+def test_models_whose_names_differ_by_their_end_have_cards_of_their_own():
+    assert card_path("a/screw.v1") != card_path("a/screw.v2") and card_path("a/part.grad") == Path("a/part.grad.md")
+
+
+def test_names_on_stdin_are_lines_and_nothing_else(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("one.png\n\n  \na\u2028b.png\r\nlast one.png"))
+    assert expand(["-"]) == [Path("one.png"), Path("a\u2028b.png"), Path("last one.png")]
 
 
 def test_fit_in_the_same_process_is_what_the_options_say(trays, tmp_path, capsys, monkeypatch):

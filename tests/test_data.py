@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import struct
+import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -745,3 +746,11 @@ def test_a_category_of_loco_needs_its_table_of_defects_and_a_mask_folder(tmp_pat
 def test_the_real_categories_are_recognised(real_data):
     bottle = survey(real_data / "mvtec_ad/bottle")
     assert bottle.problems == [] and sum(bottle.pictures.values()) == 292 and bottle.masks == {"broken_large": 20, "broken_small": 22, "contamination": 21}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_no_result_can_hold_is_refused_before_the_training(tmp_path):
+    root = make_ad(tmp_path / "part")
+    good = next((root / "train/good").iterdir())
+    good.rename(os.fsdecode(os.fsencode(good.parent) + b"/\xff.png"))
+    assert "not UTF-8" in refused(read_category, root)

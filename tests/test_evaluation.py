@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.ndimage import correlate1d
 
-from grad_nb.config import EvalConfig
+from grad_nb.config import EvalConfig, Level, Preset
 from grad_nb.coords import with_coords
 from grad_nb.detector import Detector, map_side
 from grad_nb.evaluation import (
@@ -266,3 +266,12 @@ def test_the_baselines_see_nothing_where_there_is_nothing():
     same = np.full((6, 64, 64, 3), 50, np.uint8)
     figures = trivial(same, same, ["good"] * 3 + ["none"] * 3, 32)
     assert figures["gaussian"]["image_auroc"] == figures["nearest"]["image_auroc"] == 0.5
+
+
+@pytest.mark.parametrize("wrong", [dict(blur_sigma=0.0), dict(blur_sigma=float("nan")), dict(holdout=1.0), dict(holdout=-0.1)])
+def test_settings_that_give_no_map_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))): EvalConfig(**wrong)
+
+
+def test_two_detectors_of_a_preset_have_levels_of_their_own():
+    with pytest.raises(ValueError, match="the same level: 34, 34"): Preset("mine", levels_ad=(Level(34, 64, (5,)), Level(34, 96, (5,))))

@@ -491,8 +491,9 @@ def test_kill_9_while_saving_leaves_a_whole_file(tmp_path):
 
 
 def test_parts_of_a_killed_process_are_cleared_away_by_the_next_fit(normal, tmp_path):
-    (tmp_path / "contrastive").mkdir()
-    litter = [tmp_path / name for name in (".generator-05.safetensors.x1.part", ".detector-034.checkpoint.x2.part", "contrastive/.level-05.npy.x3.part")]
+    for name in ("contrastive", "history"): (tmp_path / name).mkdir()
+    litter = [tmp_path / name for name in (".generator-05.safetensors.x1.part", ".detector-034.checkpoint.x2.part", "contrastive/.level-05.npy.x3.part",
+                                            ".contrastive-05.checkpoint.x4.part", ".normal-05.checkpoint.x5.part", "history/.detect-034.csv.x6.part")]
     mine = [tmp_path / ".mine.part", tmp_path / "notes.part"]
     for path in litter + mine: path.write_bytes(b"half")
     small().set_params(work_dir=tmp_path).fit(normal)

@@ -60,7 +60,7 @@ def test_scores_do_not_depend_on_the_batch(model, trays):
     for name in ("levels_", "detectors_", "stats_", "offset_"): setattr(other, name, getattr(model, name))
     want = model.score_samples(trays / "train/good")
     for batch in (1, 3, 7):
-        other.preset = override(model.preset, {"evaluation.batch": batch})
+        other.made_with_ = model.settings_ | {"preset": override(model.preset, {"evaluation.batch": batch})}
         assert np.allclose(other.score_samples(trays / "train/good"), want, rtol=0, atol=1e-5)
 
 
@@ -105,6 +105,25 @@ def test_reconstructed_normals_are_learnt_beside_the_pictures_and_kept_nowhere_e
     assert [len(x) for x in learnt] == [4 * n] and all(m.shape == (n, 64, 64, 3) for m in made.values())
     assert not np.array_equal(made[3], made[17]) and not list(tmp_path.rglob("*.part"))
     assert fitted.preset.generator.reconstruct == 0.1 and "reconstruct" in fitted.card()
+
+
+@pytest.mark.parametrize("error, change", [(ValueError, {"detector.lr": 1e38}), (KeyboardInterrupt, {"detector.steps": 6})])
+def test_a_fit_that_fails_leaves_the_model_as_it_was(trays, tmp_path, monkeypatch, error, change):
+    fitted, pictures = tiny().fit(trays / "train/good"), trays / "test/good"
+    want, card = fitted.score_samples(pictures), fitted.card()
+    if error is KeyboardInterrupt: monkeypatch.setattr(GRAD, "_keep_patches", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(error): fitted.set_params(preset=override(fitted.preset, change), layout="mvtec_loco").fit(trays / "train/good")
+    assert (fitted.score_samples(pictures) == want).all() and fitted.card() == card
+
+
+def test_settings_that_are_changed_after_the_fit_wait_for_the_next_one(trays, tmp_path):
+    fitted, pictures = tiny().fit(trays / "train/good"), trays / "test/good"
+    want = fitted.score_samples(pictures)
+    fitted.set_params(preset=override(fitted.preset, {"generator.size": 128, "detector.width": 0.2, "evaluation.blur_kernel": 1}), random_state=9, explain_patches=3)
+    fitted.save(tmp_path / "m.grad")
+    again = GRAD.load(tmp_path / "m.grad", "cpu")
+    assert (fitted.score_samples(pictures) == want).all() and (again.score_samples(pictures) == want).all()
+    assert again.preset.generator.size == 64 and again.random_state == 0 and again.card() == fitted.card()
 
 
 CHILD = """

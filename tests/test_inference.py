@@ -160,6 +160,14 @@ def test_without_a_compiler(monkeypatch, tmp_path, variable, value):
     finally: loops.cache_clear()
 
 
+def test_without_a_home(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(inference.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
+    loops.cache_clear()
+    try: assert loops() is None
+    finally: loops.cache_clear()
+
+
 def test_levels_are_the_detectors_one_by_one():
     seen, nets, sizes = pictures(3, 96), [detector(0.25), detector(0.25, 1), detector(0.1, 2)], (96, 64, 48)
     together = score_levels(nets, seen, sizes, batch=2)

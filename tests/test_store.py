@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,24 @@ def test_while_it_is_written_the_file_is_a_part_in_the_same_folder(tmp_path):
         assert temporary.parent == path.parent and temporary.name.endswith(".part") and not path.exists()
         temporary.write_text("new")
     assert path.read_text() == "new" and names(path.parent) == ["a.txt"]
-    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600)])
+def test_a_file_may_be_read_by_whom_the_umask_says(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        with atomic_path(tmp_path / "a") as temporary: temporary.write_text("new")
+    finally: os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == mode
+
+
+def test_a_link_stays_one_and_a_pipe_is_not_replaced(tmp_path):
+    target, link, pipe = tmp_path / "deep/target", tmp_path / "link", tmp_path / "pipe"
+    target.parent.mkdir(); target.write_text("old"); link.symlink_to(target); os.mkfifo(pipe)
+    write_json(link, 1)
+    assert link.is_symlink() and target.read_text() == "1\n" and names(target.parent) == ["target"]
+    with pytest.raises(ValueError, match="no regular file"): write_json(pipe, 1)
+    assert pipe.is_fifo() and names(tmp_path) == ["deep", "link", "pipe"]
 
 
 def test_two_writers_do_not_share_a_part(tmp_path):
@@ -368,3 +386,22 @@ def test_a_device_names_what_decides_its_speed_and_rounding(monkeypatch, has, wo
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "NEON")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert device_name("cpu") == words and device_name("mps") == "mps"
+
+
+@pytest.mark.parametrize("array", [np.array(3.5), np.zeros((0, 3)), np.arange(10)[::2], np.random.default_rng(0).random((5, 700, 1000))[:, ::2], np.array([True, False])])
+def test_the_hash_of_an_array_is_that_of_its_head_and_its_bytes(array):
+    whole = f"{array.dtype}{array.shape}".encode() + array.tobytes()
+    assert array_sha256(array) == hashlib.sha256(whole).hexdigest()
+
+
+def test_hashing_an_array_needs_no_second_one():
+    array = np.zeros(64 * 2**20, np.uint8).reshape(64, -1)
+    tracemalloc.start()
+    array_sha256(array)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < array.nbytes / 4
+
+
+def test_a_folder_is_no_file_of_tensors(tmp_path):
+    with pytest.raises(ValueError, match="is a folder"): read_tensors(tmp_path)
