@@ -38,7 +38,7 @@ from .export import OnnxScorer, Scorer, to_int8, to_onnx
 from .grad import GRAD
 from .inference import Captured, prepared, resized, score_map
 from .patchdiff import generate, new_patchdiff, to_model, train_patchdiff
-from .store import bf16_supported, device_name, pick_device
+from .store import bf16_supported, device_name, float32_name, pick_device
 from .training import train_detector
 
 # %% ../nbs/15_benchmark.ipynb #3c97985c
@@ -167,7 +167,7 @@ def bench_detectors(
             gmac = sum(sum(count_operations(net, s).values()) for net, s in zip(judge.nets, chosen)) / 1e9
             time_of = latency(judge, judge.pictures, runs, max(3, runs // 5), device)
             rows.append({"detectors": " + ".join(map(str, chosen)), "device": device_name(device), "threads": torch.get_num_threads(),
-                         "batch": batch, "precision": "bf16" if bf16 else "float32",
+                         "batch": batch, "precision": "bf16" if bf16 else float32_name(device),
                          "width": width, "way": "fast" if judge.fast else "plain", "transfers": "none (cpu)" if device.type == "cpu" else "inside" if transfers else "outside", "runs": runs,
                          **vars(time_of), "pictures_per_s": 1000 * batch / time_of.median_ms, "GMAC": gmac,
                          "GMAC_per_s": 1000 * batch * gmac / time_of.median_ms})
@@ -180,13 +180,14 @@ def time_per_step(
     runs: int = 3,  # differences measured
     device: str | torch.device = "cpu",  # where it computes; a GPU is waited for
 ) -> Latency:  # of one step
-    "Time of one step of a loop, without what the call does before and after it."
+    "Time of one step of a loop, without what the call does before and after it, and on a GPU without the first steps, after which it is recorded."
+    first = 2 if torch.device(device).type == "cpu" else 12
     def seconds(n: int) -> float:
         "One call of n steps."
         _wait(torch.device(device)); start = time.perf_counter(); call(n); _wait(torch.device(device))
         return time.perf_counter() - start
-    call(2)
-    return Latency.of([(seconds(2 + steps) - seconds(2)) / steps for _ in range(runs)])
+    call(first)
+    return Latency.of([(seconds(first + steps) - seconds(first)) / steps for _ in range(runs)])
 
 # %% ../nbs/15_benchmark.ipynb #d62b3f8d
 @dataclass(frozen=True)
@@ -239,7 +240,7 @@ def bench_stages(
         for job in tqdm(jobs, "stages", disable=not progress):
             step = time_per_step(job.call, steps, runs, device)
             rows.append({"stage": job.stage, "device": device_name(device), "threads": torch.get_num_threads(), "items": job.items, "of": job.of,
-                         "precision": "bf16 (mixed)" if job.bf16 and bf16_supported(device) else "float32", "steps": steps, "runs": runs,
+                         "precision": "bf16 (mixed)" if job.bf16 and bf16_supported(device) else float32_name(device), "steps": steps, "runs": runs,
                          **vars(step), "items_per_s": 1000 * job.items / step.median_ms if step.median_ms > 0 else float("nan"), "GMAC": job.gmac})
     return rows
 
@@ -613,7 +614,7 @@ def bench_terms(
             job = _detector_job(row, replace(config, alpha_1=alpha_1, alpha_2=alpha_2), device, rng)
             t = time_per_step(job.call, steps, runs, device)
             rows.append({"terms": name, "device": device_name(device), "threads": torch.get_num_threads(), "items": job.items, "of": job.of,
-                         "precision": "bf16 (mixed)" if job.bf16 and bf16_supported(device) else "float32", "steps": steps, "runs": runs, **vars(t)})
+                         "precision": "bf16 (mixed)" if job.bf16 and bf16_supported(device) else float32_name(device), "steps": steps, "runs": runs, **vars(t)})
     return rows
 
 # %% ../nbs/15_benchmark.ipynb #benc0016

@@ -23,13 +23,13 @@ class CudaGraph:
         work: Callable[[], Any],  # the step; recorded, not run
         generators: Sequence[torch.Generator],  # what it draws from
     ):
-        self.graph = torch.cuda.CUDAGraph()
+        self.graph, self.device = torch.cuda.CUDAGraph(), generators[0].device if generators else torch.cuda.current_device()
         for generator in generators: self.graph.register_generator_state(generator)
-        with torch.cuda.graph(self.graph): self.result = work()
+        with torch.cuda.device(self.device), torch.cuda.graph(self.graph): self.result = work()
 
     def replay(self) -> Any:  # what the step gave; the next replay writes over it
         "Run the recorded step."
-        self.graph.replay()
+        with torch.cuda.device(self.device): self.graph.replay()
         return self.result
 
 # %% ../nbs/00c_capture.ipynb #capt0006

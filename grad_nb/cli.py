@@ -435,6 +435,7 @@ def grad_predict(
 ):
     "Judge pictures: path, score and verdict of each on stdout."
     if watch and pictures: raise ValueError("give pictures, or a folder to --watch, not both")
+    if watch and maps and os.path.realpath(maps) == os.path.realpath(watch): raise ValueError("--maps must be another folder than the one to --watch: maps there would overwrite pictures, or be judged as some")
     fitted, files = GRAD.load(model, device).set_params(progress=sys.stderr.isatty() and not watch), [] if watch else expand(pictures)
     places, broken, anomalies = map_paths(files, maps) if maps and files else {}, [], 0
     def draw(path, heat_map):
@@ -531,17 +532,19 @@ def grad_bench(
     "Time the detectors, every stage from a picture to a verdict, and a step of every training and sampling; random weights."
     from grad_nb import benchmark as b
     if bool(model) != bool(data): raise ValueError("--model and --data belong together: a trained model and the part's own pictures")
-    where, runs = pick_device(device), min(runs, 5) if quick else runs
+    settings, where, runs = _preset(preset), pick_device(device), min(runs, 5) if quick else runs
+    judged = (GRAD.load(model, "cpu"), read_category(Path(data).resolve().parent, Path(data).resolve().name)) if model else ()
+    if peers and importlib.util.find_spec("anomalib") is None: raise RuntimeError("peers need the package anomalib; install it with: pip install 'grad_nb[compare]'")
     with b.threads_of(threads): rest = {} if quick else {"growth": b.bench_growth()}  # first: memory that others leave behind would count
-    if not quick: rest |= {"stages": b.bench_stages(_preset(preset), device=where, threads=threads),
-                             "terms": b.bench_terms(_preset(preset).detector, _preset(preset).levels("mvtec_ad")[0].size, device=where, threads=threads),
+    if not quick: rest |= {"stages": b.bench_stages(settings, device=where, threads=threads),
+                             "terms": b.bench_terms(settings.detector, settings.levels("mvtec_ad")[0].size, device=where, threads=threads),
                              "ways": b.bench_ways(batch=batch, threads=threads, runs=min(runs, 10))}
     limits = b.ceilings(where, threads=threads)
     found = {"versions": versions(), "preset": preset, "ceilings": limits, **rest,
              "path": b.bench_path(batch=batch, threads=threads, runs=min(runs, 15), limits=limits) if where.type == "cpu" else [],
              "detectors": [row for bf16 in ((False, True) if bf16_supported(where) else (False,))
                            for row in b.bench_detectors(device=where, batch=batch, bf16=bf16, threads=threads, runs=runs)]}
-    if model: found["precisions"] = b.bench_precisions(GRAD.load(model, "cpu"), read_category(Path(data).resolve().parent, Path(data).resolve().name), threads, min(runs, 10))
+    if model: found["precisions"] = b.bench_precisions(*judged, threads, min(runs, 10))
     if protocol: found["protocol"] = [b.bench_protocol(device=where)]
     if peers: from grad_nb.peers import bench_peers; found["peers"] = bench_peers(batch=batch, threads=threads, runs=min(runs, 10))
     _print_bench(found)

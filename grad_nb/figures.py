@@ -28,7 +28,7 @@ from .evaluation import pixel_map, resize_pictures
 from .explain import make_bank
 from .patchdiff import gradient_support, load_patchdiff, to_bytes, to_model
 from .patches import draw_batch
-from .pipeline import Run, load_normals, split_normals
+from .pipeline import Run, changed_stages, load_normals, split_normals
 from .plots import FeatureCloud, Localised, map_limits, save_figure
 from .reweighting import log_density
 from .store import read_array, read_json, stage_generator
@@ -63,6 +63,7 @@ def reopen(
     if data_sha256(category) != result["data_sha256"]: raise Missing(f"{category.root} is not what {name} was made from; give the same data")
     try: settings = from_dict(Preset, result["config"])
     except (KeyError, TypeError, ValueError) as e: raise Missing(f"{name} was made by another version of grad_nb ({e}); run it again") from None
+    if changed := changed_stages(folder, result): raise Missing(f"{', '.join(changed)} in {name} is of another run than its result; run it to the end again")
     return Run(category, settings, result["seed"], Path(folder), result["data_sha256"], "cpu", False)
 
 # %% ../nbs/17b_figures.ipynb #fa700007
@@ -125,11 +126,12 @@ def measured_points(
     bench: str | Path,  # file of `grad_bench --json-file`
     preset: str = "",  # which preset; may be left out if there is one only
 ) -> pd.DataFrame:  # as `speed_figure` takes them, and the column device
-    "What was measured here: a row for each precision of all detectors together. `Missing` if there is no such file, `ValueError` if it is another."
+    "What was measured here: a row for each precision of all detectors together. `Missing` if there is no such file, or it holds no detectors at batch 1."
     if not str(bench): raise Missing("no speed was measured: write it with grad_bench --json-file and give that file")
     if not Path(bench).is_file(): raise Missing(f"{bench} is not there; write it with grad_bench --json-file {bench}")
-    rows, found = [row for row in read_json(bench).get("detectors", []) if row.get("batch") == 1], of_preset(collect(runs), preset)
-    if not rows: raise ValueError(f"{bench} has no detectors at batch 1; write it with grad_bench --json-file")
+    known = read_json(bench)
+    rows, found = [row for row in (known.get("detectors", []) if isinstance(known, dict) else []) if row.get("batch") == 1], of_preset(collect(runs), preset)
+    if not rows: raise Missing(f"{bench} has no detectors at batch 1; write it with grad_bench --json-file")
     most = max(len(row["detectors"].split(" + ")) for row in rows)
     rows = [row for row in rows if len(row["detectors"].split(" + ")) == most]
     names = [name for name in published(1).category.unique() if name != "average"]

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from .coords import coord_map, with_coords
 from .detector import Detector, map_side
-from .store import atomic_path
+from .store import atomic_path, float32_name
 
 # %% ../nbs/10d_inference.ipynb #_inf0005
 POINTS = [Fraction(p) for p in ("0", "1", "-1", "2", "-2", "1/2", "-1/2")]  # infinity comes last and is not written
@@ -439,7 +439,7 @@ def _prepare(self: FastDetector, convs: list[nn.Conv2d], head: nn.Conv2d) -> Non
         if isinstance(layer, Winograd): work = [max(pair) for pair in zip(work, layer.memory(self.group))]
     self.work = tuple(map(_roomy, work))
     self.dense = [_Dense(conv, self.group * side**2) for conv in convs[5:]]
-    self.head = head.weight.flatten(), head.bias.clone()
+    self.head = head.weight.flatten().clone(), head.bias.clone()
 
 
 @patch(as_prop=True)
@@ -546,14 +546,14 @@ class Captured:
     ):
         self.device, self.sizes, cuda = torch.device(device), tuple(sizes), torch.device(device).type == "cuda"
         self.dtype, self.way = torch.bfloat16 if cuda and bf16 else torch.float32, "one graph" if cuda else "level by level"
-        self.precision = "bf16" if self.dtype == torch.bfloat16 else "float32"
+        self.precision = "bf16" if self.dtype == torch.bfloat16 else float32_name(self.device)
         self.nets = [copy.deepcopy(d).eval().requires_grad_(False).to(self.device, self.dtype, memory_format=torch.channels_last) for d in detectors]
         self.pictures = torch.zeros(batch, side, side, 3, dtype=torch.uint8, device=self.device)
         self.coords = [coord_map(size, size, self.device).to(self.dtype) for size in self.sizes]
         self.graph = self._capture() if cuda else None
 
     def __call__(self, pictures: Tensor) -> list[tuple[Tensor, Tensor]]:
-        "Both transfers included: bytes from the host, scores and maps on the host."
+        "Both transfers included: bytes from the host, scores and maps on the host; on CUDA the next call overwrites them."
         self.load(pictures)
         found = self.replay()
         if self.graph is None: return found
@@ -578,12 +578,12 @@ def _judge(self: Captured) -> list[tuple[Tensor, Tensor]]:
 @patch
 def _capture(self: Captured) -> torch.cuda.CUDAGraph:
     "Run a few times to choose kernels, then record."
-    stream = torch.cuda.Stream(self.device)
-    with torch.inference_mode(), torch.cuda.stream(stream):
-        for _ in range(3): self._judge()
-    torch.cuda.current_stream(self.device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.inference_mode(), torch.cuda.graph(graph): self.found = self._judge()
+    with torch.inference_mode(), torch.cuda.device(self.device):
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            for _ in range(3): self._judge()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph): self.found = self._judge()
     self.host = [tuple(torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in pair) for pair in self.found]
     return graph
 
@@ -602,5 +602,6 @@ def replay(self: Captured) -> list[tuple[Tensor, Tensor]]:  # of each level, sco
     "Judge the pictures that have been loaded."
     if self.graph is None:
         with torch.inference_mode(): self.found = self._judge()
-    else: self.graph.replay()
+    else:
+        with torch.cuda.device(self.device): self.graph.replay()
     return self.found

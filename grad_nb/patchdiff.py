@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from .capture import Replayed
 from .config import DetectorConfig, GeneratorConfig, to_dict
@@ -282,6 +283,7 @@ def one_cycle(
     "AdamW, as one kernel where torch has it, and the one-cycle schedule (appendix)."
     fused = torch.device(device).type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=fused)
+    optimizer.register_step_post_hook(lambda done, *_: increment_version([p for group in done.param_groups for p in group["params"]]))  # fused, it tells nobody
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=max(steps, 2))
 
 # %% ../nbs/05_patchdiff.ipynb #train512

@@ -82,12 +82,16 @@ def bench_peers(
     width: float = 1.0,  # of GRAD's detectors, multiple of the channels of Table 8
     progress: bool = True,  # show a progress bar
 ) -> list[dict]:  # a row for each method, GRAD first with all its detectors and with one; each carries its protocol, and its time as a multiple of GRAD's
-    "Latency on the CPU of GRAD and of its peers, in one run. A peer that cannot be built is left out and named in a row without times."
+    "Latency on the CPU of GRAD and of its peers, in one run. A peer that cannot be built or called is left out and named in a row without times."
     ours = {"GRAD here": sizes} | ({"GRAD here, one detector": sizes[:1]} if len(sizes) > 1 else {})
     ways, rows = {name: _ours(some, size, width) for name, some in ours.items()}, []
     for name in tqdm(names, "building peers", disable=not progress, leave=False):
-        try: ways[name] = _theirs(build_peer(name, size))
-        except (RuntimeError, TypeError, AttributeError, OSError) as e: rows.append({"method": f"{name} (anomalib)", "error": f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"})
+        try:
+            ways[name] = _theirs(build_peer(name, size))
+            ways[name](np.zeros((1, size, size, 3), np.uint8))
+        except (RuntimeError, TypeError, ValueError, AttributeError, OSError) as e:
+            ways.pop(name, None)
+            rows.append({"method": f"{name} (anomalib)", "error": f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"})
     rng = np.random.default_rng(0)
     with threads_of(threads):
         seconds = in_turns(ways, lambda: rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8), runs, progress)

@@ -7,7 +7,7 @@ __all__ = ['log', 'PATIENCE', 'SPRO_LIMITS', 'parse_overrides', 'Run', 'dataset_
            'load_normals', 'stage_done', 'run_stage', 'write_table', 'make_contrastive', 'generate_key',
            'generate_stage', 'contrastive_set', 'with_reconstructed', 'make_detector', 'detect_key', 'detect_stage',
            'full_size_maps', 'image_figures', 'spro_figures', 'pixel_figures', 'evaluate_key', 'evaluate_stage',
-           'write_tiffs', 'provenance', 'result_table']
+           'write_tiffs', 'changed_stages', 'provenance', 'result_table']
 
 # %% ../nbs/11b_pipeline.ipynb #876e4aa8
 import logging
@@ -417,6 +417,15 @@ def write_tiffs(
     return write_tiff_maps(run.folder, run.category.name, run.category.test, maps, run.progress)
 
 # %% ../nbs/11b_pipeline.ipynb #pipe0004
+def changed_stages(
+    folder: str | Path,  # of a finished run
+    result: dict,  # its result.json
+) -> list[str]:  # names of stages
+    "Stages that were made again, with other settings, after the result; what is left of them does not belong to it."
+    made = {name: stage.get("fingerprint") for name, stage in result.get("stages", {}).items() if (Path(folder) / f"{name}.json").is_file()}
+    return [name for name, key in made.items() if read_json(Path(folder) / f"{name}.json").get("fingerprint") != key]
+
+
 def provenance(
     run: Run,  # the run
 ) -> dict:

@@ -61,8 +61,9 @@ def realism(
     sides: tuple[int, ...],  # scales, pixels
     seed: int = 0,  # of the choice of patches
 ) -> dict[int, float]:  # scale → distance of generated patches over that of held-out real patches; 1 is as real as the real ones
-    "How real generated pictures are at several scales."
-    return {s: patch_distance(real, made, s, np.random.default_rng(seed)) / patch_distance(real, held, s, np.random.default_rng(seed)) for s in sides}
+    "How real generated pictures are at several scales; nan where most held-out patches are real ones, as on a blank background."
+    away = lambda asked, s: patch_distance(real, asked, s, np.random.default_rng(seed))
+    return {s: away(made, s) / unit if (unit := away(held, s)) else float("nan") for s in sides}
 
 # %% ../nbs/05b_quality.ipynb #208f7f74
 def telltale(

@@ -75,6 +75,7 @@ def grad_run(
     say = lambda text: print(f"[{time.perf_counter() - began:7.1f} s] {text}", flush=True)
     with time_limit(60 * minutes):
         run = open_run(data, category, preset, seed, runs, overrides, device, not quiet)
+        if not run.category.test: raise ValueError(f"{run.category.root} has no test pictures, so there will be nothing to evaluate; grad_fit trains without")
         say(f"{run.category.name}, preset {run.preset.name}, seed {seed}, {device_name(run.device)}, up to {minutes:g} minutes, in {run.folder}")
         try: result = do_stages(run, say)
         except TimeUp as e:

@@ -34,6 +34,7 @@ from .evaluation import MapStats
 from .explain import Explanation
 from .grad import GRAD, colour_limits
 from .plots import at_most, explanation_figure, heat_overlay, map_overlays, score_histogram
+from .pipeline import changed_stages
 from .store import pick_device, read_array, read_json
 
 # %% ../nbs/16b_show.ipynb #show0006
@@ -110,6 +111,7 @@ def open_gallery(
     names = tuple(s.path.relative_to(category.root).as_posix() for s in category.test)
     if names != tuple(table.path) or len(maps) != len(names) or data_sha256(category) != result["data_sha256"]:
         raise ValueError(f"{category.root} is not what this run was made with, or has changed since; give the right folder with --data, or run again")
+    if changed := changed_stages(folder, result): raise ValueError(f"{', '.join(changed)} in {folder} is of another run than its result; run it to the end again")
     model, threshold = model_of_run(folder, category, result, device)
     title = f"{result['category']}: {result['dataset']}, preset {result['preset']}, seed {result['seed']}"
     return Gallery(model, category.test, names, table.score.to_numpy(np.float64), maps, title, (_figures(result), threshold, *result["notes"]))

@@ -6,8 +6,8 @@
 __all__ = ['log', 'atomic_path', 'lock_file', 'lock', 'alone', 'write_json', 'read_json', 'write_array', 'read_array',
            'tensors_sha256', 'write_tensors', 'read_tensors', 'stage_seed', 'seeded_weights', 'stage_generator',
            'save_checkpoint', 'load_checkpoint', 'fingerprint', 'file_sha256', 'array_sha256', 'versions',
-           'device_name', 'pick_device', 'git_state', 'bf16_supported', 'autocast', 'halving', 'TimeUp', 'time_limit',
-           'pause_of', 'time_left', 'keep_memory', 'run_steps']
+           'device_name', 'pick_device', 'git_state', 'float32_name', 'bf16_supported', 'autocast', 'halving', 'TimeUp',
+           'time_limit', 'pause_of', 'time_left', 'keep_memory', 'run_steps']
 
 # %% ../nbs/00b_store.ipynb #a90f3053
 import ctypes
@@ -337,6 +337,14 @@ def git_state() -> dict[str, Any] | None:  # commit, and the tracked files that 
     except (OSError, subprocess.SubprocessError): return None
 
 # %% ../nbs/00b_store.ipynb #2f942280
+def float32_name(
+    device: str | torch.device,  # where it computes
+) -> str:  # "float32", or what becomes of it in convolutions on CUDA
+    "What float32 is there, for a record."
+    tf32 = torch.device(device).type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return "float32 (TF32 convolutions)" if tf32 else "float32"
+
+
 def bf16_supported(
     device: str | torch.device,  # where the work is done
 ) -> bool:

@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 
 from .cli import packed
-from .config import PRESETS, to_dict
-from .store import atomic_path, read_json
+from .config import PRESETS, Preset, from_dict, to_dict
+from .store import atomic_path, fingerprint, read_json
 
 # %% ../nbs/17_tables.ipynb #ba2b7533
 def published(
@@ -149,7 +149,17 @@ def _notes(found: pd.DataFrame, dataset: str, categories: Sequence[str]) -> list
                  f"on {', '.join(sorted(mine.device.unique()))}")
     missing = [name for name in categories if name not in set(mine.category)]
     if missing: notes.append(f"not run: {', '.join(missing)}; so there is no average")
+    for (which, name), part in mine.groupby(["dataset", "category"]):
+        if len({_made_of(file) for file in part.file.unique()}) > 1: notes.append(f"{which}/{name}: the seeds were not run with the same settings and data")
     return notes + sorted({f"{row.category}: {row.notes}" for row in mine.itertuples() if row.notes})
+
+
+def _made_of(file: str) -> str:
+    "Fingerprint of what a result was made with, its seed left out; settings that an older version did not have count as their defaults."
+    result = read_json(file)
+    try: config = to_dict(from_dict(Preset, result["config"]))
+    except (KeyError, TypeError, ValueError): config = result["config"]
+    return fingerprint(config, result.get("data_sha256"))
 
 
 def table_1(
@@ -207,7 +217,10 @@ def table_3(
     rows = [{"method": "GRAD (paper)" if name == "GRAD" else name, "latency (ms)": f"{latency[name]:g}", "FPS": f"{fps[name]:g}",
              "device": "NVIDIA Tesla V100", "protocol": "not given"} for name in latency.index]
     source = measured
-    if isinstance(measured, (str, Path)): found = read_json(source) if str(source) else {}; measured = found.get("detectors", []) + [row for row in found.get("peers", []) if "error" not in row]
+    if isinstance(measured, (str, Path)) and str(measured):
+        found = read_json(source)
+        if not isinstance(found, dict) or "detectors" not in found: raise ValueError(f"{source} is not a file of grad_bench; write it with grad_bench --json-file")
+        measured = found["detectors"] + [row for row in found.get("peers", []) if "error" not in row]
     try: rows += [_speed_row(row) for row in measured]
     except (KeyError, TypeError) as e: raise ValueError(f"{source} has no rows of grad_bench (no {e}); write it with grad_bench --json-file") from None
     if not measured: rows.append({"method": "GRAD here"} | dict.fromkeys(("latency (ms)", "FPS", "device", "protocol"), "-"))

@@ -127,8 +127,9 @@ def unpack(
     progress: bool = True,  # show bars
 ) -> int:  # files written
     "Unpack an official archive, whole or not at all. `DataError` for another hash, an unsafe member, a damaged archive, or a folder in use."
-    archive, target = Path(archive), Path(os.path.abspath(folder))
+    archive, target = Path(archive), Path(os.path.realpath(folder))
     if target.exists() and (not target.is_dir() or any(target.iterdir())): raise DataError(f"{target} is not empty; give a folder that does not exist yet")
+    if os.path.ismount(target): raise DataError(f"{target} is a disk of its own, which cannot be replaced; give a new folder in it")
     try:
         with open(archive, "rb") as file:
             size = os.fstat(file.fileno()).st_size

@@ -86,7 +86,7 @@ def test_other_detector_settings_keep_the_generators(demo, data):
     assert [t.notebook for t in plan(open_run(data, "trays", seed=1, runs=demo[1], overrides=TINY, device="cpu"))[0]] == ["generate"] * len(run.generator_levels)
 
 
-def test_a_failing_notebook_is_named_and_kept(data, tmp_path):
+def test_settings_that_cannot_be_are_said_by_the_command_in_a_line(data, tmp_path):
     bad = command("grad_demo", "--data", str(data), "--category", "trays", "--runs", str(tmp_path), "--overrides", TINY + " detector.block=3", "--device", "cpu")
     assert bad.returncode == 2 and "patches=128 is not a multiple" in bad.stderr and "Traceback" not in bad.stderr
 
@@ -129,7 +129,7 @@ def test_three_detectors_are_fused_by_held_out_normals(data, tmp_path):
     assert len(train) == 7 and len(held) == 1 and not set(train) & set(held)
 
 
-def test_a_changed_picture_makes_everything_run_again(data, tmp_path):
+def test_a_changed_picture_changes_the_hash_of_the_data(data, tmp_path):
     import shutil
     copy = Path(shutil.copytree(data, tmp_path / "data"))
     before = tiny_run(copy, tmp_path / "runs")

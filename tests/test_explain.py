@@ -13,6 +13,7 @@ from PIL import Image
 
 from grad_nb.config import Level, Preset, from_dict, override, preset, to_dict
 from grad_nb.coords import with_coords
+from grad_nb.data import hold_out
 from grad_nb.evaluation import resize_pictures
 from grad_nb.explain import PatchBank, cell_box, nearest
 from grad_nb.grad import GRAD
@@ -35,6 +36,11 @@ def pictures() -> np.ndarray:
 def model(pictures) -> GRAD:
     "Two detectors, at 96 and at 48 pixels."
     return GRAD(override(preset("demo"), TINY), "mvtec_loco", device="cpu", progress=False, explain_patches=40).fit(pictures)
+
+
+def test_the_statistics_of_each_level_are_those_of_held_out_pictures(model, pictures):
+    held = model._maps(pictures[hold_out(10, 0.1, 0)[1]])
+    assert [s.mean for s in model.stats_] == pytest.approx([m.mean() for m in held], rel=1e-4)
 
 
 @given(st.integers(1, 60), st.integers(1, 12), st.integers(0, 10**6), st.booleans())

@@ -261,8 +261,9 @@ def test_speed_is_joined_to_accuracy_only_for_the_same_detectors(batch, tmp_path
     monkeypatch.setattr(figures, "_same_detectors", lambda *_: True)
     assert measured_points(batch, tmp_path / "bench.json").auroc[0] == 81
     with pytest.raises(Missing, match="grad_bench"): measured_points(batch, "")
-    write_json(tmp_path / "other.json", {})
-    with pytest.raises(ValueError, match="no detectors"): measured_points(batch, tmp_path / "other.json")
+    for other in ({}, [], {"detectors": [row | {"batch": 8}]}):
+        write_json(tmp_path / "other.json", other)
+        with pytest.raises(Missing, match="no detectors"): measured_points(batch, tmp_path / "other.json")
 
 
 def test_a_figure_left_out_leaves_no_older_file(tmp_path, capsys):

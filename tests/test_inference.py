@@ -1,4 +1,5 @@
 """The fast way to a score map is the plain way: same function, same scores, fewer multiplications."""
+import copy
 import subprocess
 import sys
 
@@ -11,13 +12,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from grad_nb import evaluation, inference
-from grad_nb.config import preset
+from grad_nb.config import DetectorConfig, preset
 from grad_nb.coords import with_coords
 from grad_nb.data import load_images, read_category
 from grad_nb.detector import Detector
 from grad_nb.evaluation import fuse, image_auroc, resize_pictures, score_levels, score_maps
 from grad_nb.grad import GRAD
 from grad_nb.inference import FastDetector, Winograd, best_tile, loops, prepared, score_map, unstrided, winograd, winograd_matrices
+from grad_nb.training import Learner
 
 TOLERANCE = 1e-3  # of the standard deviation of the logits
 
@@ -213,3 +215,12 @@ def test_nothing_heavy_is_imported(command):
     *loaded, count = done.stdout.split()
     assert not loaded, f"{command} imports {loaded}"
     assert int(count) < 900
+
+
+def test_a_detector_that_is_scored_and_then_trained_on_is_prepared_anew():
+    learner, seen = Learner(DetectorConfig(width=0.25), 20), torch.from_numpy(pictures(2, 64))
+    before = score_map(learner.detector.eval(), seen).clone()
+    for p in learner.detector.parameters(): p.grad = torch.ones_like(p)
+    learner.optimizer.step()
+    after = score_map(learner.detector, seen)
+    assert not torch.allclose(after, before) and torch.equal(after, score_map(copy.deepcopy(learner.detector), seen))

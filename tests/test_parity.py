@@ -18,10 +18,6 @@ from grad_nb.regularizers import feature_loss, gradient_penalty, noised
 from grad_nb.reweighting import log_density, negative_weight, noisy_weight, reweighted_bce, tail_weight
 from grad_nb.training import Learner, batch_losses, gradients
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    diffusers = pytest.importorskip("diffusers")
-
 pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad:UserWarning")
 
 
@@ -33,9 +29,16 @@ def randn(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=seeded(seed), dtype=dtype)
 
 
+def library():
+    "diffusers; a test that needs it is skipped without it."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("diffusers")
+
+
 def scheduler(clip, float64=True):
     "The DDPM scheduler of diffusers with the paper's schedule, its constants in float64 if asked."
-    ddpm = diffusers.DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
+    ddpm = library().DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
                                    clip_sample=clip, variance_type="fixed_small", prediction_type="epsilon")
     if float64:
         ddpm.betas = torch.from_numpy(np.linspace(1e-4, 0.02, 1000))
@@ -89,7 +92,7 @@ def test_an_unclipped_reverse_step_is_line_4_of_algorithm_2(t):
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 25, 50, 100, 250, 999, 1000])
 def test_the_stride_visits_the_times_of_the_linspace_spacing(steps):
-    ddpm = diffusers.DDPMScheduler(num_train_timesteps=1000, timestep_spacing="linspace")
+    ddpm = library().DDPMScheduler(num_train_timesteps=1000, timestep_spacing="linspace")
     ddpm.set_timesteps(steps)
     ours = timesteps(1000, steps)
     if steps > 1: assert ours == ddpm.timesteps.tolist() and ours[-1] == 0
@@ -224,6 +227,7 @@ def test_training_times_are_uniform_over_all_steps():
 
 
 def test_the_time_embedding_is_that_of_diffusers():
+    library()
     from diffusers.models.embeddings import get_timestep_embedding
     t = torch.tensor([0, 1, 487, 999])
     assert torch.allclose(time_embedding(t, 32), get_timestep_embedding(t, 32, flip_sin_to_cos=False, downscale_freq_shift=0), atol=1e-4)

@@ -32,6 +32,8 @@ def test_everybody_gets_the_same_kind_of_pictures_in_turns(monkeypatch, tmp_path
     real = peers._ours
     monkeypatch.setattr(peers, "_ours", lambda *a: lambda x, judge=real(*a): seen.append(("GRAD", x.shape, x.dtype)) or judge(x))
     rows = bench_peers(("STFPM", "DSR"), batch=2, **SMALL)
+    assert [name for name, *_ in seen[:2]] == ["STFPM", "DSR"] and seen[0][2] == 0, "each peer is tried before anything is timed"
+    del seen[:2]
     assert [name for name, *_ in seen] == 3 * ["GRAD", "GRAD", "STFPM", "STFPM", "DSR", "DSR"], "each twice, and the second call is timed"
     assert all(shape in ((2, 3, 48, 48), (2, 48, 48, 3)) for _, shape, _ in seen) and all(top <= 1 for name, _, top in seen if name != "GRAD")
     assert seen[0][2] == np.uint8 and [row["method"] for row in rows] == ["GRAD here", "STFPM (anomalib)", "DSR (anomalib)"]

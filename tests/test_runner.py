@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from PIL import Image
 
 from grad_nb import runner, store
 from grad_nb.config import GeneratorConfig
@@ -111,3 +112,11 @@ def test_the_command_cut_by_its_own_minutes_gives_the_figures_of_an_undisturbed_
     assert {k: v for k, v in a.items() if k not in ("seconds", "stages")} == {k: v for k, v in b.items() if k not in ("seconds", "stages")}
     assert {p.name for p in (tmp_path / "cut").rglob("*.png")} == {"contrastive.png", "maps.png"}
     assert not list((tmp_path / "cut").rglob("*.checkpoint")) and not list((tmp_path / "cut").rglob(".*.pieces.json"))
+
+
+def test_a_category_without_test_pictures_is_refused_at_once(tmp_path, capsys):
+    for i in range(5):
+        (tmp_path / "data/part").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / f"data/part/{i}.png")
+    with pytest.raises(SystemExit): runner.grad_run(str(tmp_path / "data"), "part", "demo", runs=str(tmp_path / "runs"), device="cpu", quiet=True)
+    assert "no test pictures" in capsys.readouterr().err and not (tmp_path / "runs").exists()

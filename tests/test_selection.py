@@ -7,6 +7,7 @@ from scipy.ndimage import uniform_filter
 
 from grad_nb.data import DataError
 from grad_nb.detector import Detector
+from grad_nb.quality import realism
 from grad_nb.selection import PSEUDO, Pseudo, SelectionConfig, changed, criterion, map_criterion, pseudo_anomalies, pseudo_sets, selection_split
 from grad_nb.trays import draw_tray
 
@@ -156,3 +157,8 @@ def test_several_detectors_are_fused(trays):
     nets = [Detector(0.1), Detector(0.1)]
     both = criterion(nets, [64, 48], trays[:6], made)
     assert 0 <= both["criterion"] <= 1 and both != criterion(nets[:1], [64], trays[:6], made)
+
+
+def test_pictures_with_a_blank_background_have_no_unit_of_realism():
+    blank = np.full((6, 32, 32, 3), 255, np.uint8)
+    assert np.isnan(realism(blank[:4], blank[4:], blank[:4], (5,))[5])

@@ -156,6 +156,13 @@ def test_nothing_of_an_upload_stays(gallery, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [] and told(found).startswith(("normal: score", "anomalous: score"))
 
 
+def test_stages_of_another_run_than_the_result_are_refused(run, tmp_path):
+    shutil.copytree(run.folder, tmp_path / "run")
+    other = read_json(run.folder / "detect-034.json") | {"fingerprint": "of other settings"}
+    (tmp_path / "run/detect-034.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="detect-034 in .* is of another run"): open_gallery(tmp_path / "run", device="cpu")
+
+
 def test_a_run_that_is_none_or_does_not_fit(run, data, tmp_path):
     with pytest.raises(FileNotFoundError, match=re.escape(str(run.folder))): open_gallery(run.folder.parents[2], device="cpu")
     with pytest.raises(FileNotFoundError, match="grad_demo"): open_gallery(tmp_path, device="cpu")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grad_nb.config import PRESETS, to_dict
-from grad_nb.store import write_json
+from grad_nb.store import read_json, write_json
 from grad_nb.tables import (HERE, VARIANTS, WHOLE, all_tables, cell, collect, published, published_grid, table_1, table_2, table_3, table_4,
                             table_10, to_latex, to_markdown, values, variant, write_tables)
 
@@ -195,6 +195,16 @@ def test_several_presets_and_doubles_are_refused(tmp_path):
     with pytest.raises(ValueError, match="are both fast mvtec_ad bottle 0"): collect(tmp_path)
 
 
+def test_seeds_that_were_not_run_alike_are_told_of(tmp_path):
+    for seed in (0, 1): result(tmp_path, "mvtec_ad", "bottle", seed, 0.9)
+    old = result(tmp_path, "mvtec_ad", "carpet", 0, 0.9)
+    made = read_json(old); del made["config"]["generator"]["reconstruct"]; write_json(old, made)  # of a version without the setting
+    result(tmp_path, "mvtec_ad", "carpet", 1, 0.9)
+    assert not any("same settings" in note for note in table_10(collect(tmp_path)).attrs["notes"])
+    result(tmp_path, "mvtec_ad", "bottle", 2, 0.5, steps=10)
+    assert "mvtec_ad/bottle: the seeds were not run with the same settings and data" in table_10(collect(tmp_path)).attrs["notes"]
+
+
 @pytest.mark.parametrize("text, said", [("{}", "not a result"), ("[1]", "not a result"), ("{", "not valid JSON")])
 def test_a_damaged_result_is_named(tmp_path, text, said):
     path = result(tmp_path, "mvtec_ad", "bottle", 0, 0.9)
@@ -220,6 +230,9 @@ def test_speed(tmp_path):
     assert table.loc["GRAD (paper)", "latency (ms)"] == "0.799" and table_3().loc["GRAD here"].eq("-").all()
     write_json(tmp_path / "other.json", {"detectors": [{"size": 3}]})
     with pytest.raises(ValueError, match="other.json has no rows of grad_bench"): table_3(tmp_path / "other.json")
+    for other in ([1], {"x": 1}):
+        write_json(tmp_path / "other.json", other)
+        with pytest.raises(ValueError, match="other.json is not a file of grad_bench"): table_3(tmp_path / "other.json")
 
 
 @settings(max_examples=50, deadline=None)

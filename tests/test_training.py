@@ -314,7 +314,7 @@ def test_the_switches_are_off_by_default_do_something_and_survive_a_kill(monkeyp
     assert steps == 5 and same(whole, resumed) and history.equals(again) and not same(plain, whole)
 
 
-def test_a_mean_of_weights_lies_between_the_first_and_the_last(monkeypatch):
+def test_a_mean_of_weights_is_what_a_training_gives(monkeypatch):
     means, mean_of = [], training.WeightMean
     monkeypatch.setattr(training, "WeightMean", lambda *args: means.append(mean_of(*args)) or means[-1])
     model, _ = train_detector(DATA["normal"], DATA["contrastive"], replace(SMALL, ema=0.5), PLAIN, progress=False)

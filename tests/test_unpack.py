@@ -192,3 +192,15 @@ def test_command(tmp_path):
     checked = command("check", tmp_path / "copy", "--quiet")
     assert checked.returncode == 1 and "000.png is empty" in checked.stdout
     for words in (("look",), ("unpack", "a"), ("check",), ("check", "a", "b")): assert command(*words).returncode == 2
+
+
+def test_a_link_to_an_empty_folder_is_filled_where_it_leads(tmp_path):
+    (tmp_path / "disk").mkdir(); (tmp_path / "data").symlink_to(tmp_path / "disk")
+    path = archive(tmp_path / "a.tar", [("part/x", b"1")])
+    assert unpack(path, tmp_path / "data", any_archive=True, progress=False) == 1
+    assert (tmp_path / "data").is_symlink() and (tmp_path / "disk/part/x").read_bytes() == b"1"
+
+
+def test_a_disk_of_its_own_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.path.ismount", lambda path: True)
+    assert "disk of its own" in refused(tmp_path / "no archive", tmp_path / "data")

@@ -273,6 +273,9 @@ def test_maps_in_the_watched_folder_itself_are_refused(saved, inbox, pictures, c
     picture = put(pictures[0], inbox / "a.png"); before = picture.read_bytes()
     with pytest.raises(SystemExit) as stop: grad_predict(str(saved), watch=str(inbox), maps=str(inbox), every=0.01, device="cpu")
     assert stop.value.code == 2 and picture.read_bytes() == before and "overwrite" in capsys.readouterr().err
+    inbox.joinpath("a.png").unlink(); (inbox.parent / "link").symlink_to(inbox)
+    with pytest.raises(SystemExit): grad_predict(str(saved), watch=str(inbox), maps=str(inbox.parent / "link"), every=0.01, device="cpu")
+    assert "another folder" in capsys.readouterr().err
 
 
 def test_stamps(tmp_path):
