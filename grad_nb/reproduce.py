@@ -37,7 +37,7 @@ from .patchdiff import new_patchdiff
 from .pipeline import Run, detect_key, evaluate_key, generate_key, open_run, parse_overrides
 from .report import write_report
 from .store import fingerprint, lock, pick_device, read_json, write_json
-from .tables import published
+from .tables import published, table_3
 from .training import training_steps
 from .trays import make_trays
 
@@ -143,6 +143,7 @@ def plan_batch(
         if dataset == "all" and (rest or not categories) and data: found += find_categories(data, dataset, rest)
     else: found = find_categories(data, dataset, categories)
     if bench and not Path(bench).is_file(): raise ValueError(f"{bench} is not there; write it with grad_bench --json-file {bench}")
+    if bench: table_3(bench)  # a wrong file is an error now, and not in the last notebook
     batch, values = runs / preset, {"preset": preset, "runs": str(runs), "overrides": overrides, "device": device}
     jobs = [job for category in found for job in category_jobs(category, seeds, values)]
     gpus, bench = torch.cuda.device_count() if kind == "cuda" else 0, os.path.abspath(bench) if bench else ""

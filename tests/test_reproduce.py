@@ -74,6 +74,8 @@ def test_what_is_not_there_is_said(data, tmp_path):
     with pytest.raises(ValueError, match="no category botle"): find_categories(data, "mvtec_ad", ["botle"])
     with pytest.raises(ValueError, match="holds no category"): find_categories(tmp_path, "mvtec_ad")
     with pytest.raises(ValueError, match="each once"): plan_batch(data, "trays", "demo", (0, 0), tmp_path, overrides=TINY, device="cpu")
+    write_json(tmp_path / "bench.json", {"x": 1})
+    with pytest.raises(ValueError, match="not a file of grad_bench"): plan_batch(data, "trays", "demo", (0,), tmp_path, overrides=TINY, device="cpu", bench=str(tmp_path / "bench.json"))
     assert find_categories(data, "trays") == [("trays", str(data), "trays")]
 
 
