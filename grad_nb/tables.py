@@ -149,7 +149,7 @@ def _notes(found: pd.DataFrame, dataset: str, categories: Sequence[str]) -> list
                  f"on {', '.join(sorted(mine.device.unique()))}")
     missing = [name for name in categories if name not in set(mine.category)]
     if missing: notes.append(f"not run: {', '.join(missing)}; so there is no average")
-    for (which, name), part in mine.groupby(["dataset", "category"]):
+    for (which, name, _), part in mine[mine.file != ""].groupby(["dataset", "category", "variant"]):
         if len({_made_of(file) for file in part.file.unique()}) > 1: notes.append(f"{which}/{name}: the seeds were not run with the same settings and data")
     return notes + sorted({f"{row.category}: {row.notes}" for row in mine.itertuples() if row.notes})
 
