@@ -139,7 +139,7 @@ def values(
     whole = chosen.groupby("seed").category.nunique().reindex(grid.index) == len(categories)
     return grid[whole].mean(axis=1, skipna=False)
 
-# %% ../nbs/17_tables.ipynb #1c1b5fe2
+# %% ../nbs/17_tables.ipynb #tabnotes
 def _notes(found: pd.DataFrame, dataset: str, categories: Sequence[str]) -> list[str]:
     "What must stand below a table: preset, seeds, devices, categories that were not run, notes of the runs."
     mine = found[found.dataset.isin([dataset, "trays"] if dataset == "mvtec_loco" else [dataset])]
@@ -161,7 +161,7 @@ def _made_of(file: str) -> str:
     except (KeyError, TypeError, ValueError): config = result["config"]
     return fingerprint(config, result.get("data_sha256"))
 
-
+# %% ../nbs/17_tables.ipynb #1c1b5fe2
 def table_1(
     found: pd.DataFrame,  # what `collect` gave
     preset: str = "",  # which preset; may be left out if there is one only
