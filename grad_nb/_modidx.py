@@ -101,6 +101,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'grad_nb.capture.Replayed.__init__': ('capture.html#replayed.__init__', 'grad_nb/capture.py'),
                                  'grad_nb.capture.Replayed._record': ('capture.html#replayed._record', 'grad_nb/capture.py')},
             'grad_nb.cli': { 'grad_nb.cli.Task': ('cli.html#task', 'grad_nb/cli.py'),
+                             'grad_nb.cli._before_bench': ('cli.html#_before_bench', 'grad_nb/cli.py'),
                              'grad_nb.cli._before_fit': ('cli.html#_before_fit', 'grad_nb/cli.py'),
                              'grad_nb.cli._bench_table': ('cli.html#_bench_table', 'grad_nb/cli.py'),
                              'grad_nb.cli._check_data': ('cli.html#_check_data', 'grad_nb/cli.py'),

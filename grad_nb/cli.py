@@ -511,6 +511,13 @@ def _bench_table(rows: list[dict]) -> str:
     "The rows of a benchmark as text; the device stands above them."
     return pd.DataFrame(rows).drop(columns="device").round(2).to_string(index=False, na_rep="-")
 
+# %% ../nbs/16_cli.ipynb #benchbef
+def _before_bench(model: str, data: str, peers: bool) -> tuple:
+    "The model and the pictures of `--model` and `--data`, if any; errors for what would otherwise be known after minutes only."
+    if bool(model) != bool(data): raise ValueError("--model and --data belong together: a trained model and the part's own pictures")
+    if peers and importlib.util.find_spec("anomalib") is None: raise RuntimeError("peers need the package anomalib; install it with: pip install 'grad_nb[compare]'")
+    return (GRAD.load(model, "cpu"), read_category(Path(data).resolve().parent, Path(data).resolve().name)) if model else ()
+
 # %% ../nbs/16_cli.ipynb #bce7ad8f
 @call_parse
 @plain_errors
@@ -531,10 +538,8 @@ def grad_bench(
 ):
     "Time the detectors, every stage from a picture to a verdict, and a step of every training and sampling; random weights."
     from grad_nb import benchmark as b
-    if bool(model) != bool(data): raise ValueError("--model and --data belong together: a trained model and the part's own pictures")
     settings, where, runs = _preset(preset), pick_device(device), min(runs, 5) if quick else runs
-    judged = (GRAD.load(model, "cpu"), read_category(Path(data).resolve().parent, Path(data).resolve().name)) if model else ()
-    if peers and importlib.util.find_spec("anomalib") is None: raise RuntimeError("peers need the package anomalib; install it with: pip install 'grad_nb[compare]'")
+    judged = _before_bench(model, data, peers)
     with b.threads_of(threads): rest = {} if quick else {"growth": b.bench_growth()}  # first: memory that others leave behind would count
     if not quick: rest |= {"stages": b.bench_stages(settings, device=where, threads=threads),
                              "terms": b.bench_terms(settings.detector, settings.levels("mvtec_ad")[0].size, device=where, threads=threads),
