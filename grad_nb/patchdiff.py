@@ -428,7 +428,6 @@ def _make(
 
 def _weights_sha256(model: PatchDiff) -> str: return tensors_sha256({k: v.cpu() for k, v in model.state_dict().items()})
 
-
 # %% ../nbs/05_patchdiff.ipynb #train502
 def generate(
     model: PatchDiff,  # trained
@@ -444,7 +443,6 @@ def generate(
     model = model.eval().to(device, memory_format=torch.channels_last)
     draw = lambda _, n: sample(model, n, config.size, alpha_bar, generator, config.sample_steps, spacing=config.spacing)
     return _make(Made(config.n_samples, config.size), draw, generator, config, checkpoint, key, f"sampling {model.level}", progress)
-
 
 # %% ../nbs/05_patchdiff.ipynb #reco0005
 def reconstruct_normals(
@@ -464,7 +462,6 @@ def reconstruct_normals(
         x_0 = to_model(torch.from_numpy(np.array(pictures[start : start + n])).to(device))
         return reconstruct(model, x_0, t, alpha_bar, generator, config.sample_steps, spacing=config.spacing)
     return _make(Made(len(pictures), pictures.shape[1]), draw, generator, config, checkpoint, key, f"reconstructing {model.level}", progress)
-
 
 # %% ../nbs/05_patchdiff.ipynb #23ef79f0
 def save_patchdiff(

@@ -87,10 +87,10 @@ def bench_peers(
     ways, rows = {name: _ours(some, size, width) for name, some in ours.items()}, []
     for name in tqdm(names, "building peers", disable=not progress, leave=False):
         try:
-            ways[name] = _theirs(build_peer(name, size))
-            ways[name](np.zeros((1, size, size, 3), np.uint8))
+            way = _theirs(build_peer(name, size))
+            way(np.zeros((1, size, size, 3), np.uint8))
+            ways[name] = way
         except (RuntimeError, TypeError, ValueError, AttributeError, OSError) as e:
-            ways.pop(name, None)
             rows.append({"method": f"{name} (anomalib)", "error": f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"})
     rng = np.random.default_rng(0)
     with threads_of(threads):

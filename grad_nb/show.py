@@ -33,8 +33,8 @@ from .detector import load_detector
 from .evaluation import MapStats
 from .explain import Explanation
 from .grad import GRAD, colour_limits
-from .plots import at_most, explanation_figure, heat_overlay, map_overlays, score_histogram
 from .pipeline import changed_stages
+from .plots import at_most, explanation_figure, heat_overlay, map_overlays, score_histogram
 from .store import pick_device, read_array, read_json
 
 # %% ../nbs/16b_show.ipynb #show0006
