@@ -85,6 +85,8 @@ def _open_values(preset: Preset) -> dict[str, dict]:
     d = override(preset, weights).detector
     changes = {"beta_density": [d.beta_density * by for by in (1 / 3, 3, 10)], "ess_target": (0.5,), "reweight_from": (0.0 if d.reweight_from else 0.5,)}
     changes |= {"lr": (d.lr / 3, d.lr * 3), "weight_decay": (d.weight_decay / 10, d.weight_decay * 10), "ema": (0.99,)}
+    changes |= {"init": ({"he": "torch", "torch": "he"}[d.init],), "warm_up": (0.0, 0.1), "same_jitter": (not d.same_jitter,)}
+    changes |= {"pictures": (max(1, d.pictures // 2), d.pictures * 2), "block": [b for b in (1, 2, 4) if b != d.block]}
     return _alone(weights, "the preset with weights", changes)
 
 
@@ -100,7 +102,7 @@ def _regularizers(preset: Preset) -> dict[str, dict]:
 def _generators(preset: Preset) -> dict[str, dict]:
     "Settings of PatchDiff, each changed alone in the preset."
     g = preset.generator
-    changes = {"sigma_g": (0.0, 0.02, 0.1), "fourier": (0, 3), "width": (max(2, g.width // 4 * 2), 2 * g.width), "balance": (0.0, 0.75), "crop": (0,), "spacing": (1.0, 2.0),
+    changes = {"sigma_g": (0.0, 0.02, 0.1), "field_of": ("network", "bottleneck"), "fourier": (0, 3), "width": (max(2, g.width // 4 * 2), 2 * g.width), "balance": (0.0, 0.75), "crop": (0,), "spacing": (1.0, 2.0),
                "sample_steps": (10, 100, g.T), "steps": (max(1, g.steps // 3),), "ema": (0.99,)}
     return _alone({}, "the preset", {name: [v for v in values if v != getattr(g, name)] for name, values in changes.items()}, "generator")
 

@@ -6,7 +6,7 @@
 __all__ = ['operations', 'count_operations', 'Latency', 'latency', 'threads_of', 'bench_detectors', 'time_per_step',
            'bench_stages', 'best_ms', 'ceilings', 'layer_bytes', 'verdict', 'bench_path', 'random_model', 'in_bfloat16',
            'ways_of', 'in_turns', 'bench_ways', 'bench_precisions', 'forget_peak', 'peak_memory', 'bench_growth',
-           'growth_chart', 'latency_chart', 'bench_charts', 'bench_terms', 'bench_protocol']
+           'growth_chart', 'latency_chart', 'bench_charts', 'bench_terms', 'bench_protocol', 'bench_throughput']
 
 # %% ../nbs/15_benchmark.ipynb #0a47b1cd
 import copy
@@ -181,7 +181,7 @@ def time_per_step(
     device: str | torch.device = "cpu",  # where it computes; a GPU is waited for
 ) -> Latency:  # of one step
     "Time of one step of a loop, without what the call does before and after it, and on a GPU without the first steps, after which it is recorded."
-    first = 2 if torch.device(device).type == "cpu" else 12
+    first, steps = (2, steps) if torch.device(device).type == "cpu" else (40, max(steps, 200))  # a memory bank may take 35 to fill; a recorded step is short
     def seconds(n: int) -> float:
         "One call of n steps."
         _wait(torch.device(device)); start = time.perf_counter(); call(n); _wait(torch.device(device))
@@ -323,13 +323,14 @@ def _path(sizes: Sequence[int], nets: Sequence[nn.Module], batch: int) -> Iterat
     for s, net in zip(sizes, nets):
         some, moved = resized(x, s).permute(0, 2, 3, 1), sum(layer_bytes(net, torch.empty(batch, 5, s, s)).values()) / 1e6
         yield f"detector {s}, plain", lambda net=net, some=some: net(with_coords(some.permute(0, 3, 1, 2) / 127.5 - 1)), 2e-9 * batch * sum(count_operations(net, s).values()), moved
-        yield f"detector {s}, fast", partial(score_map, net, some), 2e-9 * batch * prepared(net, s).products, moved
+        yield f"detector {s}, fast", partial(score_map, net, some), 2e-9 * batch * prepared(net, s).products, batch * prepared(net, s).bytes / 1e6
     place, judged = 4 * batch * side**2 / 1e6, lambda maps_: fuse(score_levels(nets, pictures, sizes, batch=batch), sizes, stats, side, with_maps=maps_)
     yield "score", lambda: fuse(maps, sizes, stats, side, with_maps=False), 0.0, place * len(sizes)
     yield "score and map", lambda: fuse(maps, sizes, stats, side), 0.0, 2 * place * len(sizes)
-    whole = 2e-9 * batch * sum(prepared(net, s).products for net, s in zip(nets, sizes))
-    yield "bytes to score and label", lambda: judged(False), whole, mb
-    yield "bytes to score, map and label", lambda: judged(True), whole, mb
+    forms = [prepared(net, s) for net, s in zip(nets, sizes)]
+    whole, moved = 2e-9 * batch * sum(form.products for form in forms), mb + batch * sum(form.bytes for form in forms) / 1e6
+    yield "bytes to score and label", lambda: judged(False), whole, moved + place * len(sizes)
+    yield "bytes to score, map and label", lambda: judged(True), whole, moved + 2 * place * len(sizes)
 
 # %% ../nbs/15_benchmark.ipynb #benc0006
 @torch.no_grad()
@@ -362,7 +363,7 @@ def random_model(
     model = GRAD(Preset("random", GeneratorConfig(size=max(sizes)), DetectorConfig(width=width), EvalConfig(map_size=max(sizes)), levels, levels), device="cpu", progress=False)
     with torch.random.fork_rng(devices=[]): model.detectors_ = [Detector(width).eval().requires_grad_(False) for _ in sizes]
     model.levels_, model.stats_, model.banks_ = levels, [MapStats(0.0, 1.0)] * len(sizes), [None] * len(sizes)
-    model.offset_, model.map_limits_, model.n_pictures_, model.versions_ = 0.0, (0.0, 1.0), None, {}
+    model.offset_, model.map_limits_, model.n_pictures_, model.versions_, model.made_with_ = 0.0, (0.0, 1.0), None, {}, model.get_params()
     return model
 
 # %% ../nbs/15_benchmark.ipynb #bway0006
@@ -509,7 +510,7 @@ def bench_growth(
     counts: Sequence[int] = (100, 1_000, 10_000),  # numbers of pictures streamed, at `size`
     sides: Sequence[int] = (64, 128, 256, 512, 1_024, 2_048, 4_096),  # sides of pictures, pixels, for one detector
     threads: Sequence[int] = (),  # numbers of threads, for one detector at `size`; none = 1, 2, 4, ... as far as there are cores
-    levels: Sequence[int] = (1, 2, 3),  # numbers of detectors: at `size`, its half, its quarter
+    levels: Sequence[int] = (1, 2, 3),  # numbers of detectors: at 4 `size`, its half, its quarter
     size: int = 64,  # side of the pictures unless it varies, pixels
     width: float = 0.5,  # multiple of the channels of Table 8
     batch: int = 16,  # pictures scored together
@@ -532,7 +533,7 @@ def bench_growth(
     for n in counts: measure("pictures", n, n, size, 1)
     for n in threads or [1 << k for k in range(5) if 1 << k <= _cores()]:
         with threads_of(n): measure("threads", n, 4 * batch, size, 1)
-    for n in levels: measure("levels", n, 2 * batch, size * 2 ** (n - 1), n)
+    for n in levels: measure("levels", n, 2 * batch, 4 * size, n)
     for side in sides: measure("pixels", side, max(1, min(batch, 128**2 * batch // side**2)), side, 1)
     return rows
 
@@ -542,7 +543,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # %% ../nbs/15_benchmark.ipynb #benc0011
-_GROWTH = {"pictures": "pictures, a stream", "pixels": "side of a picture, pixels", "levels": "detectors, each twice as large", "threads": "threads"}  # what varies → its axis
+_GROWTH = {"pictures": "pictures, a stream", "pixels": "side of a picture, pixels", "levels": "detectors: whole, half, quarter", "threads": "threads"}  # what varies → its axis
 
 
 def growth_chart(
@@ -641,3 +642,19 @@ def bench_protocol(
     return {"detectors": " + ".join(map(str, sizes)), "device": device_name(device), "batch": batch, "precision": judge.precision, "way": judge.way,
             "transfers": "none (cpu)" if device.type == "cpu" else "inside" if transfers else "outside", "runs": len(seconds), "width": width,
             "mean_ms": 1000 * float(np.mean(last)), **vars(Latency.of(last)), "pictures_per_s": batch / float(np.mean(last))}
+
+# %% ../nbs/15_benchmark.ipynb #benc0018
+def bench_throughput(
+    device: str | torch.device = "auto",  # "auto", "cpu", "cuda"
+    batches: Sequence[int] = (),  # pictures judged together; none = 16, and on CUDA up to 4,096
+    runs: int = 20,  # the mean of their second half is reported
+    sizes: Sequence[int] = (256, 128, 64),  # sides of the detectors' pictures, pixels
+    width: float = 1.0,  # multiple of the channels of Table 8
+) -> list[dict]:  # rows as of `bench_protocol`, with all detectors and with the first alone
+    "Pictures a second in large batches: with the pictures on the device already, and with both transfers."
+    device = pick_device(device) if isinstance(device, str) else device
+    cuda = device.type == "cuda"
+    several = batches or ((16, 64, 256, 1024, 4096) if cuda else (16,))
+    return [bench_protocol(some, device, batch, runs, transfers, width)
+            for some in (tuple(sizes), tuple(sizes[:1])) for batch in several for transfers in ((False, True) if cuda else (True,))]
+

@@ -7,6 +7,7 @@ __all__ = ['log', 'CudaGraph', 'Replayed']
 
 # %% ../nbs/00c_capture.ipynb #capt0004
 import logging
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -25,7 +26,11 @@ class CudaGraph:
     ):
         self.graph, self.device = torch.cuda.CUDAGraph(), generators[0].device if generators else torch.cuda.current_device()
         for generator in generators: self.graph.register_generator_state(generator)
-        with torch.cuda.device(self.device), torch.cuda.graph(self.graph): self.result = work()
+        with torch.cuda.device(self.device):
+            before = torch.cuda.current_stream()
+            try:
+                with torch.cuda.graph(self.graph): self.result = work()
+            finally: torch.cuda.set_stream(before)  # a recording that fails would leave its own behind
 
     def replay(self) -> Any:  # what the step gave; the next replay writes over it
         "Run the recorded step."
@@ -44,7 +49,8 @@ class Replayed:
         graph: Callable | None = None,  # how to record it; `CudaGraph` on CUDA if not given
     ):
         self.work, self.generators, self.plain, self.key, self.left, self.graph = work, generators, plain, None, 0, None
-        self.graph_of = graph or (CudaGraph if torch.device(device).type == "cuda" else None)
+        wanted = torch.device(device).type == "cuda" and os.environ.get("GRAD_NB_GRAPHS") != "0"
+        self.graph_of = graph or (CudaGraph if wanted else None)
 
     def __call__(self,
         *key,  # plain values that the step depends on; another key is another step, and recorded anew
@@ -62,4 +68,6 @@ class Replayed:
         except RuntimeError as e:
             log.warning("a step could not be recorded (%s); it is run plainly", str(e).split("\n")[0])
             self.graph_of = None
-            for generator, state in zip(self.generators, before): generator.set_state(state)
+            try:
+                for generator, state in zip(self.generators, before): generator.set_state(state)
+            except RuntimeError: raise RuntimeError(f"a step could not be recorded ({e}); set GRAD_NB_GRAPHS=0 and run again: it goes on from its checkpoint") from e

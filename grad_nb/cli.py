@@ -29,11 +29,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from fastcore.script import call_parse, store_true
 from PIL import Image
 from tqdm import tqdm
 
-from .config import augmentation, override, preset
+from .config import Preset, augmentation, override, preset
 from .data import OFFICIAL, DataError, category_folders, check_category, picture_files, read_category, read_image, survey
 from .grad import GRAD
 from .pipeline import Run, detect_key, evaluate_stage, generate_key, open_run, parse_overrides, result_table, stage_done
@@ -512,6 +513,15 @@ def _bench_table(rows: list[dict]) -> str:
     return pd.DataFrame(rows).drop(columns="device").round(2).to_string(index=False, na_rep="-")
 
 # %% ../nbs/16_cli.ipynb #benchbef
+def _whole_bench(settings: Preset, device: torch.device, batch: int, threads: int, runs: int, compiled: bool) -> dict:
+    "What `--quick` leaves out."
+    from grad_nb import benchmark as b
+    with b.threads_of(threads): growth = b.bench_growth()  # first: memory that others leave behind would count
+    return {"growth": growth, "stages": b.bench_stages(settings, device=device, threads=threads),
+            "terms": b.bench_terms(settings.detector, settings.levels("mvtec_ad")[0].size, device=device, threads=threads),
+            "ways": b.bench_ways(batch=batch, threads=threads, runs=runs, compiled=compiled)}
+
+
 def _before_bench(model: str, data: str, peers: bool) -> tuple:
     "The model and the pictures of `--model` and `--data`, if any; errors for what would otherwise be known after minutes only."
     if bool(model) != bool(data): raise ValueError("--model and --data belong together: a trained model and the part's own pictures")
@@ -531,7 +541,8 @@ def grad_bench(
     peers: store_true = False,  # also run other detectors beside this one; needs the option "compare"
     model: str = "",  # file that grad_fit wrote: what fewer bits cost in AUROC on the test pictures of --data
     data: str = "",  # folder of its part, with training and test pictures
-    protocol: store_true = False,  # also 2,000 runs of all levels, mean of the last 1,000
+    protocol: store_true = False,  # also 2,000 runs of all levels, mean of the last 1,000, and pictures a second in large batches
+    compiled: store_true = False,  # also the detectors compiled by torch.compile, whose first call takes a minute
     plots: str = "",  # also draw the tables as PNG files in this folder
     json_file: str = "",  # also write the rows, with their protocol, here
     debug: store_true = False,  # show the traceback of an error
@@ -540,18 +551,16 @@ def grad_bench(
     from grad_nb import benchmark as b
     settings, where, runs = _preset(preset), pick_device(device), min(runs, 5) if quick else runs
     judged = _before_bench(model, data, peers)
-    with b.threads_of(threads): rest = {} if quick else {"growth": b.bench_growth()}  # first: memory that others leave behind would count
-    if not quick: rest |= {"stages": b.bench_stages(settings, device=where, threads=threads),
-                             "terms": b.bench_terms(settings.detector, settings.levels("mvtec_ad")[0].size, device=where, threads=threads),
-                             "ways": b.bench_ways(batch=batch, threads=threads, runs=min(runs, 10))}
+    rest = {} if quick else _whole_bench(settings, where, batch, threads, min(runs, 10), compiled)
     limits = b.ceilings(where, threads=threads)
     found = {"versions": versions(), "preset": preset, "ceilings": limits, **rest,
              "path": b.bench_path(batch=batch, threads=threads, runs=min(runs, 15), limits=limits) if where.type == "cpu" else [],
              "detectors": [row for bf16 in ((False, True) if bf16_supported(where) else (False,))
                            for row in b.bench_detectors(device=where, batch=batch, bf16=bf16, threads=threads, runs=runs)]}
     if model: found["precisions"] = b.bench_precisions(*judged, threads, min(runs, 10))
-    if protocol: found["protocol"] = [b.bench_protocol(device=where)]
-    if peers: from grad_nb.peers import bench_peers; found["peers"] = bench_peers(batch=batch, threads=threads, runs=min(runs, 10))
+    if protocol:
+        with b.threads_of(threads): found["protocol"] = [b.bench_protocol(device=where), *b.bench_throughput(where)]
+    if peers: from grad_nb.peers import bench_peers; found["peers"] = bench_peers(batch=batch, threads=threads, runs=min(runs, 10), device=where)
     _print_bench(found)
     if json_file: write_json(json_file, found)
     if plots: _save_charts(b.bench_charts(found), Path(plots))

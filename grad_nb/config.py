@@ -13,17 +13,37 @@ from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
+# %% ../nbs/00_config.ipynb #cfgcheck
+def _at_least(config: Any, low: float, *names: str) -> None:
+    "Refuse values of a configuration that are too small, or not numbers at all."
+    for name in names:
+        if not getattr(config, name) >= low: raise ValueError(f"{name} must be at least {low}, not {getattr(config, name)}")
+
+
+def _one_of(config: Any, name: str, *values: str) -> None:
+    "Refuse a value of a configuration that is none of those there are."
+    if getattr(config, name) not in values: raise ValueError(f"{name} must be {' or '.join(map(repr, values))}, not {getattr(config, name)!r}")
+
+
+def _shares(config: Any, *names: str) -> None:
+    "Refuse values of a configuration that are no shares."
+    for name in names:
+        if not 0 <= getattr(config, name) < 1: raise ValueError(f"{name} must be in [0, 1), not {getattr(config, name)}")
+
+
 # %% ../nbs/00_config.ipynb #8c762608
 @dataclass(frozen=True)
 class GeneratorConfig:
-    "Settings of PatchDiff: one training and one sampling per level."
+    "Settings of PatchDiff: one training and one sampling per level. `ValueError` for a value that cannot be meant."
     size: int = 256  # side of the square pictures it learns and makes, pixels (our choice; resized for smaller detectors)
     width: int = 64  # channels at full resolution (our choice)
+    field_of: str = "network"  # whose receptive field is n x n: the whole "network"'s, or the "bottleneck"'s, and the network's is 2n - 1 (our reading)
     fourier: int = 0  # octaves of Fourier features of the coordinates, 0 = the paper's two raw channels (our choice)
     steps: int = 10_000  # training steps per level ("Training Settings")
     batch: int = 16  # pictures per step (our choice)
     crop: int = 0  # side of the random crops to learn from, 0 = whole pictures (our choice)
     lr: float = 1e-3  # the appendix's "initial" rate, taken as the peak of the one-cycle schedule (our reading)
+    warm_up: float = 0.3  # share of the steps until that peak (our choice: torch's default)
     weight_decay: float = 1e-4  # of AdamW (appendix)
     balance: float = 0.0  # 0 = all errors count alike (the paper), 1 = all times t do (our choice)
     sigma_g: float = 0.02  # standard deviation of the global noise eps_g (appendix)
@@ -39,30 +59,28 @@ class GeneratorConfig:
     def __post_init__(self):
         _at_least(self, 1, "size", "steps", "batch", "T", "n_samples", "sample_steps", "sample_batch")
         _at_least(self, 0, "fourier", "crop", "lr", "weight_decay", "balance", "sigma_g")
-        for name in ("ema", "reconstruct"):
-            if not 0 <= getattr(self, name) < 1: raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+        _one_of(self, "field_of", "network", "bottleneck")
+        _shares(self, "ema", "reconstruct", "warm_up")
         if self.width < 2 or self.width % 2: raise ValueError(f"width must be even and at least 2, not {self.width}")
         if not self.spacing >= 1: raise ValueError(f"spacing must be at least 1, not {self.spacing}")
         if self.sample_steps > self.T: raise ValueError(f"sample_steps={self.sample_steps} is more than T={self.T}")
 
 
-def _at_least(config: Any, low: float, *names: str) -> None:
-    "Refuse values of a configuration that are too small, or not numbers at all."
-    for name in names:
-        if not getattr(config, name) >= low: raise ValueError(f"{name} must be at least {low}, not {getattr(config, name)}")
-
 # %% ../nbs/00_config.ipynb #e106cc21
 @dataclass(frozen=True)
 class DetectorConfig:
-    "Settings of one patch-level detector and of its training."
+    "Settings of one patch-level detector and of its training. `ValueError` for a value that cannot be meant."
     width: float = 1.0  # multiple of the channels of Table 8
     epochs: int = 2000  # one epoch is N / pictures steps for N normal pictures (appendix; the length of an epoch is our choice)
     steps: int = 0  # a fixed number of steps instead of epochs, 0 = use epochs (our choice)
     pictures: int = 4  # pictures per group: normal, wrong-coordinate and each contrastive level
     patches: int = 128  # patches per group
     block: int = 1  # patches come in block x block neighbourhoods that share one forward pass, 1 = the paper's (our choice)
+    init: str = "he"  # He's initialisation, or "torch", its default, which starts on a plateau (our choice)
     lr: float = 1e-3  # the appendix's "initial" rate, taken as the peak of the one-cycle schedule (our reading)
+    warm_up: float = 0.3  # share of the steps until that peak (our choice: torch's default)
     weight_decay: float = 1e-4  # of AdamW (our choice: as for PatchDiff)
+    same_jitter: bool = False  # generated pictures get no stronger colour jitter than normal ones; the paper's is ten times stronger (our choice)
     bank_size: int = 512  # features kept in each memory bank (appendix)
     beta_density: float = 1.0  # sharpness of the density kernel, Eq. 1 and 2 (our choice)
     noisy_reweighting: bool = True  # Eq. 1
@@ -79,23 +97,30 @@ class DetectorConfig:
     ema: float = 0.0  # decay of a running mean of the weights, which is then the detector; 0 = the last weights are (our choice)
     ess_target: float = 0.0  # share of the negatives that shall count: beta_density follows it from step to step; 0 = it stays (our choice)
 
-    def __post_init__(self):
-        _at_least(self, 1, "pictures", "patches", "block", "bank_size", "epochs")
-        _at_least(self, 0, "steps", "lr", "weight_decay", "alpha_1", "alpha_2", "sigma_c", "sigma_z", "reweight_from", "ema", "ess_target")
-        if not (self.width > 0 and self.beta_density > 0 and self.ema < 1 and self.ess_target < 1):
-            raise ValueError(f"width={self.width}, beta_density={self.beta_density} must be positive, ema={self.ema}, ess_target={self.ess_target} below 1")
-        if self.penalise not in ("logit", "probability"): raise ValueError(f"penalise must be 'logit' or 'probability', not {self.penalise!r}")
-        if self.patches % (self.pictures * self.block**2):
-            raise ValueError(f"patches={self.patches} is not a multiple of pictures * block**2 = "
-                             f"{self.pictures * self.block**2}; each picture gives the same number of blocks")
+    def __post_init__(self): _check_detector(self)
+
+
+# %% ../nbs/00_config.ipynb #cfgcheck2
+def _check_detector(config: DetectorConfig) -> None:
+    "Refuse values that cannot be meant."
+    _at_least(config, 1, "pictures", "patches", "block", "bank_size", "epochs")
+    _at_least(config, 0, "steps", "lr", "weight_decay", "alpha_1", "alpha_2", "sigma_c", "sigma_z", "reweight_from")
+    _shares(config, "warm_up", "ema", "ess_target"); _one_of(config, "penalise", "logit", "probability"); _one_of(config, "init", "he", "torch")
+    for name in ("width", "beta_density"):
+        if not getattr(config, name) > 0: raise ValueError(f"{name} must be positive, not {getattr(config, name)}")
+    if config.patches % (config.pictures * config.block**2):
+        raise ValueError(f"patches={config.patches} is not a multiple of pictures * block**2 = "
+                         f"{config.pictures * config.block**2}; each picture gives the same number of blocks")
+
 
 # %% ../nbs/00_config.ipynb #81a68880
 @dataclass(frozen=True)
 class EvalConfig:
-    "Settings of scoring and evaluation."
+    "Settings of scoring and evaluation. `ValueError` for a value that cannot be meant."
     blur_kernel: int = 16  # taps of the Gaussian blur ("Evaluation Settings")
     blur_sigma: float = 2.75  # its standard deviation, pixels (our choice: 0.3*((k-1)/2-1)+0.8)
     placement: str = "geometry"  # where a cell of the score map counts: "geometry" (where it lies), "patch" (wherever its patch lies) or "stretch" (our choice)
+    fusion: str = "mean"  # of the standardised maps of several detectors, at each pixel: "mean" or "max" (our choice)
     map_size: int = 256  # side of the pixel maps; ground truth is compared at this size (our choice)
     holdout: float = 0.1  # share of the training pictures held out where several levels need normals to be fused and there is no validation set (our choice)
     baseline_size: int = 64  # side of the pictures that the trivial baselines see, pixels (our choice)
@@ -105,8 +130,7 @@ class EvalConfig:
         _at_least(self, 1, "blur_kernel", "map_size", "baseline_size", "batch")
         if not (self.blur_sigma > 0 and 0 <= self.holdout < 1):
             raise ValueError(f"blur_sigma={self.blur_sigma} must be positive (blur_kernel=1 blurs nothing), holdout={self.holdout} in [0, 1)")
-        if self.placement not in ("geometry", "patch", "stretch"):
-            raise ValueError(f"placement must be 'geometry', 'patch' or 'stretch', not {self.placement!r}")
+        _one_of(self, "placement", "geometry", "patch", "stretch"); _one_of(self, "fusion", "mean", "max")
 
 # %% ../nbs/00_config.ipynb #26cb4892
 @dataclass(frozen=True)

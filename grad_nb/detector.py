@@ -69,6 +69,7 @@ class Detector(nn.Module):
 
     def __init__(self,
         width: float = 1.0,  # multiple of the channels of Table 8
+        init: str = "he",  # "he", or "torch" for its default
     ):
         super().__init__()
         self.width, layers, before = width, [], 5
@@ -77,11 +78,12 @@ class Detector(nn.Module):
             layers += [nn.Conv2d(before, after, size, stride) if stride > 1 else Conv(before, after, size), nn.ReLU()]
             before = after
         self.body, self.head = nn.Sequential(*layers), Conv(before, 1, 1)
-        he_init(self)
+        if init == "he": he_init(self)
 
     def features(self,
         x: Tensor,  # (B, 5, H, W): RGB in [-1, 1] and the coordinate map
-    ) -> Tensor:  # (B, 256 width, h, w): the last latent layer f_Z
+    ) -> Tensor:  # (B, 256 width, h, w)
+        "The last latent layer f_Z: Conv-7 of Table 8 after its ReLU."
         return self.body(x)
 
     def forward(self,

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['resize_pictures', 'score_levels', 'score_maps', 'image_scores', 'upsampling_matrix', 'gaussian_kernel', 'blur_matrix',
-           'input_size_of', 'placing', 'pixel_map', 'MapStats', 'fuse', 'image_auroc', 'pixel_auroc', 'auroc_by_type',
-           'summary', 'gaussian_baseline', 'nearest_baseline', 'trivial', 'HALF_DOWN', 'resized', 'au_pro', 'au_spro',
-           'auroc_interval', 'average_precision', 'f1_max', 'pixel_auroc_ap', 'write_tiff_maps']
+           'input_size_of', 'placing', 'pixel_map', 'joined', 'MapStats', 'fuse', 'image_auroc', 'pixel_auroc',
+           'auroc_by_type', 'summary', 'gaussian_baseline', 'nearest_baseline', 'trivial', 'HALF_DOWN', 'resized',
+           'au_pro', 'au_spro', 'auroc_interval', 'average_precision', 'f1_max', 'pixel_auroc_ap', 'write_tiff_maps']
 
 # %% ../nbs/11_evaluation.ipynb #ba912e91
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from .config import EvalConfig
 from .detector import Detector, cell_centre, map_side
-from .inference import HALF_DOWN, resized, score_map
+from .inference import HALF_DOWN, captured, resized, score_map
 from .metrics import au_pro, au_spro, auroc_interval, average_precision, check_scores, f1_max, pixel_auroc_ap, write_tiff_maps
 from .patches import PATCH, STRIDE
 from .store import halving
@@ -48,6 +48,23 @@ def _ready(detector: nn.Module, device: str | torch.device) -> nn.Module:
     return detector if here else detector.to(device, memory_format=torch.channels_last)
 
 
+def _batches(nets: Sequence[nn.Module], pictures: np.ndarray, sizes: Sequence[int], device: torch.device, batch: int) -> Iterator[list[np.ndarray]]:
+    "The maps of each detector, batch by batch; on CUDA by one recorded graph if it can be recorded."
+    square = pictures.ndim == 4 and pictures.shape[1] == pictures.shape[2] and len(pictures)
+    known = square and device.type == "cuda" and not any(p.is_inference() for net in nets for p in net.parameters())
+    if known and (graph := captured(nets, sizes, len(pictures), pictures.shape[1])): yield from graph.stream(pictures); return
+    done = 0
+    def judge(batch):
+        bytes_ = torch.from_numpy(np.array(pictures[done : done + batch])).to(device)
+        x = bytes_.permute(0, 3, 1, 2).float().contiguous() if any(bytes_.shape[1:3] != (size, size) for size in sizes) else bytes_.permute(0, 3, 1, 2)
+        return [score_map(net, resized(x, size).permute(0, 2, 3, 1)).cpu().numpy() for net, size in zip(nets, sizes, strict=True)]
+    while done < len(pictures):
+        found, batch = halving(judge, batch)
+        yield found
+        done += len(found[0])
+
+
+# %% ../nbs/11_evaluation.ipynb #dde658s2
 def score_levels(
     detectors: Sequence[nn.Module],  # each (B, 5, size, size) → (B, 1, h, w) logits
     pictures: np.ndarray,  # (N, H, W, 3) uint8, resized to each detector's size
@@ -56,19 +73,15 @@ def score_levels(
     batch: int = 16,  # pictures scored together
     progress: bool = False,  # show a progress bar
 ) -> list[np.ndarray]:  # for each detector (N, h, w) float32 logits, higher = more anomalous
-    "Score maps of several detectors; the pictures are converted once for all of them. A batch too large for the device is halved."
+    "Score maps of several detectors; the pictures are converted once for all of them. A batch too large for the device is halved; CUDA takes batches by its memory."
     nets = [_ready(detector, device) for detector in detectors]
     maps, done = [np.empty((len(pictures), map_side(size), map_side(size)), np.float32) for size in sizes], 0
-    def judge(start, batch):
-        bytes_ = torch.from_numpy(np.array(pictures[start : start + batch])).to(device)
-        x = bytes_.permute(0, 3, 1, 2).float().contiguous() if any(bytes_.shape[1:3] != (size, size) for size in sizes) else bytes_.permute(0, 3, 1, 2)
-        return [score_map(net, resized(x, size).permute(0, 2, 3, 1)).cpu().numpy() for net, size in zip(nets, sizes, strict=True)]
     with tqdm(total=len(pictures), desc="scoring", disable=not progress, leave=False) as bar:
-        while done < len(pictures):
-            found, batch = halving(partial(judge, done), batch)
+        for found in _batches(nets, pictures, sizes, torch.device(device), batch):
             for whole, part in zip(maps, found): whole[done : done + len(part)] = part
             done += len(found[0]); bar.update(len(found[0]))
     return maps
+
 
 # %% ../nbs/11_evaluation.ipynb #dde6589f
 def score_maps(
@@ -178,6 +191,18 @@ def pixel_map(
     U = placing(S.shape[-1], size, input_size or input_size_of(S.shape[-1], size), config, blur).to(S.device)
     return U @ S.float() @ U.T
 
+# %% ../nbs/11_evaluation.ipynb #joined01
+def joined(
+    maps: Iterable[Tensor],  # of the same shape, one for each detector
+    fusion: str,  # "mean" or "max"
+) -> Tensor:  # of that shape
+    "The mean or the largest of several maps, cell by cell; one map more in memory at a time."
+    both = torch.maximum if fusion == "max" else torch.add
+    whole, count = None, 0
+    for one in maps: whole, count = one if whole is None else both(whole, one), count + 1
+    return whole if fusion == "max" else whole / count
+
+
 # %% ../nbs/11_evaluation.ipynb #b981b1b1
 @dataclass(frozen=True)
 class MapStats:
@@ -202,9 +227,9 @@ def fuse(
     config: EvalConfig = EvalConfig(),  # blur and placement
     with_maps: bool = True,  # False: the scores alone, without the cost of the blurred maps
 ) -> tuple[np.ndarray, np.ndarray | None]:  # (N,) float64 image scores and (N, size, size) float32 blurred pixel maps
-    "Image scores and pixel maps of one detector, or of several fused (our choice: mean of standardised maps)."
+    "Image scores and pixel maps of one detector, or of several fused: `joined` standardised maps (our choice)."
     if len(maps) == 1: return image_scores(maps[0]), pixel_map(maps[0], size, input_sizes[0], True, config).numpy() if with_maps else None
-    place = lambda blur: sum(pixel_map((m - s.mean) / s.std, size, d, blur, config) for m, d, s in zip(maps, input_sizes, stats)) / len(maps)
+    place = lambda blur: joined((pixel_map((m - s.mean) / s.std, size, d, blur, config) for m, d, s in zip(maps, input_sizes, stats)), config.fusion)
     return image_scores(place(False).numpy()), place(True).numpy() if with_maps else None
 
 # %% ../nbs/11_evaluation.ipynb #073d501e

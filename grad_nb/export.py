@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .config import EvalConfig
 from .coords import coord_map
 from .detector import Detector, map_side
-from .evaluation import HALF_DOWN, MapStats, placing
+from .evaluation import HALF_DOWN, MapStats, joined, placing
 from .grad import GRAD, check_is_fitted
 from .store import atomic_path, versions
 
@@ -81,7 +81,7 @@ class Scorer(nn.Module):
     ):
         super().__init__()
         check_is_fitted(model)
-        self.size, config = model.preset_.generator.size, model.preset_.evaluation
+        self.size, config, self.fusion = model.preset_.generator.size, model.preset_.evaluation, model.preset_.evaluation.fusion
         stats = model.stats_ if len(model.levels_) > 1 else [None]
         self.views = nn.ModuleList(View(d, self.size, row.size, config, s) for d, row, s in zip(model.detectors_, model.levels_, stats))
         self.register_buffer("threshold", torch.tensor(float32_below(model.offset_)))
@@ -94,7 +94,7 @@ class Scorer(nn.Module):
             raise ValueError(f"pictures are (B, {self.size}, {self.size}, 3) of uint8, not {tuple(pictures.shape)} of {pictures.dtype}")
         x = pictures.permute(0, 3, 1, 2).float().contiguous()
         S = [view(x) for view in self.views]
-        placed = lambda name: sum((U := getattr(view, name)) @ s @ U.T for view, s in zip(self.views, S)) / len(S)
+        placed = lambda name: joined(((U := getattr(view, name)) @ s @ U.T for view, s in zip(self.views, S)), self.fusion)
         scores = (placed("place") if len(S) > 1 else S[0]).amax((1, 2))
         return scores, scores > self.threshold, placed("blur")
 

@@ -22,7 +22,7 @@ import torch
 from fastcore.basics import patch
 from tqdm import tqdm
 
-from .config import PRESETS, Augmentation, Preset, from_dict, preset, to_dict
+from .config import Augmentation, Preset, from_dict, preset, to_dict
 from .data import MIN_SIDE, DataError, hold_out, picture_files, read_image, resize_image
 from .detector import Detector, load_detector
 from .evaluation import MapStats, fuse, score_levels
@@ -149,8 +149,8 @@ class GRAD(Estimator):
     "GRAD for one kind of part: learns from normal pictures, finds defects in others."
 
     def __init__(self,
-        preset: Preset = PRESETS["fast"],  # all settings of the method
-        layout: str = "mvtec_ad",  # which detectors of Table 7: "mvtec_ad" one level, "mvtec_loco" all of them
+        preset: Preset | str = "fast",  # all settings of the method: a `Preset`, or the name of one
+        layout: str = "mvtec_ad",  # which detectors of Table 7: "mvtec_ad" one, "mvtec_loco" three at falling resolution, for logical anomalies too, in three times the time
         augmentation: Augmentation = Augmentation(),  # what may be done to your parts without making them defective
         validation: float = 0.1,  # share of the normal pictures held out for the threshold
         false_alarm_rate: float = 0.05,  # share of normal pictures allowed above the threshold
@@ -182,13 +182,13 @@ def fit(self: GRAD,
 def _learn(self: GRAD, X: Input) -> None:
     "The work of `fit`, on a model that is not fitted yet."
     self.made_with_ = _settings(self)
-    device, size = pick_device(self.device), self.preset.generator.size
+    device, size = pick_device(self.device), self.preset_.generator.size
     pictures = np.concatenate([b for _, b in picture_batches(X, size, 64, self.progress)])
     train, held = hold_out(len(pictures), self.validation, self.random_state)
     log.info("%d pictures to train on, %d held out, on %s", len(train), len(held), device)
-    if (pictures == pictures[0]).all(): log.warning("all %d pictures are equal; a model of them knows no variation and calls every other picture anomalous", len(pictures))
+    if all(np.array_equal(picture, pictures[0]) for picture in pictures): log.warning("all %d pictures are equal; a model of them knows no variation and calls every other picture anomalous", len(pictures))
     with _work_folder(self.work_dir) as folder:
-        self.levels_ = self.preset.levels(self.layout)
+        self.levels_ = self.preset_.levels(self.layout)
         self.detectors_ = self._train(folder, pictures[train], device)
         self.banks_ = self._keep_patches(folder, pictures, train, device)
     self.n_pictures_, self.versions_ = (len(train), len(held)), versions()
@@ -200,8 +200,9 @@ def _learn(self: GRAD, X: Input) -> None:
 # %% ../nbs/12_grad.ipynb #grad0009
 def _check_parameters(model: GRAD) -> None:
     "`ValueError` for a parameter of the constructor that cannot be meant."
-    if not isinstance(model.preset, Preset): raise ValueError(f"preset is a Preset, such as preset('fast'), not {model.preset!r}")
-    model.preset.levels(model.layout)
+    chosen = preset(model.preset) if isinstance(model.preset, str) else model.preset
+    if not isinstance(chosen, Preset): raise ValueError(f"preset is a Preset or the name of one, such as 'fast', not {chosen!r}")
+    chosen.levels(model.layout)
     if not isinstance(model.augmentation, Augmentation): raise ValueError(f"augmentation is an Augmentation, not {model.augmentation!r}")
     if not 0 < model.false_alarm_rate < 1: raise ValueError(f"false_alarm_rate must lie between 0 and 1, not {model.false_alarm_rate}")
     if not 0 <= model.validation < 1: raise ValueError(f"validation is a share of the pictures, from 0 to below 1, not {model.validation}")
@@ -212,7 +213,8 @@ def _check_parameters(model: GRAD) -> None:
 
 def _settings(model: GRAD) -> dict[str, object]:
     "The parameters that make a model what it is; later changes of them take a new `fit`."
-    return {name: value for name, value in model.get_params().items() if name not in ("device", "progress", "work_dir")}
+    known = {name: value for name, value in model.get_params().items() if name not in ("device", "progress", "work_dir")}
+    return known | {"preset": preset(model.preset) if isinstance(model.preset, str) else model.preset}
 
 
 @contextlib.contextmanager
@@ -229,7 +231,7 @@ def _work_folder(work_dir: str | Path | None) -> Iterator[Path]:
 @patch
 def _train(self: GRAD, folder: Path, normals: np.ndarray, device) -> list[Detector]:
     "Every stage of the training in one folder; a stage that is there already is taken as it is."
-    config, seed, rest, detectors = self.preset, self.random_state, (device, self.progress), []
+    config, seed, rest, detectors = self.preset_, self.random_state, (device, self.progress), []
     key = fingerprint("fit", array_sha256(normals), to_dict(config.generator), seed, versions()["grad_nb"])
     for n in config.generator_levels(self.layout):
         make = partial(make_contrastive, folder, normals, n, config.generator, seed, *rest)
@@ -349,7 +351,7 @@ def explain(self: GRAD,
 # %% ../nbs/12_grad.ipynb #ce27a583
 def _uses(model: GRAD) -> str:
     "The part of a card that tells how a model was made."
-    seen = "{} normal pictures, and {} others held out".format(*model.n_pictures_) if model.n_pictures_ else "normal pictures"
+    seen = "{} normal pictures, and {} held out".format(*model.n_pictures_) if model.n_pictures_ else "normal pictures"
     names = ", ".join(f"level {row.level} at {row.size} px (contrastive pictures of level {', '.join(map(str, row.generators))})" for row in model.levels_)
     return (f"Trained on {seen}, each resized to {model.preset_.generator.size} x {model.preset_.generator.size} pixels, with preset `{model.preset_.name}` and "
             f"seed {model.settings_['random_state']}. No anomalous picture was used. Detectors: {names}.")

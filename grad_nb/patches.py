@@ -202,7 +202,8 @@ def draw_batch(
     plan = lambda pictures, strength, right: plan_group(pictures, config, augmentation, strength, right, generator)
     plans = [plan(normal, augmentation.jitter_normal, True)]
     if config.wrong_coordinates: plans.append(plan(normal, augmentation.jitter_normal, False))
-    plans += [plan(pictures, augmentation.jitter_generated, True) for pictures in contrastive]
+    strength = augmentation.jitter_normal if config.same_jitter else augmentation.jitter_generated
+    plans += [plan(pictures, strength, True) for pictures in contrastive]
     if len(plans) < 2: raise ValueError("a batch needs negatives: give contrastive pictures or set wrong_coordinates")
     both, first = make_patches(plans), len(plans[0].grid)
     return Batch(both[:first], both[first:], both)

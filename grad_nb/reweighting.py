@@ -22,7 +22,7 @@ def log_density(
     if not isinstance(beta_density, Tensor) and not beta_density > 0: raise ValueError(f"beta_density must be positive, not {beta_density}")
     exact = z.dtype if z.dtype == torch.float64 else torch.float32
     unit = lambda v: F.normalize(v.to(exact), dim=1, eps=1e-12)
-    return torch.logsumexp(beta_density * unit(z) @ unit(bank).T, 1)
+    with torch.autocast(z.device.type, enabled=False): return torch.logsumexp(beta_density * unit(z) @ unit(bank).T, 1)  # 8 bits would not tell densities apart
 
 # %% ../nbs/08_reweighting.ipynb #09f47acb
 def noisy_weight(

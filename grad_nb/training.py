@@ -46,7 +46,7 @@ class Learner:
     ):
         self.config, self.device, self.steps = config, torch.device(device), steps
         with seeded_weights(seed, f"{stage}-init"):
-            self.detector = Detector(config.width)
+            self.detector = Detector(config.width, config.init)
             self.decoder = Decoder(self.detector.head.in_channels)
         for net in (self.detector, self.decoder): net.to(self.device, memory_format=torch.channels_last)
         self.generator = stage_generator(seed, f"{stage}-train", self.device)

@@ -18,6 +18,7 @@ from grad_nb.benchmark import (
     bench_growth,
     bench_precisions,
     bench_protocol,
+    bench_throughput,
     bench_stages,
     count_operations,
     forget_peak,
@@ -230,7 +231,7 @@ def test_growth_measures_what_it_says(monkeypatch):
     monkeypatch.setattr(benchmark, "score_levels", lambda nets, x, sizes, batch: seen.append((len(nets), x.shape[:2], tuple(sizes))))
     rows = bench_growth((20,), (64,), (1,), (2,), 40, 0.1)
     assert [(row["varies"], row["value"], row["pictures"]) for row in rows] == [("pictures", 20, 20), ("threads", 1, 64), ("levels", 2, 32), ("pixels", 64, 16)]
-    assert seen[:3] == [(1, (16, 40), (40,)), (1, (16, 40), (40,)), (1, (4, 40), (40,))] and (2, (16, 80), (80, 40)) in seen and seen[-1] == (1, (16, 64), (64,))
+    assert seen[:3] == [(1, (16, 40), (40,)), (1, (16, 40), (40,)), (1, (4, 40), (40,))] and (2, (16, 160), (160, 80)) in seen and seen[-1] == (1, (16, 64), (64,))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets a peak")
@@ -268,6 +269,12 @@ def test_the_protocol_reports_the_second_half(monkeypatch):
     monkeypatch.setattr(benchmark.Captured, "__call__", judge)
     row = bench_protocol((48,), "cpu", runs=8, width=0.1)
     assert row["mean_ms"] == 1000 and row["runs"] == 8 and row["pictures_per_s"] == 1 and row["transfers"] == "none (cpu)"
+
+
+def test_throughput_is_that_of_large_batches_with_all_detectors_and_with_one():
+    rows = bench_throughput("cpu", (2, 3), runs=2, sizes=(64, 48), width=0.1)
+    assert [(row["detectors"], row["batch"]) for row in rows] == [("64 + 48", 2), ("64 + 48", 3), ("64", 2), ("64", 3)]
+    assert all(row["pictures_per_s"] == pytest.approx(row["batch"] / row["mean_ms"] * 1000) for row in rows)
 
 
 def test_all_levels_together_on_the_cpu():

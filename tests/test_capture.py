@@ -160,3 +160,18 @@ def test_on_a_gpu_a_step_does_not_wait():
     torch.cuda.set_sync_debug_mode("error")
     try: step(); learner.optimizer.step(); learner.schedule.step()
     finally: torch.cuda.set_sync_debug_mode("default")
+
+
+def test_recording_can_be_switched_off(monkeypatch):
+    assert Replayed(int, "cuda").graph_of is not None
+    monkeypatch.setenv("GRAD_NB_GRAPHS", "0")
+    assert Replayed(int, "cuda").graph_of is None and Replayed(int, "cuda", graph=Fixed).graph_of is Fixed
+
+
+def test_a_generator_that_is_lost_with_a_recording_ends_the_training_with_advice():
+    class Stuck:
+        def get_state(self): return 1
+        def set_state(self, state): raise RuntimeError("still capturing")
+    def cannot(work, generators): raise RuntimeError("no recording here")
+    step = Replayed(int, "cpu", [Stuck()], plain=0, graph=cannot)
+    with pytest.raises(RuntimeError, match="no recording here.*GRAD_NB_GRAPHS=0"): step()

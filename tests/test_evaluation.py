@@ -21,6 +21,7 @@ from grad_nb.evaluation import (
     image_auroc,
     image_scores,
     input_size_of,
+    joined,
     nearest_baseline,
     pixel_auroc,
     pixel_map,
@@ -275,3 +276,12 @@ def test_settings_that_give_no_map_are_refused(wrong):
 
 def test_two_detectors_of_a_preset_have_levels_of_their_own():
     with pytest.raises(ValueError, match="the same level: 34, 34"): Preset("mine", levels_ad=(Level(34, 64, (5,)), Level(34, 96, (5,))))
+
+
+def test_the_largest_of_the_maps_is_another_way_to_fuse():
+    stats, config = [MapStats(0.5, 2.0), MapStats(-1.0, 3.0)], EvalConfig(fusion="max")
+    scores, fused = fuse(LEVELS, [128, 64], stats, 64, config)
+    parts = [[pixel_map((m - s.mean) / s.std, 64, d, blur).numpy() for m, s, d in zip(LEVELS, stats, [128, 64])] for blur in (False, True)]
+    assert np.allclose(scores, np.maximum(*parts[0]).max((1, 2)), atol=1e-5) and np.allclose(fused, np.maximum(*parts[1]), atol=1e-5)
+    one = torch.tensor([1.0, 5.0])
+    assert joined([one], "max").equal(joined([one], "mean")) and joined([one, one.flip(0), one], "max").tolist() == [5, 5]

@@ -358,3 +358,11 @@ def test_the_source_package_carries_the_example(tmp_path):
     subprocess.run([sys.executable, "-m", "build", "--sdist", "--outdir", str(tmp_path), str(ROOT)], check=True, capture_output=True)
     (whole,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(whole) as files: assert [n for n in files.getnames() if n.endswith("/examples/onnx_only.py")]
+
+
+def test_the_largest_map_is_exported_as_it_is_judged():
+    model, seen = fitted(**{"evaluation.fusion": "max"}), pictures(3)
+    scores, labels, maps = Scorer(model)(torch.from_numpy(seen))
+    expected, mean = model.predict(seen), fitted().predict(seen)
+    assert np.allclose(scores, expected.scores, atol=1e-4) and np.allclose(maps, expected.maps, atol=1e-4)
+    assert (expected.scores > mean.scores).all()

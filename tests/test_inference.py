@@ -18,7 +18,7 @@ from grad_nb.data import load_images, read_category
 from grad_nb.detector import Detector
 from grad_nb.evaluation import fuse, image_auroc, resize_pictures, score_levels, score_maps
 from grad_nb.grad import GRAD
-from grad_nb.inference import FastDetector, Winograd, best_tile, loops, prepared, score_map, unstrided, winograd, winograd_matrices
+from grad_nb.inference import Captured, FastDetector, Winograd, best_tile, loops, prepared, roomy_batch, score_map, unstrided, winograd, winograd_matrices
 from grad_nb.training import Learner
 
 TOLERANCE = 1e-3  # of the standard deviation of the logits
@@ -224,3 +224,65 @@ def test_a_detector_that_is_scored_and_then_trained_on_is_prepared_anew():
     learner.optimizer.step()
     after = score_map(learner.detector, seen)
     assert not torch.allclose(after, before) and torch.equal(after, score_map(copy.deepcopy(learner.detector), seen))
+
+
+class Wrapped(nn.Module):
+    "A detector that the library does not know: it takes the plain way, as on a GPU."
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x): return self.inner(x)
+
+
+@pytest.mark.parametrize("sizes", [(96, 64, 48), (64, 96, 48), (96, 96, 64)])
+def test_the_plain_way_leaves_the_pictures_to_the_next_level(sizes):
+    seen, nets = pictures(3, 96), [Wrapped(detector(0.25, k)) for k in range(3)]
+    kept = seen.copy()
+    together = score_levels(nets, seen, sizes, batch=2)
+    for net, size, maps in zip(nets, sizes, together):
+        assert np.allclose(maps, plain(net, resize_pictures(seen, size)), atol=1e-4)
+    floats = torch.from_numpy(seen).float()
+    score_map(nets[0], floats)
+    assert (seen == kept).all() and torch.equal(floats, torch.from_numpy(kept).float())
+
+
+@pytest.mark.parametrize("bf16, tolerance", [(False, TOLERANCE), (True, 0.1)])
+@pytest.mark.parametrize("side", [96, 80])
+def test_what_a_gpu_would_record_is_the_same_function(bf16, tolerance, side):
+    nets, sizes, seen = [detector(0.25, k) for k in range(3)], (96, 64, 48), pictures(2, side)
+    judge = Captured(nets, sizes, 2, side, "cpu", bf16)
+    for (scores, maps), expected in zip(judge(torch.from_numpy(seen)), score_levels(nets, seen, sizes)):
+        assert np.abs(maps.numpy() - expected).max() < tolerance * expected.std() and torch.equal(scores, maps.amax((1, 2)))
+    assert judge.precision == ("bf16" if bf16 else "float32")
+
+
+@pytest.mark.parametrize("n", [1, 4, 5, 8, 9, 17])
+def test_a_stream_of_batches_is_every_picture_once_and_in_order(n):
+    nets, sizes, seen = [detector(0.25), detector(0.1, 1)], (64, 48), pictures(n, 64)
+    batches = list(Captured(nets, sizes, 4, 64, "cpu").stream(seen))
+    assert [len(large) for large, _ in batches] == [4] * (n // 4) + [n % 4] * (n % 4 > 0)
+    for k, expected in enumerate(score_levels(nets, seen, sizes)):
+        assert np.allclose(np.concatenate([maps[k] for maps in batches]), expected, atol=1e-4)
+
+
+def test_a_stream_of_nothing_is_nothing():
+    assert list(Captured([detector(0.1)], (48,), 4, 48, "cpu").stream(pictures(0, 48))) == []
+
+
+@pytest.mark.parametrize("n, free, batch", [(1, 10**12, 1), (5, 10**12, 8), (10**6, 10**12, 1024), (100, 0, 1), (100, 2 * 300 * 64**2 * 5, 4)])
+def test_a_batch_is_what_half_of_the_memory_holds(n, free, batch):
+    assert roomy_batch((64,), n, free) == batch
+
+
+@pytest.mark.gpu
+def test_a_gpu_scores_like_the_cpu(monkeypatch, caplog):
+    if not torch.cuda.is_available(): pytest.skip("needs a CUDA device")
+    nets, sizes, seen = [detector(0.5, k) for k in range(3)], (128, 64, 48), pictures(37, 128)
+    expected = score_levels(nets, seen, sizes)
+    for graphs, tolerance in (("1", 0.1), ("0", 0.02)):
+        monkeypatch.setenv("GRAD_NB_GRAPHS", graphs)
+        for found, maps in zip(score_levels([copy.deepcopy(net) for net in nets], seen, sizes, "cuda", 8), expected):
+            assert np.abs(found - maps).max() < tolerance * maps.std()
+    assert "could not be recorded" not in caplog.text

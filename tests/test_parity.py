@@ -545,3 +545,13 @@ def test_only_the_gradients_that_are_asked_for_are_computed(wanted):
     assert y.requires_grad == any(wanted)
     if any(wanted): (y**3).sum().backward()
     assert [g.grad is not None for g in (given[0], layer.weight, layer.bias)] == list(wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_densities_are_exact_in_mixed_precision(dtype):
+    "Densities of real features differ in the third digit; bfloat16 has two."
+    z, bank = (1 + 0.1 * torch.randn(n, 16, generator=seeded(n)) for n in (40, 60))
+    with torch.autocast("cpu", torch.bfloat16): found, weight = log_density(z.to(dtype), bank), negative_weight(z, bank, bank)
+    exact = log_density(z.to(dtype).double(), bank.double())
+    assert found.dtype == weight.dtype == torch.float32 and (found - exact).abs().max() < 1e-5
+    assert torch.allclose(weight, negative_weight(z, bank, bank), atol=1e-7)

@@ -503,3 +503,11 @@ def test_a_balance_of_zero_is_the_plain_mean_and_one_levels_all_times():
     other = TimeBalance(1000, 1.0)
     other.load_state_dict(state)
     assert (other(t, loss) == level(t, loss)).all()
+
+
+def test_generated_pictures_can_have_the_jitter_of_normal_ones():
+    data = np.random.default_rng(1).integers(0, 256, (2, 40, 40, 3), np.uint8)
+    strong = Augmentation(rotation=0, jitter_p=1.0, jitter_normal=0.0, jitter_generated=0.9)
+    batch = lambda same: draw_batch(data, [data], DetectorConfig(same_jitter=same), strong, seeded(3)).negatives[-128:]
+    untouched = lambda crops: torch.isclose(crops[:, :3, None] * 127.5 % 1, torch.tensor(0.5), atol=1e-3).all()
+    assert untouched(batch(True)) and not untouched(batch(False))

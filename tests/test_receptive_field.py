@@ -107,3 +107,30 @@ def test_bounding_box_names_first_and_last():
     support = np.zeros((7, 9), bool)
     support[2, 3] = support[5, 8] = True
     assert bounding_box(support) == (2, 5, 3, 8)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("row, column", [(40, 40), (40, 41), (41, 41)])
+def test_with_a_mirrored_decoder_the_network_sees_2n_minus_1(level, row, column):
+    support = gradient_support(PatchDiff(level, 4, field_of="bottleneck"), 82, row, column, seeded())
+    top, bottom, left, right = bounding_box(support)
+    assert support.sum() == (2 * level - 1) ** 2 and (bottom - top, right - left) == (2 * level - 2, 2 * level - 2)
+    assert top <= row <= bottom and left <= column <= right
+
+
+@pytest.mark.parametrize("level", [5, 9, 17])
+def test_with_a_mirrored_decoder_the_bottleneck_sees_n(level):
+    model = PatchDiff(level, 4, field_of="bottleneck").double().eval()
+    with torch.no_grad():
+        for p in model.parameters(): p.copy_(torch.randn(p.shape, generator=seeded(), dtype=p.dtype) * 0.3)
+    seen, x = [], with_coords(torch.randn(1, 3, 40, 40, generator=seeded(1), dtype=torch.float64)).requires_grad_()
+    (model.trunk[-1] if len(model.trunk) else model.down).register_forward_hook(lambda m, i, o: seen.append(o))
+    model(x, torch.tensor([500]))
+    (gradient,) = torch.autograd.grad(seen[0][0, :, 10, 10].square().sum(), x)
+    assert bounding_box((gradient[0] != 0).any(0).numpy()) == (20 - level // 2, 20 + level // 2) * 2
+
+
+def test_the_two_readings_differ_in_the_decoder_alone():
+    plain, mirrored = PatchDiff(13, 4), PatchDiff(13, 4, field_of="bottleneck")
+    assert len(plain.trunk) == len(mirrored.trunk) == len(mirrored.rise) == 2 and len(plain.rise) == 0
+    assert new_patchdiff(5, GeneratorConfig(width=4, field_of="bottleneck")).field_of == "bottleneck"

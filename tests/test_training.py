@@ -22,6 +22,7 @@ from grad_nb.patchdiff import (
     generate,
     load_patchdiff,
     new_patchdiff,
+    one_cycle,
     save_patchdiff,
     to_model,
     train_patchdiff,
@@ -458,3 +459,20 @@ def test_a_saved_patchdiff_makes_the_same_pictures_and_other_files_are_refused(t
     assert (generate(load_patchdiff(tmp_path / "g.safetensors"), TINY, progress=False) == generate(model, TINY, progress=False)).all()
     write_tensors(tmp_path / "other.safetensors", {"a": torch.zeros(1)}, {"kind": "Detector"})
     with pytest.raises(ValueError, match="other.safetensors"): load_patchdiff(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("warm_up, peak", [(0.0, 0), (0.1, 9), (0.3, 29), (0.6, 59)])
+def test_the_rate_peaks_when_it_is_told(warm_up, peak):
+    optimizer, schedule = one_cycle([torch.nn.Parameter(torch.zeros(1))], DetectorConfig(warm_up=warm_up, lr=0.1), 100, "cpu")
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step(); schedule.step()
+    assert int(np.argmax(rates)) == peak and max(rates) == pytest.approx(0.1, rel=1e-3) and rates[-1] == pytest.approx(0.1 / 250_000)
+
+
+def test_the_first_weights_are_he_s_or_torch_s():
+    he, default = (Learner(DetectorConfig(width=0.25, init=init), 4).detector.body[4] for init in ("he", "torch"))
+    fan = he.weight[0].numel()
+    assert float(he.weight.std()) == pytest.approx((2 / fan) ** 0.5, rel=0.05) and not he.bias.any()
+    assert float(default.weight.std()) == pytest.approx((1 / fan / 3) ** 0.5, rel=0.05) and default.bias.any()
