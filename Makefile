@@ -9,7 +9,7 @@ CATEGORY ?=
 SET ?=
 BIN := .venv/bin
 
-.PHONY: demo test install export collect clean
+.PHONY: demo test gpu install export collect clean
 
 install: .venv/installed
 
@@ -27,6 +27,11 @@ test: install  ## notebooks clean and in sync, notebook tests, pytest
 	$(BIN)/nbdev_test --n-workers 2
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q
+
+gpu: install  ## on a machine with a CUDA device: its tests, then how fast it is, into gpu.json
+	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/grad_bench --device cuda --quick --protocol --json-file gpu.json
+	$(BIN)/grad_bench --device cuda --preset paper --json-file gpu-steps.json
 
 export: install  ## after editing a notebook: clean the notebooks, write grad_nb/ and README.md
 	$(BIN)/nbdev-clean

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['operations', 'count_operations', 'Latency', 'latency', 'threads_of', 'bench_detectors', 'time_per_step',
-           'bench_stages', 'best_ms', 'ceilings', 'layer_bytes', 'verdict', 'bench_path', 'random_model', 'in_bfloat16',
-           'ways_of', 'in_turns', 'bench_ways', 'bench_precisions', 'forget_peak', 'peak_memory', 'bench_growth',
-           'growth_chart', 'latency_chart', 'bench_charts', 'bench_terms', 'bench_protocol', 'bench_throughput']
+           'bench_stages', 'best_ms', 'ceilings', 'layer_bytes', 'bound_of', 'bench_path', 'random_model',
+           'in_bfloat16', 'ways_of', 'in_turns', 'bench_ways', 'bench_precisions', 'forget_peak', 'peak_memory',
+           'bench_growth', 'growth_chart', 'latency_chart', 'bench_charts', 'bench_terms', 'bench_protocol',
+           'bench_throughput']
 
 # %% ../nbs/15_benchmark.ipynb #0a47b1cd
 import copy
@@ -167,7 +168,7 @@ def bench_detectors(
             gmac = sum(sum(count_operations(net, s).values()) for net, s in zip(judge.nets, chosen)) / 1e9
             time_of = latency(judge, judge.pictures, runs, max(3, runs // 5), device)
             rows.append({"detectors": " + ".join(map(str, chosen)), "device": device_name(device), "threads": torch.get_num_threads(),
-                         "batch": batch, "precision": "bf16" if bf16 else float32_name(device),
+                         "batch": batch, "precision": "bf16" if bf16 else float32_name(device), "timed": "bytes of each detector's size to scores",
                          "width": width, "way": "fast" if judge.fast else "plain", "transfers": "none (cpu)" if device.type == "cpu" else "inside" if transfers else "outside", "runs": runs,
                          **vars(time_of), "pictures_per_s": 1000 * batch / time_of.median_ms, "GMAC": gmac,
                          "GMAC_per_s": 1000 * batch * gmac / time_of.median_ms})
@@ -299,7 +300,7 @@ def layer_bytes(
     return found
 
 
-def verdict(
+def bound_of(
     ms: float,  # measured
     gflop: float,  # operations, thousands of millions
     megabytes: float,  # moved at least
@@ -350,7 +351,7 @@ def bench_path(
         for name, call, gflop, megabytes in _path(sizes, nets, batch):
             t = latency(lambda _, call=call: call(), lambda: None, runs, max(2, runs // 5))
             rows.append({"stage": name, "device": device_name("cpu"), "threads": torch.get_num_threads(), "batch": batch, "precision": "float32", "runs": runs,
-                         **vars(t), "GFLOP": gflop, "MB": megabytes, **verdict(t.median_ms, gflop, megabytes, limits)})
+                         **vars(t), "GFLOP": gflop, "MB": megabytes, **bound_of(t.median_ms, gflop, megabytes, limits)})
     return rows
 
 # %% ../nbs/15_benchmark.ipynb #bway0001
@@ -639,7 +640,7 @@ def bench_protocol(
         judge(pictures) if transfers else judge.replay()
         _wait(device); seconds.append(time.perf_counter() - start)
     last = seconds[len(seconds) // 2 :]
-    return {"detectors": " + ".join(map(str, sizes)), "device": device_name(device), "batch": batch, "precision": judge.precision, "way": judge.way,
+    return {"detectors": " + ".join(map(str, sizes)), "device": device_name(device), "batch": batch, "precision": judge.precision, "timed": "bytes to scores and score maps", "way": judge.way,
             "transfers": "none (cpu)" if device.type == "cpu" else "inside" if transfers else "outside", "runs": len(seconds), "width": width,
             "mean_ms": 1000 * float(np.mean(last)), **vars(Latency.of(last)), "pictures_per_s": batch / float(np.mean(last))}
 

@@ -189,7 +189,7 @@ class Preset:
     def levels(self,
         layout: str,  # layout of the data: "mvtec_ad", "mvtec_loco" or "folder"
     ) -> tuple[Level, ...]:  # the detectors to train, finest first
-        "The detectors for a kind of data set (Table 7)."
+        "The detectors for a kind of data set (Table 7). `ValueError` for an unknown layout."
         rows = {"mvtec_ad": self.levels_ad, "folder": self.levels_ad, "mvtec_loco": self.levels_loco}
         if layout not in rows: raise ValueError(f"no layout {layout!r}; there are {', '.join(rows)}")
         return rows[layout]

@@ -207,8 +207,8 @@ def joined(
 @dataclass(frozen=True)
 class MapStats:
     "Mean and standard deviation of a detector's logits on held-out normal pictures."
-    mean: float
-    std: float
+    mean: float  # of all logits
+    std: float  # of all logits, at least 1e-6
 
     @classmethod
     def of(cls,

@@ -74,7 +74,7 @@ class View(nn.Module):
 
 # %% ../nbs/14_export.ipynb #expo0001
 class Scorer(nn.Module):
-    "The whole way from bytes to verdicts, as `GRAD.predict` goes it, in one module without Python around it."
+    "The whole way from bytes to verdicts, exactly as in `GRAD.predict`, in one module without Python around it."
 
     def __init__(self,
         model: GRAD,  # fitted; it is copied, not shared

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'PAPER_PARAMETERS', 'Missing', 'recorded_data', 'reopen', 'finished_runs', 'of_layout', 'first_of',
-           'parameters', 'published_points', 'measured_points', 'contrastive', 'by_level', 'field_supports',
-           'busiest_pixel', 'field_arrays', 'trained_detector', 'draw_kinds', 'project', 'patch_arrays', 'weight_maps',
-           'weight_arrays', 'resized', 'spread_over_types', 'localised', 'draw_figure']
+           'parameters', 'published_points', 'measured_points', 'measured_peers', 'contrastive', 'by_level',
+           'field_supports', 'busiest_pixel', 'field_arrays', 'trained_detector', 'draw_kinds', 'project',
+           'patch_arrays', 'weight_maps', 'weight_arrays', 'resize_maps', 'spread_over_types', 'localised',
+           'draw_figure']
 
 # %% ../nbs/17b_figures.ipynb #fa700004
 import copy
@@ -147,6 +148,18 @@ def _same_detectors(found: pd.DataFrame, sizes: Sequence[int], width: float) -> 
     files = found[(found.dataset == "mvtec_loco") & found.own].file.unique()
     configs = [read_json(file)["config"] for file in files]
     return all([row["size"] for row in c["levels_loco"]] == list(sizes) and c["detector"]["width"] == width for c in configs)
+
+# %% ../nbs/17b_figures.ipynb #fa70000c3
+def measured_peers(
+    bench: str | Path,  # file of `grad_bench --peers --json-file`
+) -> pd.DataFrame:  # as `speed_figure` takes them, and the column device; empty if no peers were run
+    "Peers that were run here at batch 1, with the accuracy that the paper gives for them (Table 1)."
+    known, auroc = read_json(bench), published_grid(1, "image_auroc").loc["average"].dropna()
+    rows = [(row["method"].removesuffix(" (anomalib)"), row) for row in (known.get("peers") or [] if isinstance(known, dict) else []) if row.get("batch") == 1 and "error" not in row]
+    found = [{"method": f"{name}, run here", "latency_ms": row["median_ms"], "auroc": auroc[name], "parameters": np.nan, "ours": False, "device": row["device"]}
+             for name, row in rows if name in auroc]
+    return pd.DataFrame(found, columns=["method", "latency_ms", "auroc", "parameters", "ours", "device"])
+
 
 # %% ../nbs/17b_figures.ipynb #fa700010
 def contrastive(
@@ -293,7 +306,7 @@ def _weights_of(run: Run, side: int) -> tuple[np.ndarray, ...]:
     made = np.stack([pictures[0] for pictures in sets.values()])
     maps = weight_maps(detector, made, banks, row.size, run.preset.detector.beta_density)
     real = by_level(run, len(sets), row.generators)["real"]
-    return (*(resize_pictures(p, side) for p in (real, made)), *(resized(m, side) for m in maps))
+    return (*(resize_pictures(p, side) for p in (real, made)), *(resize_maps(m, side) for m in maps))
 
 
 def weight_arrays(
@@ -308,7 +321,7 @@ def weight_arrays(
     return dict(zip(("real", "made", "noisy", "tail"), map(np.concatenate, parts))) | {"titles": titles}
 
 
-def resized(
+def resize_maps(
     maps: np.ndarray,  # (N, h, w) float
     size: int,  # side, pixels
 ) -> np.ndarray:  # (N, size, size)

@@ -5,7 +5,7 @@ r"""A diffusion model that sees only $n\times n$ pixels: what it draws is right 
 # %% auto #0
 __all__ = ['PixelNorm', 'Pointwise', 'Shuffle', 'time_embedding', 'fourier_coords', 'Block', 'check_level', 'PatchDiff',
            'gradient_support', 'bounding_box', 'to_model', 'to_bytes', 'stratified_times', 'denoising_losses',
-           'denoising_loss', 'TimeBalance', 'draw_pictures', 'new_patchdiff', 'one_cycle', 'WeightMean',
+           'denoising_loss', 'TimeBalance', 'draw_pictures', 'new_patchdiff', 'one_cycle', 'WeightEMA',
            'gradients_of_batch', 'train_patchdiff', 'Made', 'generate', 'reconstruct_normals', 'save_patchdiff',
            'load_patchdiff']
 
@@ -205,7 +205,7 @@ def stratified_times(
     T: int,  # number of diffusion steps
     generator: torch.Generator,  # source of randomness; its device is where the times are
 ) -> Tensor:  # (n,) int64 in 0..T-1, ascending
-    "Uniform times, one from each n-th of 0..T-1: the mean loss of a batch is as unbiased as with n free draws, and less noisy (our choice)."
+    "Uniform times, one from each n-th of 0..T-1: the mean loss of a batch is as unbiased as with n free draws, and less noisy (our choice; low-discrepancy times, Kingma et al., 2021)."
     u = (torch.arange(n, device=generator.device) + torch.rand(n, generator=generator, device=generator.device)) / n
     return (u * T).long().clamp(max=T - 1)
 
@@ -225,11 +225,18 @@ def denoising_losses(
     return t, (model(with_coords(x_t, coords), t).float() - eps_1).square().mean((1, 2, 3))
 
 
+# %% ../nbs/05_patchdiff.ipynb #denoise1
 def denoising_loss(
-    *args,  # those of `denoising_losses`
+    model: nn.Module,  # a PatchDiff
+    x_0: Tensor,  # (B, 3, H, W) normal pictures in [-1, 1]
+    coords: Tensor,  # (2, H, W) or (B, 2, H, W) their coordinates
+    alpha_bar: Tensor,  # (T,) cumulative products
+    sigma_g: float,  # standard deviation of the global noise
+    generator: torch.Generator,  # as for `denoising_losses`
 ) -> Tensor:  # scalar
     "The training loss of PatchDiff: the mean over a batch (Algorithm 1, line 6)."
-    return denoising_losses(*args)[1].mean()
+    return denoising_losses(model, x_0, coords, alpha_bar, sigma_g, generator)[1].mean()
+
 
 # %% ../nbs/05_patchdiff.ipynb #tbal0004
 class TimeBalance:
@@ -306,7 +313,7 @@ def one_cycle(
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=max(steps, 2), pct_start=config.warm_up)
 
 # %% ../nbs/05_patchdiff.ipynb #train512
-class WeightMean:
+class WeightEMA:
     "An exponential running mean of a model's weights."
 
     def __init__(self,
@@ -386,7 +393,7 @@ def train_patchdiff(
         if mean: mean.update(model)
         return loss
 
-    mean = WeightMean(model, config.ema) if config.ema else None
+    mean = WeightEMA(model, config.ema) if config.ema else None
     state = dict(model=model, optimizer=optimizer, schedule=schedule, generator=generator, balance=balance, **(dict(mean=mean) if mean else {}))
     history = run_steps(step, config.steps, ["loss"], state, checkpoint, key, label=f"PatchDiff {level}", progress=progress, pause=pause_of(device))
     if mean: model.load_state_dict(mean.mean)

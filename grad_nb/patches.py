@@ -198,7 +198,7 @@ def draw_batch(
     augmentation: Augmentation,  # of the category
     generator: torch.Generator,  # source of randomness
 ) -> Batch:
-    "A training batch of 128 (k + 2) patches (\"Preparing the Training set\" and \"Training Settings\")."
+    "A training batch of 128 (k + 2) patches (\"Preparing the Training set\" and \"Training Settings\"). `ValueError` without negatives."
     plan = lambda pictures, strength, right: plan_group(pictures, config, augmentation, strength, right, generator)
     plans = [plan(normal, augmentation.jitter_normal, True)]
     if config.wrong_coordinates: plans.append(plan(normal, augmentation.jitter_normal, False))

@@ -271,7 +271,7 @@ def detect_stage(
     run: Run,  # the run
     level: int,  # of the detector
 ) -> dict:  # the record
-    "Train a detector and score the held-out and the test pictures."
+    "Train a detector and score the held-out and the test pictures. `ValueError` for a level that the run has not, `FileNotFoundError` before its generate stages."
     tag, row = f"{level:03d}", run.level(level)
     def make():
         sets = [contrastive_set(run, n) for n in row.generators]

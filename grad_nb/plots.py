@@ -172,7 +172,7 @@ def history_curves(
     for ax, name in zip(axes[0], columns):
         smooth = history[name].rolling(window, min_periods=1).mean()
         ax.plot(smooth.to_numpy(), lw=1); ax.set_title(name, fontsize=9); ax.tick_params(labelsize=7); ax.set_xlabel("step", fontsize=8)
-        if log and (smooth > 0).all(): ax.set_yscale("log")
+        if log and (smooth > 0).all() and smooth.max() > 10 * smooth.min(): ax.set_yscale("log")
     return figure
 
 # %% ../nbs/13_plots.ipynb #f4a00002

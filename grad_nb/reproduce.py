@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAST', 'HOLDER', 'NOTEBOOK', 'official', 'find_categories', 'Job', 'run_jobs', 'category_jobs', 'plan_batch',
            'last_jobs', 'job_done', 'drop_stale', 'hold_folder', 'hold_or_inherit', 'log_of', 'run_job', 'known_times',
-           'guess', 'estimate', 'at_once', 'in_words', 'snakemake_call', 'follow', 'failures', 'summary', 'why',
+           'guess', 'estimate', 'at_once', 'in_words', 'snakemake_call', 'follow', 'failures', 'batch_summary', 'why',
            'report_of', 'grad_reproduce', 'run_batch', 'clear_logs', 'announce', 'dry']
 
 # %% ../nbs/18_reproduce.ipynb #d5ec3bb5
@@ -429,7 +429,7 @@ def failures(
     return {marker: (why(log.with_suffix(".ipynb")), log.with_suffix(".ipynb")) for marker, log in logs.items() if log.is_file()}
 
 
-def summary(
+def batch_summary(
     batch: Mapping,  # what batch.json holds
 ) -> Iterator[str]:  # lines
     "What came out of a batch: what is done, what failed and where its notebook is, what waits."
@@ -496,7 +496,7 @@ def grad_reproduce(
         for line in announce(batch, data, dataset, executor, options): print(line, flush=True)
         if dry_run: return dry(batch, executor, options)
         status = run_batch(batch, held, executor, options)
-    for line in summary(batch): print(line)
+    for line in batch_summary(batch): print(line)
     for path in sorted((Path(batch["folder"]) / "tables").glob("*.md")): print("table:", path)
     if status: sys.exit(1)
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 
+import matplotlib.pyplot as plt
 from fastcore.script import call_parse, store_true
 
 from .cli import plain_errors
@@ -53,7 +54,7 @@ def write_pictures(
     "`pictures/contrastive.png`: real and contrastive pictures; `pictures/maps.png`: test pictures of all types with their maps."
     figures = {"contrastive": picture_rows(by_level(run, columns), columns), "maps": localisation_figure({"": localised(run, columns)}, bar=False)}
     (run.folder / "pictures").mkdir(exist_ok=True)
-    for name, figure in figures.items(): save_figure(figure, run.folder / "pictures" / f"{name}.png", dpi=72)
+    for name, figure in figures.items(): save_figure(figure, run.folder / "pictures" / f"{name}.png", dpi=72); plt.close(figure)
 
 # %% ../nbs/17d_runner.ipynb #runn0010
 @call_parse

@@ -229,7 +229,7 @@ def criterion(
     config: EvalConfig = EvalConfig(),  # blur and placement of the maps
     device: str | torch.device = "cpu",  # where to compute
 ) -> dict:  # as `map_criterion`, with the numbers of pictures
-    "How well detectors tell held-out normal pictures from pseudo-anomalies: what settings are chosen by, instead of a test set."
+    "How well detectors tell held-out normal pictures from pseudo-anomalies: what settings can be chosen by, instead of a test set."
     score = lambda pictures: [score_maps(d, pictures, s, device, config.batch) for d, s in zip(detectors, sizes)]
     calm = score(normals)
     stats = [MapStats.of(m) for m in calm]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NORMALS', 'ORDERS', 'MAX_UPLOAD', 'LOOPBACK', 'model_of_run', 'Gallery', 'data_of_run', 'open_gallery', 'choose',
-           'tally', 'verdict', 'picture_figure', 'histogram_figure', 'sheet_figure', 'judge_upload', 'told', 'png',
+           'tally', 'verdict_line', 'picture_figure', 'histogram_figure', 'sheet_figure', 'judge_upload', 'told', 'png',
            'plain_text', 'or_text', 'browse_tab', 'drop_tab', 'make_page', 'free_port', 'open_for_show', 'grad_show']
 
 # %% ../nbs/16b_show.ipynb #show0004
@@ -151,7 +151,7 @@ def tally(
             f"{(above & ~truth).sum()} of {(~truth).sum()} normal ones are called anomalous.")
 
 
-def verdict(
+def verdict_line(
     gallery: Gallery,  # the run
     i: int,  # number of the picture
     threshold: float,  # above it a picture is called anomalous
@@ -309,7 +309,7 @@ def _views(gallery: Gallery, picture, threshold, why) -> list:
     import panel as pn
     none = "no picture of this kind"
     at = lambda i, make: or_text(lambda: none if i is None else make())
-    line = pn.bind(lambda i, t: at(i, lambda: verdict(gallery, i, t)), picture, threshold)
+    line = pn.bind(lambda i, t: at(i, lambda: verdict_line(gallery, i, t)), picture, threshold)
     shown = pn.bind(lambda i: at(i, lambda: picture_figure(gallery, i)), picture)
     scores = pn.bind(lambda i, t: or_text(lambda: histogram_figure(gallery, t, i)), picture, threshold)
     count = pn.bind(lambda t: or_text(lambda: tally(gallery, t)), threshold)

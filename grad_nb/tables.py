@@ -233,7 +233,7 @@ def _speed_row(row: Mapping) -> dict:
     "One measured row of Table 3, with its protocol in words."
     return {"method": row["method"] if "method" in row else f"GRAD here, {row['detectors']}", "latency (ms)": f"{row['median_ms']:.3g} ({row['p10_ms']:.3g} to {row['p90_ms']:.3g})",
             "FPS": f"{row['pictures_per_s']:.4g}", "device": row["device"],
-            "protocol": f"batch {row['batch']}, {row['precision']}, transfers {row['transfers']}, {row['runs']} runs, random weights"}
+            "protocol": (f"{row['timed']}, " if "timed" in row else "") + f"batch {row['batch']}, {row['precision']}, transfers {row['transfers']}, {row['runs']} runs, random weights"}
 
 # %% ../nbs/17_tables.ipynb #c98ef880
 def table_4(

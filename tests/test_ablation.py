@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from grad_nb.ablation import (FIGURES, KEYS, SETS, TABLE_4, Piece, ablate, ablation_chart, cell_done, cells, collect_results, compare, compare_generators, curve_chart,
+from grad_nb.ablation import (METRICS, KEYS, SETS, TABLE_4, Piece, ablate, ablation_chart, cell_done, cells, collect_results, compare, compare_generators, curve_chart,
                               common_seeds, grad_ablate, loss_curve, open_ablation, parse_variants, picture_sheets, pictures_interval, pieces, rank_correlation, read_results, run_pieces,
                               seed_interval, slug, table_4_figures, tables_of)
 from grad_nb.config import PRESETS, override, to_dict
@@ -96,8 +96,8 @@ def test_a_slug_is_a_plain_folder(name):
 def test_records_are_whole(done, data):
     ablation, root, said = done
     found = read_results(root / "ablation")
-    assert len(found) == 4 and not found[list(FIGURES)].isna().any().any()
-    assert found[[*FIGURES, "ess_neg"]].ge(0).all().all() and found[list(FIGURES)].le(100).all().all()
+    assert len(found) == 4 and not found[list(METRICS)].isna().any().any()
+    assert found[[*METRICS, "ess_neg"]].ge(0).all().all() and found[list(METRICS)].le(100).all().all()
     record = found.record[0]
     assert record["counts"] == {"train": 6, "held_out": 2, "test": 20} and record["config"]["detector"]["alpha_1"] == 0
     assert record["data_sha256"] == ablation.run.data_sha256 and record["selection"]["pseudo"] == dict.fromkeys(("cut_paste", "scar", "blob", "part_swap"), 3)
@@ -151,7 +151,7 @@ def test_a_damaged_output_is_made_again(done, tmp_path):
 def test_same_seed_same_result_whoever_runs_it(done, data, tmp_path):
     again = opened(data, tmp_path, dict(list(TWO.items())[1:]), seeds=(1,))
     ablate(again, lambda line: None)
-    a, b = (read_results(root / "ablation").set_index(["variant", "seed"]).loc[("+ Long-tail Reweighting", 1), list(FIGURES)] for root in (done[1], tmp_path))
+    a, b = (read_results(root / "ablation").set_index(["variant", "seed"]).loc[("+ Long-tail Reweighting", 1), list(METRICS)] for root in (done[1], tmp_path))
     assert a.equals(b)
 
 
@@ -287,7 +287,7 @@ def made_up(strengths, seeds=(0, 1, 2), dataset="trays", noise=0.05, level=34):
         for seed in seeds:
             scores = {k: v + (strength + noise * rng.normal()) * (k != "good") for k, v in common.items()}
             aurocs = [roc_auc_score(np.r_[np.zeros(80), np.ones(len(scores[k]))], np.r_[scores["good"], scores[k]]) for k in scores if k != "good"]
-            rows.append(dict.fromkeys(FIGURES, 90.0) | dict(zip(KEYS, ("demo", "", dataset, "x", level, name, seed))) | {
+            rows.append(dict.fromkeys(METRICS, 90.0) | dict(zip(KEYS, ("demo", "", dataset, "x", level, name, seed))) | {
                 "order": order, "image_auroc": 100 * np.mean(aurocs), "image_auroc_mean": 100 * np.mean(aurocs), "criterion": 10 * strength, "ess_neg": 1.0,
                 "seconds": 1.0, "scores": scores})
     return pd.DataFrame(rows)

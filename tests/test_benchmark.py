@@ -29,7 +29,7 @@ from grad_nb.benchmark import (
     peak_memory,
     random_model,
     time_per_step,
-    verdict,
+    bound_of,
 )
 from grad_nb.cli import grad_bench
 from grad_nb.config import Level, override, preset
@@ -222,7 +222,7 @@ def test_bytes_and_products_of_layers():
 
 @pytest.mark.parametrize("ms, gflop, mb, share, bound", [(10, 1, 1, 1.0, "arithmetic"), (10, 0, 50, 0.5, "memory"), (100, 1, 1, 0.1, "calls")])
 def test_what_bounds_a_stage(ms, gflop, mb, share, bound):
-    found = verdict(ms, gflop, mb, {"matmul float32": 100, "copy": 10})
+    found = bound_of(ms, gflop, mb, {"matmul float32": 100, "copy": 10})
     assert found["share"] == pytest.approx(share) and found["bound"] == bound
 
 

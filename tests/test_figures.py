@@ -16,7 +16,7 @@ import grad_nb.figures as figures
 from grad_nb.cli import packed, template_parameters
 from grad_nb.evaluation import pixel_map, resize_pictures
 from grad_nb.explain import make_bank, patch_features
-from grad_nb.figures import Missing, draw_figure, field_supports, finished_runs, localised, measured_points, spread_over_types, weight_maps
+from grad_nb.figures import Missing, draw_figure, field_supports, finished_runs, localised, measured_peers, measured_points, spread_over_types, weight_maps
 from grad_nb.patches import PATCH, STRIDE
 from grad_nb.pipeline import detect_stage, evaluate_stage, generate_stage, load_normals, open_run
 from grad_nb.plots import (
@@ -264,6 +264,18 @@ def test_speed_is_joined_to_accuracy_only_for_the_same_detectors(batch, tmp_path
     for other in ({}, [], {"detectors": [row | {"batch": 8}]}):
         write_json(tmp_path / "other.json", other)
         with pytest.raises(Missing, match="no detectors"): measured_points(batch, tmp_path / "other.json")
+
+
+def test_peers_that_were_run_here_join_with_their_published_accuracy(tmp_path):
+    row = {"batch": 1, "median_ms": 600.0, "device": "x"}
+    write_json(tmp_path / "bench.json", {"peers": [{"method": "GRAD here"} | row, {"method": "PatchCore (anomalib)"} | row, {"method": "STFPM (anomalib)"} | row,
+                                                   {"method": "PaDiM (anomalib)", "error": "no such layer"}, {"method": "PaDiM (anomalib)"} | row | {"batch": 16}]})
+    points = measured_peers(tmp_path / "bench.json")
+    assert points.method.tolist() == ["PatchCore, run here"] and points.auroc[0] == 79.3 and points.latency_ms[0] == 600 and not points.ours[0]
+    assert speed_figure(pd.concat([figures.published_points(), points]))
+    for none in ({}, []):
+        write_json(tmp_path / "bench.json", none)
+        assert measured_peers(tmp_path / "bench.json").empty
 
 
 def test_a_figure_left_out_leaves_no_older_file(tmp_path, capsys):

@@ -15,7 +15,7 @@ import pytest
 from conftest import TINY
 
 from grad_nb.reproduce import (HOLDER, LAST, at_once, estimate, failures, find_categories, hold_folder, hold_or_inherit, in_words, job_done, official,
-                               plan_batch, report_of, snakemake_call, summary)
+                               plan_batch, report_of, snakemake_call, batch_summary)
 from grad_nb.store import read_json, write_json
 
 COMMAND = Path(sys.executable).parent / "grad_reproduce"
@@ -136,7 +136,7 @@ def leave(batch: dict, job: dict, seconds: float = 7.0) -> None:
 def test_what_is_left_is_what_is_not_done_with_these_settings(data, tmp_path):
     batch = planned(data, tmp_path)
     for job in batch["jobs"]: leave(batch, job)
-    assert all(job_done(batch["folder"], job) for job in batch["jobs"]) and list(summary(batch))[0] == f"{len(batch['jobs'])} of {len(batch['jobs'])} notebooks are done"
+    assert all(job_done(batch["folder"], job) for job in batch["jobs"]) and list(batch_summary(batch))[0] == f"{len(batch['jobs'])} of {len(batch['jobs'])} notebooks are done"
     other = plan_batch(data, "trays", "demo", (0,), tmp_path, overrides=f"{TINY} detector.lr=0.5", device="cpu")
     again = Counter(job["notebook"] for job in other["jobs"] if not job_done(other["folder"], job))
     assert again == {"detect": 1, "table": 1} | {name: 1 for name in LAST if any(job["notebook"] == name for job in other["jobs"])}
@@ -166,7 +166,7 @@ def test_a_failure_names_its_reason_and_its_notebook(data, tmp_path):
     write_json(notebook, {"cells": [{"cell_type": "code", "outputs": [error]}]})
     notebook.with_suffix(".log").write_text("")
     assert failures(batch) == {"trays/trays/done/check": ("DataError: 003.png is broken", notebook)}
-    said = "\n".join(summary(batch))
+    said = "\n".join(batch_summary(batch))
     assert "failed: trays/trays/check: DataError: 003.png is broken" in said and str(notebook) in said
     notebook.write_text("{")
     notebook.with_suffix(".log").write_text("x\nOSError: [Errno 28] No space left on device\n")

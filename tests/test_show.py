@@ -23,7 +23,7 @@ from grad_nb.data import DataError
 from grad_nb.grad import GRAD, colour_limits
 from grad_nb.pipeline import detect_stage, evaluate_stage, generate_stage, open_run
 from grad_nb.show import (MAX_UPLOAD, ORDERS, choose, data_of_run, free_port, grad_show, histogram_figure, judge_upload, model_of_run,
-                          open_gallery, picture_figure, png, sheet_figure, tally, told, verdict)
+                          open_gallery, picture_figure, png, sheet_figure, tally, told, verdict_line)
 from grad_nb.store import read_json
 
 
@@ -89,7 +89,7 @@ def test_order_kind_and_wrong_verdicts(gallery):
     for threshold in (-1e9, float(np.median(gallery.scores)), 1e9):
         wrong = {i for i in range(20) if (gallery.scores[i] > threshold) != (types[i] != "good")}
         assert set(choose(gallery, threshold=threshold)) == wrong
-        assert {i for i in range(20) if verdict(gallery, i, threshold).endswith(("missed", "false alarm"))} == wrong
+        assert {i for i in range(20) if verdict_line(gallery, i, threshold).endswith(("missed", "false alarm"))} == wrong
     with pytest.raises(ValueError, match="by name"): choose(gallery, order="as you like")
     assert len(choose(gallery, "no such type")) == 0 and ORDERS[0] == "highest score first"
 
@@ -238,16 +238,16 @@ def test_the_page_in_a_browser(run, gallery, tmp_path):
         page.goto(server.address)
         page.get_by_text(gallery.title).wait_for()
         first = int(choose(gallery)[0])
-        page.get_by_text(verdict(gallery, first, gallery.model.offset_)).wait_for()
+        page.get_by_text(verdict_line(gallery, first, gallery.model.offset_)).wait_for()
         page.screenshot(path=keep / "page.png", full_page=True)
         page.get_by_label("type").select_option("good")
         best = int(choose(gallery, "good")[0])
-        page.get_by_text(verdict(gallery, best, gallery.model.offset_)).wait_for()
+        page.get_by_text(verdict_line(gallery, best, gallery.model.offset_)).wait_for()
         page.get_by_label("order").select_option("lowest score first")
         least = int(choose(gallery, "good", "lowest score first")[0])
         page.get_by_label("pictures").locator("option:first-child", has_text=gallery.names[least]).wait_for(state="attached")  # the new order is there
         page.get_by_label("pictures").select_option(index=0)
-        page.get_by_text(verdict(gallery, least, gallery.model.offset_)).wait_for()
+        page.get_by_text(verdict_line(gallery, least, gallery.model.offset_)).wait_for()
         page.get_by_role("button", name="explain this picture").click()
         page.locator("img").nth(2).wait_for()
         page.wait_for_timeout(1500)

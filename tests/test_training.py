@@ -28,7 +28,7 @@ from grad_nb.patchdiff import (
     train_patchdiff,
 )
 from grad_nb.store import load_checkpoint, read_tensors, write_tensors
-from grad_nb.training import FIGURES, Learner, batch_losses, train_detector, training_steps
+from grad_nb.training import LOGGED, Learner, batch_losses, train_detector, training_steps
 
 PLAIN = Augmentation(rotation=0.0, jitter_p=0.0)
 TINY = GeneratorConfig(size=16, width=8, steps=12, batch=4, n_samples=5, sample_steps=6, sample_batch=2, bf16=False)
@@ -83,7 +83,7 @@ def test_detector_training_depends_on_its_seed_and_stage_alone():
     torch.manual_seed(1234); np.random.seed(1234)
     b, again = run(0)
     assert same(a, b) and history.equals(again) and not same(a, run(1)[0]) and not same(a, run(0, "detector-68")[0])
-    assert list(history.columns) == list(FIGURES) and len(history) == 8 and np.isfinite(history.to_numpy()).all() and not a.training
+    assert list(history.columns) == list(LOGGED) and len(history) == 8 and np.isfinite(history.to_numpy()).all() and not a.training
 
 
 def test_a_memory_map_an_array_and_a_tensor_train_the_same_detector(tmp_path):
@@ -317,7 +317,7 @@ def test_the_switches_are_off_by_default_do_something_and_survive_a_kill(monkeyp
 
 def test_a_mean_of_weights_is_what_a_training_gives(monkeypatch):
     means, mean_of = [], training.WeightMean
-    monkeypatch.setattr(training, "WeightMean", lambda *args: means.append(mean_of(*args)) or means[-1])
+    monkeypatch.setattr(training, "WeightEMA", lambda *args: means.append(mean_of(*args)) or means[-1])
     model, _ = train_detector(DATA["normal"], DATA["contrastive"], replace(SMALL, ema=0.5), PLAIN, progress=False)
     assert means[0].steps == SMALL.steps and all(torch.equal(w, means[0].mean[name]) for name, w in model.state_dict().items())
     generator, _ = train_patchdiff(pictures(6, 16), 5, replace(TINY, ema=0.5), progress=False)
