@@ -517,8 +517,9 @@ def _whole_bench(settings: Preset, device: torch.device, batch: int, threads: in
     "What `--quick` leaves out."
     from grad_nb import benchmark as b
     with b.threads_of(threads): growth = b.bench_growth()  # first: memory that others leave behind would count
-    return {"growth": growth, "stages": b.bench_stages(settings, device=device, threads=threads),
-            "terms": b.bench_terms(settings.detector, settings.levels("mvtec_ad")[0].size, device=device, threads=threads),
+    limits = b.ceilings(device, threads=threads)
+    return {"ceilings": limits, "growth": growth, "stages": b.bench_stages(settings, device=device, threads=threads, limits=limits),
+            "terms": b.bench_terms(settings.detector, settings.levels("mvtec_ad")[0].size, device=device, threads=threads, limits=limits),
             "ways": b.bench_ways(batch=batch, threads=threads, runs=runs, compiled=compiled)}
 
 
@@ -552,7 +553,7 @@ def grad_bench(
     settings, where, runs = _preset(preset), pick_device(device), min(runs, 5) if quick else runs
     judged = _before_bench(model, data, peers)
     rest = {} if quick else _whole_bench(settings, where, batch, threads, min(runs, 10), compiled)
-    limits = b.ceilings(where, threads=threads)
+    limits = rest.get("ceilings") or b.ceilings(where, threads=threads)
     found = {"versions": versions(), "preset": preset, "ceilings": limits, **rest,
              "path": b.bench_path(batch=batch, threads=threads, runs=min(runs, 15), limits=limits) if where.type == "cpu" else [],
              "detectors": [row for bf16 in ((False, True) if bf16_supported(where) else (False,))

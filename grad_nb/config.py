@@ -51,7 +51,7 @@ class GeneratorConfig:
     n_samples: int = 1000  # contrastive pictures per level ("Training Settings")
     sample_steps: int = 1000  # reverse steps: T = Algorithm 2, fewer = strided (our choice)
     spacing: float = 1.0  # of these steps, 1 = an even stride, more = shorter strides towards the end (our choice)
-    sample_batch: int = 32  # pictures sampled together (our choice)
+    sample_batch: int = 125  # pictures sampled together, fewer if the memory is too small (our choice)
     bf16: bool = True  # mixed precision where the processor has it (our choice)
     ema: float = 0.0  # decay of a running mean of the weights, which then draws the pictures; 0 = the last weights draw them (our choice)
     reconstruct: float = 0.0  # share of T to which normal pictures are noised, then denoised, to be normal ones too for the detector; 0 = none (our choice)
@@ -205,12 +205,12 @@ PRESETS = MappingProxyType({p.name: p for p in (
     Preset("paper"),
     Preset("fast",
         generator=GeneratorConfig(size=128, width=24, fourier=3, steps=2000, batch=16, crop=48, lr=6e-3, balance=0.75,
-                                  n_samples=160, sample_steps=30, spacing=1.5),
+                                  n_samples=160, sample_steps=30, spacing=1.5, sample_batch=32),
         detector=DetectorConfig(width=0.5, steps=5000, pictures=8, block=2, alpha_1=0.0, alpha_2=0.0),
         evaluation=EvalConfig(placement="patch"), levels_ad=TABLE_7["mvtec_ad"], levels_loco=TABLE_7["mvtec_loco"]),
     Preset("demo",
         generator=GeneratorConfig(size=64, width=16, fourier=3, steps=1500, batch=28, crop=24, lr=8e-3, balance=0.75,
-                                  n_samples=128, sample_steps=30, spacing=1.5),
+                                  n_samples=128, sample_steps=30, spacing=1.5, sample_batch=32),
         detector=DetectorConfig(width=0.25, steps=2400, pictures=8, block=2, alpha_1=0.0, alpha_2=0.0),
         evaluation=EvalConfig(placement="patch"), levels_ad=(Level(34, 96, (3, 5, 17)),), levels_loco=(Level(34, 96, (3, 5, 17)),)),
 )})

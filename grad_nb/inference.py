@@ -281,13 +281,14 @@ def _cache() -> Path:
 
 def compile_loops(
     folder: str | Path,  # where the compiled library goes
+    openmp: bool = True,  # on several cores; without it the same on one
 ) -> Path:  # the library; one that is there already is taken as it is
     "Compile the loops for this processor. `OSError` or `subprocess.SubprocessError` if that cannot be done."
     compiler = shutil.which(os.environ.get("CC") or "cc")
     if compiler is None: raise OSError("there is no C compiler")
     cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if Path("/proc/cpuinfo").exists() else platform.processor()
     cpu = [line for line in cpu.splitlines() if line.startswith(("flags", "Features", "model"))] or [cpu]
-    flags = ["-O3", "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native", "-fopenmp", "-shared", "-fPIC"]
+    flags = ["-O3", "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native", "-shared", "-fPIC"] + ["-fopenmp"] * openmp
     key = hashlib.sha256("\n".join([source(), compiler, *flags, *cpu]).encode()).hexdigest()[:16]
     library = Path(folder) / f"winograd-{key}.so"
     if not (library.exists() and library.stat().st_uid == os.getuid()):
@@ -300,10 +301,14 @@ def compile_loops(
 def loops() -> ctypes.CDLL | None:
     "The compiled loops, or None where they cannot be had or do not do what they should."
     if os.environ.get("GRAD_NB_NATIVE") == "0" or sys.platform not in ("linux", "darwin"): return None
-    try:
-        library = ctypes.CDLL(str(compile_loops(_cache())))
-        return library if _right(library) else None
-    except (OSError, subprocess.SubprocessError, AttributeError, RuntimeError): return None
+    for openmp in (True, False):  # Apple's compiler has no OpenMP
+        try:
+            library = ctypes.CDLL(str(compile_loops(_cache(), openmp)))
+            if _right(library): return library
+            error = "they are not right"
+        except (OSError, subprocess.SubprocessError, AttributeError, RuntimeError) as e: error = e
+    log.info("the loops cannot be had (%s); torch computes the detectors, in about three times the time", error)
+    return None
 
 # %% ../nbs/10d_inference.ipynb #_inf0025
 FETCH = 14  # a transformed weight from memory costs as much as so many products (our choice)

@@ -2,6 +2,7 @@
 import mmap
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,9 +19,11 @@ from grad_nb.benchmark import (
     bench_growth,
     bench_precisions,
     bench_protocol,
-    bench_throughput,
     bench_stages,
+    bench_throughput,
+    bound_of,
     count_operations,
+    detector_work,
     forget_peak,
     in_bfloat16,
     latency,
@@ -29,10 +32,9 @@ from grad_nb.benchmark import (
     peak_memory,
     random_model,
     time_per_step,
-    bound_of,
 )
 from grad_nb.cli import grad_bench
-from grad_nb.config import Level, override, preset
+from grad_nb.config import DetectorConfig, Level, override, preset
 from grad_nb.data import load_images, read_category
 from grad_nb.detector import TABLE_8, Decoder, Detector
 from grad_nb.evaluation import image_auroc, score_maps
@@ -161,7 +163,7 @@ def test_stages_time_the_real_functions(monkeypatch):
                                               "detector 34, training"]
     assert [row["items"] for row in rows] == [2, 3, 2, 3, 128 * 4] and all(row.keys() >= PROTOCOL - {"batch", "transfers"} for row in rows)
     assert steps == [(n, s) for n in 2 * ["train_patchdiff", "generate"] + ["train_detector"] for s in (2, 3, 2)]
-    assert rows[0]["GMAC"] == rows[1]["GMAC"] > 0 and np.isnan(rows[4]["GMAC"])
+    assert rows[0]["GFLOP"] / (3 * 2 * 24**2) == pytest.approx(rows[1]["GFLOP"] / (3 * 48**2), rel=0.01), "three passes over crops, one over pictures"
 
 
 @pytest.mark.parametrize("has", [True, False])
@@ -218,6 +220,23 @@ def test_bytes_and_products_of_layers():
     fast = FastDetector(Detector(0.1), 48)  # no layer of it is wide enough for the tiles
     assert fast.products == sum(count_operations(Detector(0.1), 48).values())
     assert FastDetector(Detector(), 64).products < (0.7 if loops() else 1.01) * sum(count_operations(Detector(), 64).values())
+
+
+def test_the_work_of_a_step_is_that_of_its_terms():
+    mac = lambda d, side, n: 2e-9 * n * sum(count_operations(d, side).values())
+    plain = DetectorConfig(width=0.1, patches=16, alpha_1=0.0, alpha_2=0.0)
+    d = Detector(0.1)
+    one, decoder = mac(d, 34, 16 * 5), 2e-9 * 80 * (3 * 26**2 + 26 * 5780)
+    work = lambda **changes: detector_work(replace(plain, **changes), 3)[0]
+    assert work() == pytest.approx(3 * one) and work(wrong_coordinates=False) == pytest.approx(3 * one * 4 / 5)
+    assert work(alpha_2=1.0) == pytest.approx(3 * one + 6 * mac(d, 34, 16))
+    assert work(alpha_1=1.0) == pytest.approx(6 * one + 3 * decoder) and work(alpha_1=1.0, shared_pass=True) == pytest.approx(3 * one + 3 * decoder)
+    assert work(block=2, pictures=4) == pytest.approx(3 * mac(d, 38, 20))
+
+
+def test_bf16_has_a_ceiling_of_its_own():
+    limits = {"matmul float32": 100, "conv float32": 80, "matmul bf16": 400, "conv bf16": 50, "copy": 10}
+    assert bound_of(10, 1, 1, limits)["share"] == 1 and bound_of(10, 1, 1, limits, "bf16 (mixed)")["share"] == 0.25
 
 
 @pytest.mark.parametrize("ms, gflop, mb, share, bound", [(10, 1, 1, 1.0, "arithmetic"), (10, 0, 50, 0.5, "memory"), (100, 1, 1, 0.1, "calls")])
