@@ -85,8 +85,10 @@ def _open_values(preset: Preset) -> dict[str, dict]:
     d = override(preset, weights).detector
     changes = {"beta_density": [d.beta_density * by for by in (1 / 3, 3, 10)], "ess_target": (0.5,), "reweight_from": (0.0 if d.reweight_from else 0.5,)}
     changes |= {"lr": (d.lr / 3, d.lr * 3), "weight_decay": (d.weight_decay / 10, d.weight_decay * 10), "ema": (0.99,)}
-    changes |= {"init": ({"he": "torch", "torch": "he"}[d.init],), "warm_up": (0.0, 0.1), "same_jitter": (not d.same_jitter,)}
-    changes |= {"pictures": (max(1, d.pictures // 2), d.pictures * 2), "block": [b for b in (1, 2, 4) if b != d.block]}
+    changes |= {"init": ({"he": "torch", "torch": "he"}[d.init],), "warm_up": [w for w in (0.0, 0.1) if w != d.warm_up], "same_jitter": (not d.same_jitter,)}
+    fits = lambda pictures, block: d.patches % (pictures * block**2) == 0  # each picture gives the same number of blocks
+    changes |= {"pictures": [p for p in {max(1, d.pictures // 2), d.pictures * 2} - {d.pictures} if fits(p, d.block)]}
+    changes |= {"block": [b for b in (1, 2, 4) if b != d.block and fits(d.pictures, b)]}
     return _alone(weights, "the preset with weights", changes)
 
 

@@ -70,4 +70,4 @@ class Replayed:
             self.graph_of = None
             try:
                 for generator, state in zip(self.generators, before): generator.set_state(state)
-            except RuntimeError: raise RuntimeError(f"a step could not be recorded ({e}); set GRAD_NB_GRAPHS=0 and run again: it goes on from its checkpoint") from e
+            except RuntimeError: raise RuntimeError(f"a step could not be recorded ({e}); set GRAD_NB_GRAPHS=0 and run again; it goes on from its checkpoint if it has one") from e

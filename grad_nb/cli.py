@@ -516,11 +516,12 @@ def _bench_table(rows: list[dict]) -> str:
 def _whole_bench(settings: Preset, device: torch.device, batch: int, threads: int, runs: int, compiled: bool) -> dict:
     "What `--quick` leaves out."
     from grad_nb import benchmark as b
-    with b.threads_of(threads): growth = b.bench_growth()  # first: memory that others leave behind would count
+    on_cpu = device.type == "cpu"
+    with b.threads_of(threads): growth = b.bench_growth() if on_cpu else []  # first: memory that others leave behind would count
     limits = b.ceilings(device, threads=threads)
     return {"ceilings": limits, "growth": growth, "stages": b.bench_stages(settings, device=device, threads=threads, limits=limits),
             "terms": b.bench_terms(settings.detector, settings.levels("mvtec_ad")[0].size, device=device, threads=threads, limits=limits),
-            "ways": b.bench_ways(batch=batch, threads=threads, runs=runs, compiled=compiled)}
+            "ways": b.bench_ways(batch=batch, threads=threads, runs=runs, compiled=compiled) if on_cpu else []}
 
 
 def _before_bench(model: str, data: str, peers: bool) -> tuple:

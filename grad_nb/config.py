@@ -51,7 +51,7 @@ class GeneratorConfig:
     n_samples: int = 1000  # contrastive pictures per level ("Training Settings")
     sample_steps: int = 1000  # reverse steps: T = Algorithm 2, fewer = strided (our choice)
     spacing: float = 1.0  # of these steps, 1 = an even stride, more = shorter strides towards the end (our choice)
-    sample_batch: int = 125  # pictures sampled together, fewer if the memory is too small (our choice)
+    sample_batch: int = 125  # pictures sampled together: at most 32 on a CPU, fewer where a GPU's memory is too small (our choice)
     bf16: bool = True  # mixed precision where the processor has it (our choice)
     ema: float = 0.0  # decay of a running mean of the weights, which then draws the pictures; 0 = the last weights draw them (our choice)
     reconstruct: float = 0.0  # share of T to which normal pictures are noised, then denoised, to be normal ones too for the detector; 0 = none (our choice)

@@ -10,7 +10,6 @@ __all__ = ['ORDER', 'PAPER_PARAMETERS', 'Missing', 'recorded_data', 'reopen', 'f
            'draw_figure']
 
 # %% ../nbs/17b_figures.ipynb #fa700004
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -185,15 +184,17 @@ def by_level(
 def field_supports(
     run: Run,  # a finished run
     pixel: tuple[int, int],  # row and column of the output pixel
-    small: int = 48,  # side of the picture on which the gradient is taken, pixels
+    small: int = 0,  # side of the picture on which the gradient is taken, pixels; 0 = as large as needed
 ) -> dict[int, np.ndarray]:  # level → (size, size) bool
     "Where the gradient of one output pixel is not zero, for each generator of a run."
     size, supports = run.preset.generator.size, {}
     for level in run.generator_levels:
         path = run.folder / f"generator-{level:02d}.safetensors"
         if not path.is_file(): raise Missing(f"{path} is not there; run the generate stage again")
-        at = [small // 2 + p % 2 for p in pixel]  # of the same parity
-        support = gradient_support(copy.deepcopy(load_patchdiff(path)), small, *at, torch.Generator().manual_seed(0))
+        model = load_patchdiff(path)
+        side = small or 2 * (model.field // 2) + 8
+        at = [side // 4 * 2 + p % 2 for p in pixel]  # of the same parity
+        support = gradient_support(model, side, *at, torch.Generator().manual_seed(0))
         rows, columns = np.nonzero(support)
         whole, (y, x) = np.zeros((size, size), bool), (rows - at[0] + pixel[0], columns - at[1] + pixel[1])
         inside = (y >= 0) & (y < size) & (x >= 0) & (x < size)
@@ -220,7 +221,8 @@ def field_arrays(
 ) -> dict:  # the arguments of `field_figure`
     "A normal picture of the run, the same noised, its receptive fields and a generated picture of each level (Figure 3)."
     picture = by_level(run, 1, run.generator_levels[:1])["real"][0]
-    pixel = busiest_pixel(picture, run.generator_levels[-1] // 2 + 1)
+    field = 2 * run.generator_levels[-1] - 1 if run.preset.generator.field_of == "bottleneck" else run.generator_levels[-1]
+    pixel = busiest_pixel(picture, min(field // 2 + 1, (min(picture.shape[:2]) - 1) // 2))
     x_0, generator = to_model(torch.from_numpy(picture[None])), stage_generator(run.seed, "figure-3")
     steps = run.preset.generator.T
     eps = torch.randn(x_0.shape, generator=generator)

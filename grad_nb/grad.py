@@ -150,7 +150,7 @@ class GRAD(Estimator):
 
     def __init__(self,
         preset: Preset | str = "fast",  # all settings of the method: a `Preset`, or the name of one
-        layout: str = "mvtec_ad",  # which detectors of Table 7: "mvtec_ad" one, "mvtec_loco" three at falling resolution, for logical anomalies too, in three times the time
+        layout: str = "mvtec_ad",  # which detectors of Table 7: "mvtec_ad" one, "mvtec_loco" three at decreasing resolution, which also find logical anomalies and take three times as long
         augmentation: Augmentation = Augmentation(),  # what may be done to your parts without making them defective
         validation: float = 0.1,  # share of the normal pictures held out for the threshold
         false_alarm_rate: float = 0.05,  # share of normal pictures allowed above the threshold
@@ -301,7 +301,8 @@ def stream(self: GRAD,
 ) -> Iterator[Prediction]:  # of one batch after the other
     "Judge pictures a batch at a time, in flat memory. `DataError` names a picture that cannot be read."
     check_is_fitted(self)
-    for paths, pictures in picture_batches(X, self.preset_.generator.size, self.preset_.evaluation.batch, self.progress, "judging", report):
+    batch = self.preset_.evaluation.batch if pick_device(self.device).type == "cpu" else max(256, self.preset_.evaluation.batch)  # a GPU wants more at a time
+    for paths, pictures in picture_batches(X, self.preset_.generator.size, batch, self.progress, "judging", report):
         scores, heat_maps = self._score(pictures, maps)
         yield Prediction(scores, scores > self.offset_, heat_maps, tuple(paths))
 

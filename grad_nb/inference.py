@@ -23,7 +23,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
@@ -463,15 +463,18 @@ def products(self: FastDetector) -> int:
     return made + self.side**2 * (sum(dense.weight.numel() for dense in self.dense) + len(self.head[0]))
 
 # %% ../nbs/10d_inference.ipynb #_inf0033b
-@patch(as_prop=True)
-def bytes(self: FastDetector) -> int:
-    "Bytes that one picture moves at least: prepared weights, the maps between the layers, and the transformed tiles, written and read."
-    numbers = self.x[0].numel() + self.weight.numel()
+@patch
+def moved(self: FastDetector,
+    batch: int = 1,  # pictures judged together; the weights are read once for every group of them
+) -> int:  # bytes
+    "What a batch moves at least: prepared weights, the maps between the layers, and the transformed tiles, written and read."
+    weights = self.weight.numel() + sum(dense.weight.numel() for dense in self.dense)
+    maps = self.x[0].numel() + 2 * ((self.size - 4) // 2 + 1) ** 2 * len(self.weight) + sum(2 * self.side**2 * dense.weight.shape[1] for dense in self.dense)
     for layer, memory in zip(self.layers, self.memory):
-        numbers += 2 * memory[0].numel()
-        if isinstance(layer, Winograd): numbers += layer.U.numel() + 2 * layer.n2 * layer.tiles**2 * (layer.C + layer.K)
-        else: numbers += layer[0].numel()
-    return 4 * (numbers + sum(dense.weight.numel() + 2 * self.side**2 * dense.weight.shape[1] for dense in self.dense))
+        maps += 2 * memory[0].numel()
+        if isinstance(layer, Winograd): maps += 2 * layer.n2 * layer.tiles**2 * (layer.C + layer.K)
+        weights += layer.U.numel() if isinstance(layer, Winograd) else layer[0].numel()
+    return 4 * (batch * maps + -(-batch // self.group) * weights)
 
 
 # %% ../nbs/10d_inference.ipynb #_inf0034
@@ -573,10 +576,10 @@ class Captured:
         self.nets = [copy.deepcopy(d).eval().requires_grad_(False).to(self.device, self.dtype, memory_format=torch.channels_last) for d in detectors]
         self.pictures = torch.zeros(batch, side, side, 3, dtype=torch.uint8, device=self.device)
         self.coords = [coord_map(size, size, self.device).to(self.dtype) for size in self.sizes]
-        self.graph = self._capture() if cuda else None
+        self.lock, self.graph = threading.Lock(), self._capture() if cuda else None
 
     def __call__(self, pictures: Tensor) -> list[tuple[Tensor, Tensor]]:
-        "Both transfers included: bytes from the host, scores and maps on the host; on CUDA the next call overwrites them."
+        "Both transfers included: bytes from the host, scores and maps on the host; on CUDA the next call overwrites them. For one thread."
         self.load(pictures)
         found = self.replay()
         if self.graph is None: return found
@@ -606,16 +609,25 @@ def _pairs(self: Captured, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
     return [(s, S.view(B, side, side)) for s, S, side in zip(parts[::2], parts[1::2], sides)]
 
 
+# %% ../nbs/10d_inference.ipynb #_inf0046b
+@contextmanager
+def _choosing() -> Iterator[None]:
+    "Let cuDNN try its kernels and keep the fastest."
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try: yield
+    finally: torch.backends.cudnn.benchmark = before
+
+
 @patch
 def _capture(self: Captured) -> torch.cuda.CUDAGraph:
     "Run a few times to choose kernels, then record; a failure leaves the stream as it was."
-    with torch.inference_mode(), torch.cuda.device(self.device), torch.backends.cudnn.flags(benchmark=True):
+    with torch.inference_mode(), torch.cuda.device(self.device), _choosing():
         before, stream, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(before)
-        with torch.cuda.stream(stream):
-            for _ in range(3): self._judge()
-        before.wait_stream(stream)
         try:
+            with torch.cuda.stream(stream):
+                for _ in range(3): self._judge()
+            before.wait_stream(stream)
             with torch.cuda.graph(graph): self.flat = self._judge()
         finally: torch.cuda.set_stream(before)
     self.host = torch.empty(self.flat.shape, pin_memory=True)
@@ -677,9 +689,10 @@ class _Place:
 def stream(self: Captured,
     pictures: np.ndarray,  # (N, side, side, 3) uint8, any number
 ) -> Iterator[list[np.ndarray]]:  # batch by batch, for each level (n, h, h) float32 logits
-    "Score maps of many pictures: the next batch is on its way while one is judged."
-    with torch.cuda.device(self.device) if self.graph else nullcontext():
-        places, stream, waiting = [_Place(self) for _ in range(2)], torch.cuda.Stream() if self.graph else None, deque()
+    "Score maps of many pictures: the next batch is on its way while one is judged. One thread at a time; another waits."
+    with self.lock, torch.cuda.device(self.device) if self.graph else nullcontext():
+        places = [_Place(self) for _ in range(1 + (len(pictures) > len(self.pictures)))]
+        stream, waiting = torch.cuda.Stream() if self.graph else None, deque()
         if stream: stream.wait_stream(torch.cuda.current_stream())
         for start in range(0, len(pictures), len(self.pictures)):
             place = waiting.popleft() if len(waiting) == len(places) else places[len(waiting)]
@@ -691,16 +704,22 @@ def stream(self: Captured,
 
 def roomy_batch(
     sizes: Sequence[int],  # side of each detector's input, pixels
+    side: int,  # of the pictures, pixels
     n: int,  # pictures to be judged
     free: int,  # bytes of free memory on the device
 ) -> int:  # a power of two of at most 1,024
-    "Pictures judged together: what half of the free memory holds, and not many more than there are. A picture is taken to need 300 bytes for each pixel of each level."
-    fits = free // 2 // (300 * sum(size**2 for size in sizes))
+    "Pictures judged together: what half of the free memory holds, and not many more than there are. A picture is taken to need 300 bytes for each pixel of each level, and 30 for each of its own."
+    fits = free // 2 // (300 * sum(size**2 for size in sizes) + 30 * side**2)
     return 1 << max(0, min(10, fits.bit_length() - 1, (n - 1).bit_length()))
 
 
 # %% ../nbs/10d_inference.ipynb #_inf0052
-_graphs = weakref.WeakKeyDictionary()  # first detector → (state of all weights, batch and sizes → Captured)
+_graphs = weakref.WeakKeyDictionary()  # first detector → (sizes, side, the others' places) → (state of all weights, Captured)
+
+
+def _free(device: torch.device) -> int:
+    "Bytes that can be had on a CUDA device: what nobody has, and what torch holds and does not use."
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def captured(
@@ -709,16 +728,17 @@ def captured(
     n: int,  # pictures to be judged
     side: int,  # of these pictures, pixels
 ) -> Captured | None:  # None if it cannot be recorded, and a warning says why; or if GRAD_NB_GRAPHS=0 forbids it
-    "Detectors recorded for batches that fit, kept until their weights change."
-    device = next(detectors[0].parameters()).device
+    "Detectors recorded in float32 for batches that fit, kept until their weights change or a larger batch is wanted."
     if os.environ.get("GRAD_NB_GRAPHS") == "0": return None
-    batch = roomy_batch(sizes, n, torch.cuda.mem_get_info(device)[0])
+    device = next(detectors[0].parameters()).device
     state = tuple((p.data_ptr(), p._version) for d in detectors for p in d.parameters())
-    known, graphs = _graphs.get(detectors[0], (None, {}))
-    if known != state: _graphs[detectors[0]] = state, (graphs := {})
-    if (key := (batch, side, *sizes)) not in graphs:
-        try: made, _ = halving(lambda b: Captured(detectors, sizes, b, side, device), batch)
-        except RuntimeError as e: log.warning("the detectors could not be recorded (%s); they run plainly", str(e).split("\n")[0]); made = None
-        graphs[key] = made
-    return graphs[key]
+    graphs, key = _graphs.setdefault(detectors[0], {}), (tuple(sizes), side, tuple(map(id, detectors)))
+    known, judge = graphs.pop(key, (None, None))
+    if known == state and (judge is None or len(judge.pictures) >= min(n, 1024)): graphs[key] = known, judge; return judge
+    known, had = None, len(judge.pictures) if judge is not None and known == state else 0
+    judge = None  # its memory is free again
+    try: judge, _ = halving(lambda b: Captured(detectors, sizes, b, side, device, bf16=False), max(had, roomy_batch(sizes, side, n, _free(device))))
+    except (RuntimeError, MemoryError) as e: log.warning("the detectors could not be recorded (%s); they run plainly", str(e).split("\n")[0])
+    graphs[key] = state, judge
+    return judge
 

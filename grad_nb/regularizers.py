@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .detector import Detector
 from .patches import split_blocks
 
 # %% ../nbs/09_regularizers.ipynb #ac70bdb8
@@ -47,6 +48,12 @@ def feature_loss(
     return decoding_loss(decoder, detector.features(noised(x, sigma_c, generator)), x, sigma_z, generator)
 
 # %% ../nbs/09_regularizers.ipynb #1611915f
+def _gated(detector: Detector, x: Tensor) -> Tensor:
+    "A detector whose ReLUs are products with 0 or 1: the same function, but the gradient's gradient does not go through them again."
+    for layer in detector.body: x = x * (x.detach() > 0) if isinstance(layer, nn.ReLU) else layer(x)
+    return detector.head(x)
+
+
 def gradient_penalty(
     detector: nn.Module,  # patches → logits
     x: Tensor,  # (B, 5, 34, 34) positive patches, one output each
@@ -54,7 +61,7 @@ def gradient_penalty(
 ) -> Tensor:  # scalar: mean squared norm of the gradient, can be differentiated again
     "The gradient regularisation L_grad (Eq. 6). `ValueError` for blocks: a patch must have a gradient of its own."
     x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
-    with torch.autocast(x.device.type, enabled=False): out = detector(x)
+    with torch.autocast(x.device.type, enabled=False): out = _gated(detector, x) if isinstance(detector, Detector) else detector(x)
     if out[0].numel() != 1: raise ValueError(f"the penalty needs single patches, not inputs of shape {tuple(x.shape)} with {out[0].numel()} outputs")
     if of == "probability": out = out.sigmoid()
     elif of != "logit": raise ValueError(f"of must be 'logit' or 'probability', not {of!r}")

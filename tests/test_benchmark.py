@@ -229,7 +229,7 @@ def test_the_work_of_a_step_is_that_of_its_terms():
     one, decoder = mac(d, 34, 16 * 5), 2e-9 * 80 * (3 * 26**2 + 26 * 5780)
     work = lambda **changes: detector_work(replace(plain, **changes), 3)[0]
     assert work() == pytest.approx(3 * one) and work(wrong_coordinates=False) == pytest.approx(3 * one * 4 / 5)
-    assert work(alpha_2=1.0) == pytest.approx(3 * one + 6 * mac(d, 34, 16))
+    assert work(alpha_2=1.0) == pytest.approx(3 * one + 4 * mac(d, 34, 16)) and work(alpha_2=1.0, penalise="probability") == pytest.approx(3 * one + 6 * mac(d, 34, 16))
     assert work(alpha_1=1.0) == pytest.approx(6 * one + 3 * decoder) and work(alpha_1=1.0, shared_pass=True) == pytest.approx(3 * one + 3 * decoder)
     assert work(block=2, pictures=4) == pytest.approx(3 * mac(d, 38, 20))
 
@@ -237,6 +237,7 @@ def test_the_work_of_a_step_is_that_of_its_terms():
 def test_bf16_has_a_ceiling_of_its_own():
     limits = {"matmul float32": 100, "conv float32": 80, "matmul bf16": 400, "conv bf16": 50, "copy": 10}
     assert bound_of(10, 1, 1, limits)["share"] == 1 and bound_of(10, 1, 1, limits, "bf16 (mixed)")["share"] == 0.25
+    assert bound_of(10, 0, 50, limits)["share"] == 0.5 and bound_of(10, 0, 50, limits, "bf16 (mixed)")["share"] == 0.25, "half the bytes"
 
 
 @pytest.mark.parametrize("ms, gflop, mb, share, bound", [(10, 1, 1, 1.0, "arithmetic"), (10, 0, 50, 0.5, "memory"), (100, 1, 1, 0.1, "calls")])

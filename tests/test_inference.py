@@ -267,13 +267,71 @@ def test_a_stream_of_batches_is_every_picture_once_and_in_order(n):
         assert np.allclose(np.concatenate([maps[k] for maps in batches]), expected, atol=1e-4)
 
 
+class Recorded:
+    "Stands in for a recording on a GPU."
+    made = []
+
+    def __init__(self, detectors, sizes, batch, side, device, bf16):
+        if batch > 8: raise torch.OutOfMemoryError("full")
+        self.pictures, self.bf16 = torch.empty(batch, side, side, 3), bf16
+        self.made.append(batch)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    Recorded.made = []
+    monkeypatch.setattr(inference, "Captured", Recorded); monkeypatch.setattr(inference, "_free", lambda device: 10**12)
+    return Recorded.made
+
+
+def test_a_recording_is_kept_until_it_is_too_small_or_old(recorded, monkeypatch):
+    one, two = detector(0.1), detector(0.1, 1)
+    first = inference.captured([one], (48,), 4, 48)
+    assert inference.captured([one], (48,), 4, 48) is first is inference.captured([one], (48,), 2, 48) and recorded == [4] and first.bf16 is False
+    assert inference.captured([one, two], (48, 48), 4, 48) is not first and inference.captured([one], (48,), 3, 48) is first, "others do not push it out"
+    larger = inference.captured([one], (48,), 8, 48)
+    assert larger is not first and inference.captured([one], (48,), 5, 48) is larger and recorded == [4, 4, 8]
+    with torch.no_grad(): one.head.bias += 1
+    assert inference.captured([one], (48,), 4, 48) is not larger
+    monkeypatch.setenv("GRAD_NB_GRAPHS", "0")
+    assert inference.captured([one], (48,), 4, 48) is None
+
+
+@pytest.mark.parametrize("error", [RuntimeError("cannot"), MemoryError("not even one")])
+def test_what_cannot_be_recorded_runs_plainly_and_is_not_tried_again(recorded, monkeypatch, caplog, error):
+    def fails(*args, **options): recorded.append(0); raise error
+    monkeypatch.setattr(inference, "Captured", fails)
+    one = detector(0.1)
+    assert [inference.captured([one], (48,), n, 48) for n in (4, 8)] == [None, None] and recorded == [0] and "run plainly" in caplog.text
+
+
+def test_a_recording_that_does_not_fit_is_made_smaller(recorded):
+    assert len(inference.captured([detector(0.1)], (48,), 100, 48).pictures) == 8 and recorded == [8]
+
+
+def test_on_cuda_pictures_go_through_the_recording(monkeypatch):
+    nets, seen = [detector(0.1), detector(0.1, 1)], pictures(5, 64)
+    expected = [np.concatenate(parts) for parts in zip(*evaluation._batches(nets, seen, (64, 48), torch.device("cpu"), 2))]
+    asked = []
+    def captured(detectors, sizes, n, side): asked.append((sizes, n, side)); return Captured(detectors, sizes, 4, side, "cpu")
+    monkeypatch.setattr(evaluation, "captured", captured)
+    found = [np.concatenate(parts) for parts in zip(*evaluation._batches(nets, seen, (64, 48), torch.device("cuda"), 2))]
+    assert asked == [((64, 48), 5, 64)] and all(np.allclose(a, b, atol=1e-4) for a, b in zip(found, expected))
+
+
+def test_kernels_are_chosen_with_cudnn_on():
+    before = torch.backends.cudnn.benchmark
+    with inference._choosing(): assert torch.backends.cudnn.enabled and torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.benchmark is before
+
+
 def test_a_stream_of_nothing_is_nothing():
     assert list(Captured([detector(0.1)], (48,), 4, 48, "cpu").stream(pictures(0, 48))) == []
 
 
-@pytest.mark.parametrize("n, free, batch", [(1, 10**12, 1), (5, 10**12, 8), (10**6, 10**12, 1024), (100, 0, 1), (100, 2 * 300 * 64**2 * 5, 4)])
+@pytest.mark.parametrize("n, free, batch", [(1, 10**12, 1), (5, 10**12, 8), (10**6, 10**12, 1024), (100, 0, 1), (100, 2 * 330 * 64**2 * 5, 4)])
 def test_a_batch_is_what_half_of_the_memory_holds(n, free, batch):
-    assert roomy_batch((64,), n, free) == batch
+    assert roomy_batch((64,), 64, n, free) == batch
 
 
 @pytest.mark.gpu

@@ -555,3 +555,15 @@ def test_densities_are_exact_in_mixed_precision(dtype):
     exact = log_density(z.to(dtype).double(), bank.double())
     assert found.dtype == weight.dtype == torch.float32 and (found - exact).abs().max() < 1e-5
     assert torch.allclose(weight, negative_weight(z, bank, bank), atol=1e-7)
+
+
+@pytest.mark.parametrize("of", ["logit", "probability"])
+def test_gated_relus_change_neither_the_penalty_nor_its_gradient(of):
+    detector = Detector(0.1).double()
+    x = torch.rand(3, 5, 34, 34, generator=seeded(4), dtype=torch.float64)
+    plain = torch.nn.Sequential(*detector.body, detector.head)  # not a Detector: its ReLUs are torch's
+    gated, ordinary = gradient_penalty(detector, x, of), gradient_penalty(plain, x, of)
+    assert torch.allclose(gated, ordinary, rtol=1e-12)
+    ours, theirs = (torch.autograd.grad(loss, list(detector.parameters()), allow_unused=True) for loss in (gated, ordinary))
+    zero = torch.zeros((), dtype=torch.float64)
+    for a, b in zip(ours, theirs): assert torch.allclose(zero if a is None else a, zero if b is None else b, rtol=1e-9, atol=1e-14)

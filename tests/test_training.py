@@ -316,7 +316,7 @@ def test_the_switches_are_off_by_default_do_something_and_survive_a_kill(monkeyp
 
 
 def test_a_mean_of_weights_is_what_a_training_gives(monkeypatch):
-    means, mean_of = [], training.WeightMean
+    means, mean_of = [], training.WeightEMA
     monkeypatch.setattr(training, "WeightEMA", lambda *args: means.append(mean_of(*args)) or means[-1])
     model, _ = train_detector(DATA["normal"], DATA["contrastive"], replace(SMALL, ema=0.5), PLAIN, progress=False)
     assert means[0].steps == SMALL.steps and all(torch.equal(w, means[0].mean[name]) for name, w in model.state_dict().items())
@@ -469,6 +469,14 @@ def test_the_rate_peaks_when_it_is_told(warm_up, peak):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step(); schedule.step()
     assert int(np.argmax(rates)) == peak and max(rates) == pytest.approx(0.1, rel=1e-3) and rates[-1] == pytest.approx(0.1 / 250_000)
+
+
+@pytest.mark.parametrize("warm_up, steps", [(0, 10), (0.1, 10), (0.5, 2), (0.01, 100), (0.99, 3), (0.3, 1)])
+def test_any_warm_up_has_a_schedule(warm_up, steps):
+    optimizer, schedule = one_cycle([torch.nn.Parameter(torch.zeros(1))], DetectorConfig(warm_up=warm_up, lr=0.1), steps, "cpu")
+    rates = [optimizer.param_groups[0]["lr"]]
+    for _ in range(max(steps, 2) - 1): optimizer.step(); schedule.step(); rates.append(optimizer.param_groups[0]["lr"])
+    assert all(0 < rate <= 0.1 + 1e-9 for rate in rates) and rates[-1] == pytest.approx(0.1 / 250_000)
 
 
 def test_the_first_weights_are_he_s_or_torch_s():
