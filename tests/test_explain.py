@@ -156,7 +156,7 @@ def test_the_card_says_what_the_model_is(model, tmp_path):
     card = model.card()
     assert f"{model.offset_:.6g}" in card and "5.0%" in card and "Apache-2.0" in card and "level 34 at 96 px" in card and "level 68 at 48 px" in card
     train, held = model.n_pictures_
-    assert f"{train} normal pictures, and {held} others held out" in card and train + held == 10 and "No anomalous picture was used" in card
+    assert f"{train} normal pictures, and {held} held out" in card and train + held == 10 and "No anomalous picture was used" in card
     for name, number in model.versions_.items(): assert f"{name} {number}" in card
     said = json.loads(re.search(r"```json\n(.*?)\n```", card, re.DOTALL)[1])
     assert from_dict(Preset, said["preset"]) == model.preset and said["layout"] == "mvtec_loco" and said["preset"] == json.loads(json.dumps(to_dict(model.preset)))

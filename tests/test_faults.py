@@ -30,7 +30,7 @@ import grad_nb.evaluation
 import grad_nb.patchdiff
 import grad_nb.pipeline
 import grad_nb.training
-from grad_nb.config import Augmentation, DetectorConfig
+from grad_nb.config import Augmentation, DetectorConfig, preset
 from grad_nb.data import DataError, hold_out
 from grad_nb.detector import Detector
 from grad_nb.grad import FORMAT, GRAD
@@ -177,12 +177,18 @@ def test_too_few_and_equal_pictures(model, normal, tmp_path, caplog):
 
 # ---- settings -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("wrong", [dict(preset="fast"), dict(layout="mnist"), dict(augmentation=None), dict(validation=1.0), dict(validation=-0.1),
+@pytest.mark.parametrize("wrong", [dict(preset="fats"), dict(preset=7), dict(layout="mnist"), dict(augmentation=None), dict(validation=1.0), dict(validation=-0.1),
                                    dict(validation=float("nan")), dict(false_alarm_rate=0), dict(random_state=None), dict(random_state=-1), dict(explain_patches=0.5),
                                    dict(device="cuda:99"), dict(device="abacus")])
 def test_settings_that_cannot_be_meant_are_refused_before_a_picture_is_read(wrong, monkeypatch):
     monkeypatch.setattr(grad_nb.grad, "picture_batches", lambda *_: pytest.fail("pictures were read"))
     with pytest.raises(ValueError): small().set_params(**wrong).fit("anything")
+
+
+def test_a_preset_may_be_given_by_its_name():
+    named = GRAD("demo", progress=False)
+    assert clone(named).get_params()["preset"] == "demo" and named.settings_["preset"] == preset("demo") == named.preset_
+    assert GRAD().preset_ == preset("fast")
 
 
 def test_cuda_asked_for_but_absent_and_auto(model, tmp_path, monkeypatch):
