@@ -551,8 +551,8 @@ def test_only_the_gradients_that_are_asked_for_are_computed(wanted):
 def test_densities_are_exact_in_mixed_precision(dtype):
     "Densities of real features differ in the third digit; bfloat16 has two."
     z, bank = (1 + 0.1 * torch.randn(n, 16, generator=seeded(n)) for n in (40, 60))
-    with torch.autocast("cpu", torch.bfloat16): found, weight = log_density(z.to(dtype), bank), negative_weight(z, bank, bank)
-    exact = log_density(z.to(dtype).double(), bank.double())
+    with torch.autocast("cpu", torch.bfloat16): found, weight = log_density(z.to(dtype), bank, 1.0), negative_weight(z, bank, bank)
+    exact = log_density(z.to(dtype).double(), bank.double(), 1.0)
     assert found.dtype == weight.dtype == torch.float32 and (found - exact).abs().max() < 1e-5
     assert torch.allclose(weight, negative_weight(z, bank, bank), atol=1e-7)
 

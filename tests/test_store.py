@@ -332,7 +332,8 @@ def test_a_fingerprint_depends_on_values_and_not_on_the_order_of_names():
     assert fingerprint((1, 2)) == fingerprint([1, 2]) and fingerprint(np.float64(0.5)) == fingerprint(0.5)
     assert fingerprint("1") != fingerprint(1) and fingerprint([1, [2]]) != fingerprint([1, 2]) and fingerprint(1) != fingerprint(1.0 + 1e-12)
     base = to_dict(GeneratorConfig())
-    assert len({fingerprint(base | {k: (v + 1 if not isinstance(v, bool) else not v)}) for k, v in base.items()} | {fingerprint(base)}) == len(base) + 1
+    other = lambda v: not v if isinstance(v, bool) else v + "x" if isinstance(v, str) else v + 1
+    assert len({fingerprint(base | {k: other(v)}) for k, v in base.items()} | {fingerprint(base)}) == len(base) + 1
 
 
 def test_an_array_s_hash_knows_shape_type_and_values():
