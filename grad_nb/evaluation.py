@@ -10,6 +10,7 @@ __all__ = ['resize_pictures', 'score_levels', 'score_maps', 'image_scores', 'ups
 
 # %% ../nbs/11_evaluation.ipynb #ba912e91
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -76,10 +77,11 @@ def score_levels(
     "Score maps of several detectors; the pictures are converted once for all of them. A batch too large for the device is halved; CUDA takes batches by its memory."
     nets = [_ready(detector, device) for detector in detectors]
     maps, done = [np.empty((len(pictures), map_side(size), map_side(size)), np.float32) for size in sizes], 0
-    with tqdm(total=len(pictures), desc="scoring", disable=not progress, leave=False) as bar:
+    with tqdm(total=len(pictures), desc="scoring", leave=False) if progress else nullcontext() as bar:
         for found in _batches(nets, pictures, sizes, torch.device(device), batch):
             for whole, part in zip(maps, found): whole[done : done + len(part)] = part
-            done += len(found[0]); bar.update(len(found[0]))
+            done += len(found[0])
+            if bar is not None: bar.update(len(found[0]))
     return maps
 
 
