@@ -38,7 +38,7 @@ from .data import Category, load_images
 from .detector import Decoder, Detector, map_side
 from .evaluation import MapStats, fuse, image_auroc, score_levels
 from .export import OnnxScorer, Scorer, to_int8, to_onnx
-from .grad import GRAD, _settings
+from .grad import GRAD
 from .inference import Captured, prepared, resized, score_map
 from .patchdiff import generate, new_patchdiff, to_model, train_patchdiff
 from .patches import PATCH, STRIDE
@@ -50,23 +50,27 @@ from .training import train_detector
 log = logging.getLogger(__name__)
 
 
+def _by_layer(network: nn.Module, inputs: Sequence[Tensor], cost: Callable[[nn.Module, Tensor, Tensor], int]) -> dict[str, int]:
+    "A cost of every convolution and linear layer in one forward pass on shapes alone, by the layer, its input and its output."
+    network, found = copy.deepcopy(network).to("meta", torch.float32), {}
+
+    def count(name: str, layer: nn.Module) -> None:
+        "Hook one layer."
+        def hook(_, x, y): found[name] = found.get(name, 0) + cost(layer, x[0], y)
+        layer.register_forward_hook(hook)
+
+    for name, layer in network.named_modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)): count(name, layer)
+    with torch.no_grad(): network(*(x.to("meta", torch.float32 if x.is_floating_point() else x.dtype) for x in inputs))
+    return found
+
+
 def operations(
     network: nn.Module,  # its convolutions and linear layers are counted; it is not changed
     *inputs: Tensor,  # what its forward takes; only the shapes matter
 ) -> dict[str, int]:  # name of the layer → multiply-accumulates of one forward pass
     "Multiply-accumulates of every convolution and linear layer; norms, activations and biases are not counted."
-    network, counts = copy.deepcopy(network).to("meta", torch.float32), {}
-
-    def count(name: str, channels: int, layer: nn.Module) -> None:
-        "Hook one layer: each output number costs the weights of one output channel."
-        def hook(_, __, y): counts[name] = counts.get(name, 0) + y.numel() * layer.weight.numel() // channels
-        layer.register_forward_hook(hook)
-
-    for name, layer in network.named_modules():
-        if isinstance(layer, nn.Conv2d): count(name, layer.out_channels, layer)
-        elif isinstance(layer, nn.Linear): count(name, layer.out_features, layer)
-    with torch.no_grad(): network(*(x.to("meta", torch.float32 if x.is_floating_point() else x.dtype) for x in inputs))
-    return counts
+    return _by_layer(network, inputs, lambda layer, x, y: y.numel() * layer.weight[0].numel())  # a number costs the weights of one output channel
 
 
 def count_operations(
@@ -82,17 +86,7 @@ def layer_bytes(
     *inputs: Tensor,  # what its forward takes; only the shapes matter
 ) -> dict[str, int]:  # name of the layer → bytes of its weights, inputs and outputs in float32
     "What each layer has to move at least."
-    network, found = copy.deepcopy(network).to("meta", torch.float32), {}
-
-    def count(name: str, layer: nn.Module) -> None:
-        "Hook one layer."
-        def hook(_, x, y): found[name] = found.get(name, 0) + 4 * (x[0].numel() + y.numel() + layer.weight.numel())
-        layer.register_forward_hook(hook)
-
-    for name, layer in network.named_modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)): count(name, layer)
-    with torch.no_grad(): network(*(x.to("meta", torch.float32 if x.is_floating_point() else x.dtype) for x in inputs))
-    return found
+    return _by_layer(network, inputs, lambda layer, x, y: 4 * (x.numel() + y.numel() + layer.weight.numel()))
 
 
 def bound_of(
@@ -227,7 +221,7 @@ def time_per_step(
     device: str | torch.device = "cpu",  # where it computes; a GPU is waited for
 ) -> Latency:  # of one step
     "Time of one step of a loop, without what the call does before and after it, and on a GPU without the first steps, after which it is recorded."
-    first, steps = (2, steps) if torch.device(device).type == "cpu" else (40, _timed_steps(steps, device))  # a memory bank may take 35 to fill
+    first, steps = 2 if torch.device(device).type == "cpu" else 40, _timed_steps(steps, device)  # a memory bank may take 35 to fill
     def seconds(n: int) -> float:
         "One call of n steps."
         _wait(torch.device(device)); start = time.perf_counter(); call(n); _wait(torch.device(device))
@@ -405,7 +399,7 @@ def random_model(
     model = GRAD(Preset("random", GeneratorConfig(size=max(sizes)), DetectorConfig(width=width), EvalConfig(map_size=max(sizes)), levels, levels), device="cpu", progress=False)
     with torch.random.fork_rng(devices=[]): model.detectors_ = [Detector(width).eval().requires_grad_(False) for _ in sizes]
     model.levels_, model.stats_, model.banks_ = levels, [MapStats(0.0, 1.0)] * len(sizes), [None] * len(sizes)
-    model.offset_, model.map_limits_, model.n_pictures_, model.versions_, model.made_with_ = 0.0, (0.0, 1.0), None, {}, _settings(model)
+    model.offset_, model.map_limits_, model.n_pictures_, model.versions_, model.made_with_ = 0.0, (0.0, 1.0), None, {}, model.settings_
     return model
 
 # %% ../nbs/15_benchmark.ipynb #bway0006

@@ -26,7 +26,7 @@ from .detector import Detector, load_detector
 from .diffusion import alpha_bars, q_sample
 from .evaluation import pixel_map, resize_pictures
 from .explain import make_bank
-from .patchdiff import gradient_support, load_patchdiff, to_bytes, to_model
+from .patchdiff import field_side, gradient_support, load_patchdiff, to_bytes, to_model
 from .patches import draw_batch
 from .pipeline import Run, changed_stages, load_normals, split_normals
 from .plots import FeatureCloud, Localised, map_limits, save_figure
@@ -221,7 +221,7 @@ def field_arrays(
 ) -> dict:  # the arguments of `field_figure`
     "A normal picture of the run, the same noised, its receptive fields and a generated picture of each level (Figure 3)."
     picture = by_level(run, 1, run.generator_levels[:1])["real"][0]
-    field = 2 * run.generator_levels[-1] - 1 if run.preset.generator.field_of == "bottleneck" else run.generator_levels[-1]
+    field = field_side(run.generator_levels[-1], run.preset.generator.field_of)
     pixel = busiest_pixel(picture, min(field // 2 + 1, (min(picture.shape[:2]) - 1) // 2))
     x_0, generator = to_model(torch.from_numpy(picture[None])), stage_generator(run.seed, "figure-3")
     steps = run.preset.generator.T

@@ -200,7 +200,7 @@ def _learn(self: GRAD, X: Input) -> None:
 # %% ../nbs/12_grad.ipynb #grad0009
 def _check_parameters(model: GRAD) -> None:
     "`ValueError` for a parameter of the constructor that cannot be meant."
-    chosen = preset(model.preset) if isinstance(model.preset, str) else model.preset
+    chosen = _preset_of(model)
     if not isinstance(chosen, Preset): raise ValueError(f"preset is a Preset or the name of one, such as 'fast', not {chosen!r}")
     chosen.levels(model.layout)
     if not isinstance(model.augmentation, Augmentation): raise ValueError(f"augmentation is an Augmentation, not {model.augmentation!r}")
@@ -214,7 +214,12 @@ def _check_parameters(model: GRAD) -> None:
 def _settings(model: GRAD) -> dict[str, object]:
     "The parameters that make a model what it is; later changes of them take a new `fit`."
     known = {name: value for name, value in model.get_params().items() if name not in ("device", "progress", "work_dir")}
-    return known | {"preset": preset(model.preset) if isinstance(model.preset, str) else model.preset}
+    return known | {"preset": _preset_of(model)}
+
+
+def _preset_of(model: GRAD) -> object:
+    "What was given as preset; if by name, the preset of that name."
+    return preset(model.preset) if isinstance(model.preset, str) else model.preset
 
 
 @contextlib.contextmanager

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'POINTS', 'HEAD', 'PRODUCT', 'INPUT', 'OUTPUT', 'CHANNELS', 'TILES', 'FETCH', 'APART', 'STRIP', 'HALF_DOWN',
-           'winograd_matrices', 'transformed', 'winograd', 'unstrided', 'source', 'compile_loops', 'loops', 'best_tile',
-           'Winograd', 'FastDetector', 'resized', 'prepared', 'score_map', 'Captured', 'roomy_batch', 'captured']
+           'LARGEST', 'winograd_matrices', 'transformed', 'winograd', 'unstrided', 'source', 'compile_loops', 'loops',
+           'best_tile', 'Winograd', 'FastDetector', 'resized', 'prepared', 'score_map', 'Captured', 'roomy_batch',
+           'captured']
 
 # %% ../nbs/10d_inference.ipynb #_inf0003
 import copy
@@ -34,6 +35,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from .capture import CudaGraph, may_record
 from .coords import coord_map, with_coords
 from .detector import Detector, map_side
 from .store import atomic_path, float32_name, halving
@@ -619,18 +621,16 @@ def _choosing() -> Iterator[None]:
 
 
 @patch
-def _capture(self: Captured) -> torch.cuda.CUDAGraph:
-    "Run a few times to choose kernels, then record; a failure leaves the stream as it was."
+def _capture(self: Captured) -> CudaGraph:
+    "Run a few times to choose kernels, then record."
     with torch.inference_mode(), torch.cuda.device(self.device), _choosing():
-        before, stream, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        stream.wait_stream(before)
-        try:
-            with torch.cuda.stream(stream):
-                for _ in range(3): self._judge()
-            before.wait_stream(stream)
-            with torch.cuda.graph(graph): self.flat = self._judge()
-        finally: torch.cuda.set_stream(before)
-    self.host = torch.empty(self.flat.shape, pin_memory=True)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3): self._judge()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = CudaGraph(self._judge, ())
+    self.flat, self.host = graph.result, torch.empty(graph.result.shape, pin_memory=True)
     return graph
 
 
@@ -649,8 +649,7 @@ def replay(self: Captured) -> list[tuple[Tensor, Tensor]]:  # of each level, sco
     "Judge the pictures that have been loaded."
     if self.graph is None:
         with torch.inference_mode(): self.flat = self._judge()
-    else:
-        with torch.cuda.device(self.device): self.graph.replay()
+    else: self.graph.replay()
     return self._pairs(self.flat)
 
 
@@ -702,19 +701,22 @@ def stream(self: Captured,
         for place in waiting: yield place.take()
 
 
+LARGEST = 1024  # pictures judged together, at most (our choice)
+
+
 def roomy_batch(
     sizes: Sequence[int],  # side of each detector's input, pixels
     side: int,  # of the pictures, pixels
     n: int,  # pictures to be judged
     free: int,  # bytes of free memory on the device
-) -> int:  # a power of two of at most 1,024
+) -> int:  # a power of two, at most `LARGEST`
     "Pictures judged together: what half of the free memory holds, and not many more than there are. A picture is taken to need 300 bytes for each pixel of each level, and 30 for each of its own."
     fits = free // 2 // (300 * sum(size**2 for size in sizes) + 30 * side**2)
-    return 1 << max(0, min(10, fits.bit_length() - 1, (n - 1).bit_length()))
+    return min(LARGEST, 1 << max(0, min(fits.bit_length() - 1, (n - 1).bit_length())))
 
 
 # %% ../nbs/10d_inference.ipynb #_inf0052
-_graphs = weakref.WeakKeyDictionary()  # first detector → (sizes, side, the others' places) → (state of all weights, Captured)
+_graphs = weakref.WeakKeyDictionary()  # first detector → (sizes, side, the detectors' places) → (state of all weights, pictures wanted, Captured)
 
 
 def _free(device: torch.device) -> int:
@@ -729,16 +731,15 @@ def captured(
     side: int,  # of these pictures, pixels
 ) -> Captured | None:  # None if it cannot be recorded, and a warning says why; or if GRAD_NB_GRAPHS=0 forbids it
     "Detectors recorded in float32 for batches that fit, kept until their weights change or a larger batch is wanted."
-    if os.environ.get("GRAD_NB_GRAPHS") == "0": return None
+    if not may_record(): return None
     device = next(detectors[0].parameters()).device
     state = tuple((p.data_ptr(), p._version) for d in detectors for p in d.parameters())
     graphs, key = _graphs.setdefault(detectors[0], {}), (tuple(sizes), side, tuple(map(id, detectors)))
-    known, judge = graphs.pop(key, (None, None))
-    if known == state and (judge is None or len(judge.pictures) >= min(n, 1024)): graphs[key] = known, judge; return judge
-    known, had = None, len(judge.pictures) if judge is not None and known == state else 0
-    judge = None  # its memory is free again
-    try: judge, _ = halving(lambda b: Captured(detectors, sizes, b, side, device, bf16=False), max(had, roomy_batch(sizes, side, n, _free(device))))
+    known, wanted, judge = graphs.get(key, (None, 0, None))
+    if known == state and (judge is None or wanted >= min(n, LARGEST)): return judge
+    graphs.pop(key, None); judge = None  # its memory is free again
+    try: judge, _ = halving(lambda b: Captured(detectors, sizes, b, side, device, bf16=False), roomy_batch(sizes, side, n, _free(device)))
     except (RuntimeError, MemoryError) as e: log.warning("the detectors could not be recorded (%s); they run plainly", str(e).split("\n")[0])
-    graphs[key] = state, judge
+    graphs[key] = state, min(n, LARGEST), judge
     return judge
 

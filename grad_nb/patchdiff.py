@@ -4,7 +4,7 @@ r"""A diffusion model that sees only $n\times n$ pixels: what it draws is right 
 
 # %% auto #0
 __all__ = ['PixelNorm', 'Pointwise', 'Shuffle', 'shuffled', 'time_embedding', 'fourier_coords', 'Block', 'check_level',
-           'PatchDiff', 'gradient_support', 'bounding_box', 'to_model', 'to_bytes', 'stratified_times',
+           'PatchDiff', 'field_side', 'gradient_support', 'bounding_box', 'to_model', 'to_bytes', 'stratified_times',
            'denoising_losses', 'denoising_loss', 'TimeBalance', 'draw_pictures', 'new_patchdiff', 'one_cycle',
            'WeightEMA', 'gradients_of_batch', 'train_patchdiff', 'Made', 'generate', 'reconstruct_normals',
            'save_patchdiff', 'load_patchdiff']
@@ -170,10 +170,18 @@ class PatchDiff(nn.Module):
         return self.out(x)
 
 # %% ../nbs/05_patchdiff.ipynb #fieldprp
+def field_side(
+    level: int,  # of a PatchDiff
+    field_of: str,  # whose receptive field that is: "network" or "bottleneck"
+) -> int:  # pixels
+    "Side of the network's receptive field."
+    return 2 * level - 1 if field_of == "bottleneck" else level
+
+
 @patch(as_prop=True)
 def field(self: PatchDiff) -> int:
     "Side of the network's receptive field, pixels."
-    return 2 * self.level - 1 if self.field_of == "bottleneck" else self.level
+    return field_side(self.level, self.field_of)
 
 
 # %% ../nbs/05_patchdiff.ipynb #f9198bdf

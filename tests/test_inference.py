@@ -306,7 +306,10 @@ def test_what_cannot_be_recorded_runs_plainly_and_is_not_tried_again(recorded, m
 
 
 def test_a_recording_that_does_not_fit_is_made_smaller(recorded):
-    assert len(inference.captured([detector(0.1)], (48,), 100, 48).pictures) == 8 and recorded == [8]
+    one = detector(0.1)
+    first = inference.captured([one], (48,), 100, 48)
+    assert len(first.pictures) == 8 and recorded == [8]
+    assert inference.captured([one], (48,), 90, 48) is first and recorded == [8], "it is not recorded anew for every call that wants more than fits"
 
 
 def test_on_cuda_pictures_go_through_the_recording(monkeypatch):
