@@ -35,7 +35,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .config import Preset, augmentation, override, preset
-from .data import OFFICIAL, DataError, category_folders, check_category, picture_files, read_category, read_image, survey
+from .data import IMAGE_SUFFIXES, OFFICIAL, DataError, category_folders, check_category, picture_files, read_category, read_image, survey
 from .grad import GRAD
 from .pipeline import Run, detect_key, evaluate_stage, generate_key, open_run, parse_overrides, result_table, stage_done
 from .store import atomic_path, bf16_supported, pick_device, read_json, versions, write_json
@@ -314,7 +314,7 @@ def grad_fit(
     debug: store_true = False,  # show the traceback of an error
 ):
     "Train a model on a folder of normal pictures; write it to one file, and a model card (Markdown) beside it."
-    settings = override(_preset(preset), parse_overrides(overrides))
+    settings = override(_preset(preset, layout), parse_overrides(overrides))
     card = _before_fit(model, category)
     fitted = GRAD(settings, layout, augmentation(category), validation, false_alarm_rate, seed, device, not quiet, work_dir).fit(pictures)
     fitted.save(model)
@@ -384,8 +384,9 @@ def _row_writer(
 
 # %% ../nbs/16_cli.ipynb #0064acb1
 def _map_name(name: str) -> str:
-    "The name of a picture's heat map; one that would be too long for a file system is cut, and kept apart by a hash."
-    name = name if name.lower().endswith(".png") else name + ".png"
+    "The name of a picture's heat map, another for every picture; one that would be too long for a file system is cut, and kept apart by a hash."
+    own = Path(name).suffix.lower() == ".png" and Path(Path(name).stem).suffix.lower() not in IMAGE_SUFFIXES  # a.jpg has a.jpg.png
+    name = name if own else name + ".png"
     raw = os.fsencode(name)
     return name if len(raw) <= 255 else raw[:200].decode(errors="ignore") + f"-{hashlib.sha256(raw).hexdigest()[:16]}.png"
 

@@ -149,7 +149,7 @@ class GRAD(Estimator):
     "GRAD for one kind of part: learns from normal pictures, finds defects in others."
 
     def __init__(self,
-        preset: Preset | str = "fast",  # all settings of the method: a `Preset`, or the name of one
+        preset: Preset | str = "fast",  # all settings of the method: a `Preset`, or the name of one, which follows the layout
         layout: str = "mvtec_ad",  # which detectors of Table 7: "mvtec_ad" one, "mvtec_loco" three at decreasing resolution, which also find logical anomalies and take three times as long
         augmentation: Augmentation = Augmentation(),  # what may be done to your parts without making them defective
         validation: float = 0.1,  # share of the normal pictures held out for the threshold
@@ -218,8 +218,8 @@ def _settings(model: GRAD) -> dict[str, object]:
 
 
 def _preset_of(model: GRAD) -> object:
-    "What was given as preset; if by name, the preset of that name."
-    return preset(model.preset) if isinstance(model.preset, str) else model.preset
+    "What was given as preset; if by name, the preset of that name for that layout."
+    return preset(model.preset, model.layout) if isinstance(model.preset, str) else model.preset
 
 
 @contextlib.contextmanager

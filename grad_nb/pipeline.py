@@ -93,8 +93,8 @@ def open_run(
     progress: bool = True,  # show progress bars
 ) -> Run:
     "Check the data and the settings, and name the folder of the run."
-    settings, where = override(preset(preset_name), parse_overrides(overrides)), str(pick_device(device))
-    found = read_category(data, category)
+    found, where = read_category(data, category), str(pick_device(device))
+    settings = override(preset(preset_name, found.layout), parse_overrides(overrides))
     folder = Path(runs) / settings.name / dataset_name(found) / found.name / f"seed{seed}"
     return Run(found, settings, seed, folder, data_sha256(found, progress=progress), where, progress)
 

@@ -293,10 +293,10 @@ def guess(
     job: Mapping,  # a generate or detect job of the plan
 ) -> float:  # seconds
     "How long a stage may take that was never run here."
-    values = job["values"]
-    settings, device = override(preset_named(values["preset"]), parse_overrides(values["overrides"])), pick_device(values["device"])
-    if job["notebook"] == "generate": return _guess_generate(settings.generator, values["level"], device)
+    values, device = job["values"], pick_device(job["values"]["device"])
     category = read_category(values["data"], values["category"])
+    settings = override(preset_named(values["preset"], category.layout), parse_overrides(values["overrides"]))
+    if job["notebook"] == "generate": return _guess_generate(settings.generator, values["level"], device)
     row = next(row for row in settings.levels(category.layout) if row.level == values["level"])
     return _guess_detect(settings.detector, training_steps(settings.detector, len(category.train)), len(row.generators), device)
 

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from grad_nb.cli import card_path, expand, grad_fit, grad_predict, map_paths, plain_errors
-from grad_nb.data import read_image
+from grad_nb.data import IMAGE_SUFFIXES, read_image
 from grad_nb.grad import GRAD, colour_limits
 from grad_nb.plots import heat_overlay
 from grad_nb.trays import make_trays
@@ -131,10 +133,19 @@ def test_maps_never_overwrite_pictures_nor_each_other(model, parts, tmp_path, ca
     assert status == 2 and "overwrite" in err and before == {p: p.read_bytes() for p in parts.iterdir()}
     (tmp_path / "link").symlink_to(parts)
     assert called(capsys, model, parts, maps=str(tmp_path / "link"))[0] == 2
-    with pytest.raises(ValueError, match="same name"): map_paths([Path("a/x.jpg"), Path("a/x.jpg.png")], "out")
+    with pytest.raises(ValueError, match="same name"): map_paths([Path("a/x.jpg"), Path("b/../a/x.jpg")], "out")
     other = Path(shutil.copytree(parts, tmp_path / "others"))
     status, rows, _ = called(capsys, model, parts, other, maps=str(tmp_path / "out"))
     assert status == 0 and len({r["map"] for r in rows}) == 6 and all(Path(r["map"]).is_file() for r in rows)
+
+
+@given(st.sets(st.lists(st.sampled_from([".png", ".jpg", ".PNG", ".tif", "a", "."]), min_size=0, max_size=4).map("".join)
+               .flatmap(lambda stem: st.sampled_from(IMAGE_SUFFIXES).map(lambda end: f"x{stem}{end}")), min_size=2, max_size=8))
+def test_every_picture_has_a_map_of_its_own(names):
+    "Also where one picture is called as another one's map would be, and whether they are judged together or one by one."
+    together = map_paths([Path("a", name) for name in names], "out")
+    assert len(set(together.values())) == len(names) and all(path.suffix.lower() == ".png" for path in together.values())
+    assert all(map_paths([Path("a", name)], "out")[Path("a", name)] == together[Path("a", name)] for name in names)
 
 
 def test_odd_names(model, trays, parts, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from conftest import TINY
 
 from grad_nb.cli import check_parameters, plan, template, template_parameters
-from grad_nb.config import preset
+from grad_nb.config import override, preset
 from grad_nb.pipeline import Run, detect_stage, evaluate_stage, generate_stage, open_run, split_normals
 
 
@@ -98,6 +98,7 @@ def test_unknown_parameters_settings_and_presets_are_errors_before_anything_runs
     for text, said in wrong.items():
         with pytest.raises(ValueError, match=said): open_run(data, "trays", runs=tmp_path, overrides=text)
     with pytest.raises(ValueError, match="no preset"): open_run(data, "trays", "huge", runs=tmp_path)
+    assert open_run(data, "trays", "fast", runs=tmp_path, overrides="generator.steps=7").preset == override(preset("fast", "mvtec_loco"), {"generator.steps": 7})
     assert not list(tmp_path.iterdir())
 
 
@@ -208,7 +209,6 @@ def test_a_category_without_a_folder_or_without_test_pictures_is_refused_at_once
 
 
 def test_files_and_arrays_of_the_same_pictures_score_alike(data):
-    from grad_nb.config import override
     from grad_nb.data import read_image
     from grad_nb.grad import GRAD
     from grad_nb.pipeline import parse_overrides
@@ -225,6 +225,5 @@ def test_files_and_arrays_of_the_same_pictures_score_alike(data):
 @pytest.mark.parametrize("text", ["detector=5", "levels_loco=34", "name=x", "detector.block=0", "generator.steps=-5", "generator.width=7",
                                   "generator.sample_steps=2000", "detector.lr=nan", "detector.beta_density=0"])
 def test_impossible_settings_are_refused(text):
-    from grad_nb.config import override
     from grad_nb.pipeline import parse_overrides
     with pytest.raises(ValueError): override(preset("demo"), parse_overrides(text))

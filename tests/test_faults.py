@@ -30,7 +30,7 @@ import grad_nb.evaluation
 import grad_nb.patchdiff
 import grad_nb.pipeline
 import grad_nb.training
-from grad_nb.config import Augmentation, DetectorConfig, preset
+from grad_nb.config import ON_LOCO, Augmentation, DetectorConfig, override, preset
 from grad_nb.data import DataError, hold_out
 from grad_nb.detector import Detector
 from grad_nb.grad import FORMAT, GRAD
@@ -188,7 +188,15 @@ def test_settings_that_cannot_be_meant_are_refused_before_a_picture_is_read(wron
 def test_a_preset_may_be_given_by_its_name():
     named = GRAD("demo", progress=False)
     assert clone(named).get_params()["preset"] == "demo" and named.settings_["preset"] == preset("demo") == named.preset_
-    assert GRAD().preset_ == preset("fast")
+    assert GRAD().preset_ == preset("fast") == GRAD("fast", "folder").preset_
+
+
+def test_a_preset_by_name_follows_the_layout_and_one_that_is_given_does_not():
+    "Logical anomalies are large: `fast` makes and reads smaller pictures for LOCO, unless the user brings settings of their own."
+    named, given = (GRAD(which, "mvtec_loco", progress=False).preset_ for which in ("fast", preset("fast")))
+    assert named == preset("fast", "mvtec_loco") == override(preset("fast"), ON_LOCO["fast"]) != given == preset("fast")
+    assert named.generator.size < given.generator.size and named.name == given.name
+    assert preset("paper", "mvtec_loco") == preset("paper") and preset("demo", "mvtec_loco") == preset("demo")
 
 
 def test_cuda_asked_for_but_absent_and_auto(model, tmp_path, monkeypatch):
