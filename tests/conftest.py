@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from grad_nb.trays import make_trays
 
 TINY = ("generator.size=64 generator.width=8 generator.steps=6 generator.batch=2 generator.n_samples=4 generator.sample_steps=3 "
         "detector.width=0.1 detector.steps=6 evaluation.map_size=64")  # settings of a run that takes seconds
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job ignores Ctrl-C, and so would every command started here
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("same", derandomize=True, database=None)  # the same examples in each run: a red run is a change's fault
 settings.register_profile("new", print_blob=True)  # HYPOTHESIS_PROFILE=new looks for others
