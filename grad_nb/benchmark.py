@@ -247,7 +247,7 @@ def detector_work(
     if config.alpha_1:
         z = torch.empty(config.patches * groups, detector.head.in_channels, 1, 1, device="meta")
         work = work + 3 * _work(Decoder(detector.head.in_channels), z) + (0 if config.shared_pass else 3 * classified)
-    if config.alpha_2: work = work + (4 if config.penalise == "logit" else 6) * once(blocks, PATCH)
+    if config.alpha_2: work = work + (4 if config.penalise == "logit" else 7) * once(blocks, PATCH)
     return 3 * classified + work
 
 
@@ -334,16 +334,16 @@ def ceilings(
 ) -> dict[str, float]:  # "matmul float32", "conv float32" (GFLOP/s), "copy" (GB/s, read and written), and the same in bf16 where there is bf16
     "The ceilings of a machine."
     device = pick_device(device) if isinstance(device, str) else device
-    found, n = {}, scale * (8 if device.type == "cuda" else 1)
+    found, n, many = {}, scale * (8 if device.type == "cuda" else 1), 16 if device.type == "cuda" else 1  # more than its cache holds
     with threads_of(threads):
         for dtype in (torch.float32, torch.bfloat16) if bf16_supported(device) else (torch.float32,):
             name = "float32" if dtype == torch.float32 else "bf16"
             a = torch.randn(n, n, device=device, dtype=dtype)
             found[f"matmul {name}"] = 2 * n**3 / 1e6 / best_ms(lambda a=a: a @ a, runs, device)
             side, conv = max(scale // 18, 4), nn.Conv2d(256, 512, 3).to(device, dtype, memory_format=torch.channels_last)
-            x = torch.randn(1, 256, side, side, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
-            found[f"conv {name}"] = 2 * (side - 2) ** 2 * 256 * 512 * 9 / 1e6 / best_ms(lambda conv=conv, x=x: conv(x), runs, device)
-        a = torch.zeros(scale * 65_536 // 4, device=device); b = torch.empty_like(a)
+            x = torch.randn(many, 256, side, side, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+            found[f"conv {name}"] = 2 * many * (side - 2) ** 2 * 256 * 512 * 9 / 1e6 / best_ms(lambda conv=conv, x=x: conv(x), runs, device)
+        a = torch.zeros(many * scale * 65_536 // 4, device=device); b = torch.empty_like(a)
         found["copy"] = 8 * a.numel() / 1e6 / best_ms(lambda: b.copy_(a), runs, device)
     return found
 

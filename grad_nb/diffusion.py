@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from .capture import Replayed
 from .coords import coord_map, with_coords
+from .store import gpu_layers
 
 # %% ../nbs/04_diffusion.ipynb #619b1260
 def alpha_bars(
@@ -93,6 +94,7 @@ def _reverse(model, x: Tensor, times: Sequence[int], alpha_bar: Sequence[float],
     def step(last: bool) -> Tensor:
         eps_hat = model(with_coords(x, coords), now[0].long().repeat(n)).to(x.dtype)
         z = 0.0 if last else torch.randn(x.shape, generator=generator, device=x.device)
+        if kernels := gpu_layers(x): return kernels.step_back(x, eps_hat, eps_hat if last else z, now, clip)
         return x.copy_(reverse_step(x, eps_hat, z, now[1], now[2], clip))
 
     step = Replayed(step, x.device, [generator])

@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from fractions import Fraction
+from importlib import import_module
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -577,7 +578,9 @@ class Captured:
         self.way, self.precision = "one graph" if cuda else "level by level", "bf16" if self.dtype == torch.bfloat16 else float32_name(self.device)
         self.nets = [copy.deepcopy(d).eval().requires_grad_(False).to(self.device, self.dtype, memory_format=torch.channels_last) for d in detectors]
         self.pictures = torch.zeros(batch, side, side, 3, dtype=torch.uint8, device=self.device)
-        self.coords = [coord_map(size, size, self.device).to(self.dtype) for size in self.sizes]
+        if self.plain: self.nets = [_widen(net) for net in self.nets]
+        self.inputs = [_room(batch, size, self.device, self.dtype) if self.plain else None for size in self.sizes]
+        self.streams = [torch.cuda.Stream(self.device) for _ in self.sizes] if cuda else []
         self.lock, self.graph = threading.Lock(), self._capture() if cuda else None
 
     def __call__(self, pictures: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -591,15 +594,47 @@ class Captured:
 
 
 # %% ../nbs/10d_inference.ipynb #_inf0046
+def _room(batch: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    "Room for the inputs of a detector: three channels to be filled, the coordinates, three that stay zero."
+    room = torch.zeros(batch, size, size, 8, device=device, dtype=dtype)
+    room[..., 3:5] = coord_map(size, size, device).movedim(0, -1).to(dtype)
+    return room
+
+
+@patch
+def _level(self: Captured, k: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    "Scores (B,) and maps, flattened, of one level."
+    net, small, room = self.nets[k], resized(x, self.sizes[k]), self.inputs[k]
+    if self.plain: room[..., :3] = small.movedim(1, -1).div(127.5).sub_(1)
+    if not self.plain: S = score_map(net, small.permute(0, 2, 3, 1))
+    elif isinstance(net, Detector): S = _by_layers(net, room.movedim(-1, 1))
+    else: S = net(room[..., :5].movedim(-1, 1))[:, 0].float()
+    return S.amax((1, 2)), S.flatten()
+
+
+def _widen(net: nn.Module) -> nn.Module:
+    "The same detector for inputs with three more channels, whose weights are zero: tensor cores take channels in eights."
+    if isinstance(net, Detector): net.body[0].weight = nn.Parameter(F.pad(net.body[0].weight, (0, 0, 0, 0, 0, 3)).contiguous(memory_format=torch.channels_last), False)
+    return net
+
+
+def _by_layers(net: Detector, x: Tensor) -> Tensor:
+    "The map of a widened detector (B, h, h): each convolution with its ReLU as one."
+    relu_of_conv = import_module("grad_nb.kernels").relu_of_conv  # not imported before it is needed
+    for conv in net.body[::2]: x = relu_of_conv(x, conv.weight, conv.bias, conv.stride)
+    return F.linear(x.movedim(1, -1), net.head.weight.flatten(1), net.head.bias)[..., 0].float()
+
+
 @patch
 def _judge(self: Captured) -> Tensor:
-    "Scores (B,) and maps (B, h, h) of each level for the pictures that have been loaded, one after the other in one array."
+    "Scores (B,) and maps (B, h, h) of each level for the pictures that have been loaded, one after the other in one array; on CUDA all levels at once."
     x, found = self.pictures.permute(0, 3, 1, 2).float(), []
-    for net, size, coords in zip(self.nets, self.sizes, self.coords):
-        small = resized(x, size)
-        if self.plain: S = net(with_coords(small.div(127.5).sub_(1).to(self.dtype), coords))[:, 0].float()
-        else: S = score_map(net, small.permute(0, 2, 3, 1))
-        found += [S.amax((1, 2)), S.flatten()]
+    main = torch.cuda.current_stream(self.device) if self.streams else None
+    for k in range(len(self.nets)):
+        with torch.cuda.stream(self.streams[k]) if main else nullcontext():
+            if main: self.streams[k].wait_stream(main)
+            found += self._level(k, x)
+    for stream in self.streams: main.wait_stream(stream)
     return torch.cat(found)
 
 

@@ -27,7 +27,7 @@ from .capture import Replayed
 from .config import DetectorConfig, GeneratorConfig, to_dict
 from .coords import coord_map, with_coords
 from .diffusion import alpha_bars, global_noise, q_sample, reconstruct, sample
-from .store import (array_sha256, autocast, fingerprint, halving, pause_of, read_tensors, run_steps, seeded_weights,
+from .store import (array_sha256, autocast, bf16_supported, fingerprint, gpu_layers, halving, pause_of, read_tensors, run_steps, seeded_weights,
                            stage_generator, tensors_sha256, write_tensors)
 
 # %% ../nbs/05_patchdiff.ipynb #88e3cc44
@@ -55,6 +55,7 @@ class Pointwise(nn.Linear):
     def forward(self,
         x: Tensor,  # (B, C, H, W), best with channels last in memory
     ) -> Tensor:  # (B, C', H, W)
+        if kernels := gpu_layers(x): return kernels.linear(x.movedim(1, -1), self.weight, self.bias).movedim(-1, 1)
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 # %% ../nbs/05_patchdiff.ipynb #shuf0002
@@ -115,12 +116,23 @@ class Block(nn.Module):
         self.out = Pointwise(channels, channels)
         nn.init.zeros_(self.out.weight); nn.init.zeros_(self.out.bias)
 
+    def shaped(self,
+        x: Tensor,  # (B, C, H, W)
+        time: Tensor,  # (B, time_dim)
+    ) -> Tensor:  # (B, C, H, W)
+        "Convolution, norm, time conditioning and SiLU."
+        conv, kernels = self.conv, gpu_layers(x)
+        if kernels and isinstance(self.norm, PixelNorm) and kernels.fits_channels(x.shape[1]):
+            y = F.linear(x.movedim(1, -1), conv.weight).movedim(-1, 1) if isinstance(conv, Pointwise) else F.conv2d(x, conv.weight, padding=conv.padding)
+            return kernels.modulated(y, conv.bias, *kernels.modulation(self, time))
+        scale, shift = self.time(time)[:, :, None, None].chunk(2, 1)
+        return F.silu(torch.addcmul(shift, self.norm(conv(x)), 1 + scale))
+
     def forward(self,
         x: Tensor,  # (B, C, H, W)
         time: Tensor,  # (B, time_dim)
     ) -> Tensor:  # (B, C, H, W)
-        scale, shift = self.time(time)[:, :, None, None].chunk(2, 1)
-        return x + self.out(F.silu(torch.addcmul(shift, self.norm(self.conv(x)), 1 + scale)))
+        return x + self.out(self.shaped(x, time))
 
 # %% ../nbs/05_patchdiff.ipynb #3cda699f
 def check_level(
@@ -155,19 +167,56 @@ class PatchDiff(nn.Module):
         self.head = nn.ModuleList(Block(width, dim, 3 if i < level // 2 * mirrored else 1, norm) for i in range(2))
         self.out = nn.Sequential(norm(width), nn.SiLU(), Pointwise(width, 3))
 
+    def inputs(self,
+        x: Tensor,  # as for `forward`
+        t: Tensor,  # as for `forward`
+    ) -> tuple[Tensor, Tensor]:  # (B, 5 + 4 J, H, W) and (B, time_dim)
+        "What the first layer sees, and what every block knows of the time."
+        return fourier_coords(x, self.fourier), self.time(time_embedding(t, self.width).to(x.dtype))
+
     def forward(self,
         x: Tensor,  # (B, 5, H, W): noised RGB in about [-1, 1], then the coordinate map
         t: Tensor,  # (B,) int64 in 0..T-1
     ) -> Tensor:  # (B, 3, H, W): the predicted noise eps_1
-        time = self.time(time_embedding(t, self.width).to(x.dtype))
-        x = self.stem(fourier_coords(x, self.fourier))
+        x, time = self.inputs(x, t)
+        kernels = gpu_layers(x)
+        x = _stem(self.stem, x) if kernels and not x.requires_grad else self.stem(x)
         if self.down is not None:
-            h = self.down(x)
+            h = kernels.conv(x, self.down) if kernels else self.down(x)
             for block in (*self.trunk, *self.rise): h = block(h, time)
-            x = torch.cat([x, self.up(h)[..., : x.shape[-2], : x.shape[-1]]], 1)
-        x = self.merge(x)
+            x = _merged(self, x, h) if kernels else self.merge(torch.cat([x, self.up(h)[..., : x.shape[-2], : x.shape[-1]]], 1))
+        else: x = self.merge(x)
+        if kernels and isinstance(self.out[0], PixelNorm) and kernels.fits_channels(self.width): return _head(self, x, time)
         for block in self.head: x = block(x, time)
         return self.out(x)
+
+
+def _head(model: "PatchDiff", x: Tensor, time: Tensor) -> Tensor:
+    "The blocks of the head and the last layers on a GPU. What a block adds to all pixels alike, its last bias, waits until somebody looks."
+    from grad_nb import kernels
+    (norm, _, last), waiting = model.out, torch.zeros_like(model.out[0].bias)
+    for block in model.head:
+        if not isinstance(block.conv, Pointwise): x = block(x, time); continue
+        with torch.autocast("cuda", enabled=False): bias = block.conv.bias + block.conv.weight @ waiting
+        y = F.linear(x.movedim(1, -1), block.conv.weight).movedim(-1, 1)
+        x, waiting = kernels.added(x, kernels.modulated(y, bias, *kernels.modulation(block, time)), block.out.weight), waiting + block.out.bias
+    return last(kernels.modulated(x, waiting, norm.weight.expand(len(x), -1), norm.bias.expand(len(x), -1)))
+
+
+def _stem(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    "The first layer on a GPU: channels in eights, and its bias the weight of a channel of ones."
+    from grad_nb import fused
+    return F.conv2d(fused.packed(x), fused.with_bias_inside(conv), padding=conv.padding)
+
+
+def _merged(model: "PatchDiff", x: Tensor, h: Tensor) -> Tensor:
+    "`merge` of x and of the way up from h, as two linear maps that are added: M (x, U h) = M_x x + (M_h U) h."
+    from grad_nb import kernels
+    up, merge, C = model.up[0], model.merge, model.width
+    (M_x, M_h), quarters, offsets = merge.weight.split(C, 1), up.weight.view(C, 4, 2 * C).transpose(0, 1), up.bias.view(C, 4).T
+    with torch.autocast("cuda", enabled=False): weight, bias = (M_h @ quarters).transpose(0, 1).flatten(0, 1), (offsets @ M_h.mT + merge.bias).T.flatten()
+    risen = model.up[1](kernels.linear(h.movedim(1, -1), weight, bias).movedim(-1, 1))[..., : x.shape[-2], : x.shape[-1]]
+    return kernels.added(risen, x, M_x)
 
 # %% ../nbs/05_patchdiff.ipynb #fieldprp
 def field_side(
@@ -477,6 +526,16 @@ def _make(
     return made.pictures
 
 
+def _ready(model: PatchDiff, config: GeneratorConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    "On a GPU, if it can be had there: the model made to sample."
+    weight, usual = next(model.parameters()), model.level >= 5 and model.field_of == "network" and model.width == 64 and isinstance(model.out[0], PixelNorm)
+    if not (usual and weight.is_cuda and config.bf16 and bf16_supported(weight.device)): return model
+    with autocast(weight.device): kernels = gpu_layers(weight)
+    if not kernels: return model
+    from grad_nb import fused
+    return fused.ready(model)
+
+
 def _weights_sha256(model: PatchDiff) -> str: return tensors_sha256({k: v.cpu() for k, v in model.state_dict().items()})
 
 # %% ../nbs/05_patchdiff.ipynb #train502
@@ -492,7 +551,8 @@ def generate(
     key = fingerprint("sample", to_dict(config), seed, torch.device(device).type, _weights_sha256(model))
     alpha_bar, generator = alpha_bars(config.T).tolist(), stage_generator(seed, f"patchdiff-sample-{model.level}", device)
     model = model.eval().to(device, memory_format=torch.channels_last)
-    draw = lambda _, n: sample(model, n, config.size, alpha_bar, generator, config.sample_steps, spacing=config.spacing)
+    eps_theta = _ready(model, config)
+    draw = lambda _, n: sample(eps_theta, n, config.size, alpha_bar, generator, config.sample_steps, spacing=config.spacing)
     return _make(Made(config.n_samples, config.size), draw, generator, config, checkpoint, key, f"sampling {model.level}", progress)
 
 # %% ../nbs/05_patchdiff.ipynb #reco0005
@@ -508,10 +568,10 @@ def reconstruct_normals(
     "Normal pictures noised to `reconstruct` T and denoised again, batch after batch; resumes from `checkpoint`."
     key = fingerprint("reconstruct", to_dict(config), seed, torch.device(device).type, _weights_sha256(model), array_sha256(pictures))
     alpha_bar, generator = alpha_bars(config.T).tolist(), stage_generator(seed, f"patchdiff-reconstruct-{model.level}", device)
-    model, t = model.eval().to(device, memory_format=torch.channels_last), min(round(config.reconstruct * config.T), config.T - 1)
+    eps_theta, t = _ready(model.eval().to(device, memory_format=torch.channels_last), config), min(round(config.reconstruct * config.T), config.T - 1)
     def draw(start: int, n: int) -> Tensor:
         x_0 = to_model(torch.from_numpy(np.array(pictures[start : start + n])).to(device))
-        return reconstruct(model, x_0, t, alpha_bar, generator, config.sample_steps, spacing=config.spacing)
+        return reconstruct(eps_theta, x_0, t, alpha_bar, generator, config.sample_steps, spacing=config.spacing)
     return _make(Made(len(pictures), pictures.shape[1]), draw, generator, config, checkpoint, key, f"reconstructing {model.level}", progress)
 
 # %% ../nbs/05_patchdiff.ipynb #23ef79f0

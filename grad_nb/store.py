@@ -6,8 +6,8 @@
 __all__ = ['log', 'atomic_path', 'lock_file', 'lock', 'alone', 'write_json', 'read_json', 'write_array', 'read_array',
            'tensors_sha256', 'write_tensors', 'read_tensors', 'stage_seed', 'seeded_weights', 'stage_generator',
            'save_checkpoint', 'load_checkpoint', 'fingerprint', 'file_sha256', 'array_sha256', 'versions',
-           'device_name', 'pick_device', 'git_state', 'float32_name', 'bf16_supported', 'autocast', 'halving', 'TimeUp',
-           'time_limit', 'pause_of', 'time_left', 'keep_memory', 'run_steps']
+           'device_name', 'pick_device', 'git_state', 'float32_name', 'bf16_supported', 'autocast', 'gpu_layers',
+           'halving', 'TimeUp', 'time_limit', 'pause_of', 'time_left', 'keep_memory', 'run_steps']
 
 # %% ../nbs/00b_store.ipynb #a90f3053
 import ctypes
@@ -23,8 +23,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 
 import numpy as np
@@ -361,6 +363,15 @@ def autocast(
     "Mixed precision where it pays."
     kind = torch.device(device).type
     return torch.autocast(kind if kind in ("cpu", "cuda") else "cpu", torch.bfloat16, enabled=on and bf16_supported(device))
+
+
+def gpu_layers(
+    x: Tensor,  # what a layer would work on
+) -> ModuleType | None:  # `grad_nb.kernels`, or None: PyTorch's layers do
+    "The layers made for a GPU's memory: on CUDA in mixed precision; elsewhere they are not even imported."
+    if not x.is_cuda: return None
+    kernels = import_module("grad_nb.kernels")
+    return kernels if kernels.fits(x) else None
 
 # %% ../nbs/00b_store.ipynb #half0002
 def halving(

@@ -229,7 +229,7 @@ def test_the_work_of_a_step_is_that_of_its_terms():
     one, decoder = mac(d, 34, 16 * 5), 2e-9 * 80 * (3 * 26**2 + 26 * 5780)
     work = lambda **changes: detector_work(replace(plain, **changes), 3)[0]
     assert work() == pytest.approx(3 * one) and work(wrong_coordinates=False) == pytest.approx(3 * one * 4 / 5)
-    assert work(alpha_2=1.0) == pytest.approx(3 * one + 4 * mac(d, 34, 16)) and work(alpha_2=1.0, penalise="probability") == pytest.approx(3 * one + 6 * mac(d, 34, 16))
+    assert work(alpha_2=1.0) == pytest.approx(3 * one + 4 * mac(d, 34, 16)) and work(alpha_2=1.0, penalise="probability") == pytest.approx(3 * one + 7 * mac(d, 34, 16))
     assert work(alpha_1=1.0) == pytest.approx(6 * one + 3 * decoder) and work(alpha_1=1.0, shared_pass=True) == pytest.approx(3 * one + 3 * decoder)
     assert work(block=2, pictures=4) == pytest.approx(3 * mac(d, 38, 20))
 

@@ -14,7 +14,7 @@ from grad_nb.detector import TABLE_8, Conv, Decoder, Detector, map_side
 from grad_nb.diffusion import alpha_bars, global_noise, posterior_variance, q_sample, reconstruct, reverse_step, sample, timesteps
 from grad_nb.patchdiff import PatchDiff, denoising_loss, time_embedding, to_bytes, to_model
 from grad_nb.patches import PATCH, STRIDE, Batch, split_blocks
-from grad_nb.regularizers import feature_loss, gradient_penalty, noised
+from grad_nb.regularizers import feature_loss, gradient_penalty, input_gradients, noised
 from grad_nb.reweighting import log_density, negative_weight, noisy_weight, reweighted_bce, tail_weight
 from grad_nb.training import Learner, batch_losses, gradients
 
@@ -567,3 +567,12 @@ def test_gated_relus_change_neither_the_penalty_nor_its_gradient(of):
     ours, theirs = (torch.autograd.grad(loss, list(detector.parameters()), allow_unused=True) for loss in (gated, ordinary))
     zero = torch.zeros((), dtype=torch.float64)
     for a, b in zip(ours, theirs): assert torch.allclose(zero if a is None else a, zero if b is None else b, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("side", [34, 41])
+def test_the_chain_of_products_is_the_gradient(side):
+    "Also where a stride leaves pixels over, and for the sum of several logits."
+    detector = Detector(0.1).double()
+    x = torch.rand(2, 5, side, side, generator=seeded(4), dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(detector(x).sum(), x)
+    assert torch.allclose(input_gradients(detector, x.detach()), expected, rtol=1e-9, atol=1e-12)

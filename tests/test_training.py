@@ -27,6 +27,7 @@ from grad_nb.patchdiff import (
     to_model,
     train_patchdiff,
 )
+from grad_nb.patches import draw_batch
 from grad_nb.store import load_checkpoint, read_tensors, write_tensors
 from grad_nb.training import LOGGED, Learner, batch_losses, train_detector, training_steps
 
@@ -283,6 +284,36 @@ def test_a_checkpoint_is_made_by_whole_trainings_too_and_can_be_read(monkeypatch
     detector_run(monkeypatch, tmp_path / "c")
     meta = read_tensors(tmp_path / "c")[1]
     assert meta["state"]["done"] == 6 and load_checkpoint(tmp_path / "c", meta["fingerprint"])["done"] == 6
+
+
+def supply(several, config=replace(SMALL, pictures=2, patches=8), seed=0):
+    shades = [np.full((9, 40, 40, 3), 0, np.uint8) + np.arange(0, 180, 20, dtype=np.uint8)[:, None, None, None] for _ in range(2)]  # nine plain pictures
+    draw = lambda some, generator: draw_batch(shades[0], shades[1:], some, replace(PLAIN, jitter_p=0.0), generator)
+    return training.Supply(draw, config, 3, torch.Generator().manual_seed(seed), several)
+
+
+def test_batches_that_are_drawn_together_are_batches_like_others():
+    together, alone = supply(3), supply(1)
+    seen = []
+    for i in range(7):
+        together.prepare(i); alone.prepare(i)
+        batch, like = together.batch(), alone.batch()
+        assert batch.patches.shape == like.patches.shape == (24, 5, 34, 34) and len(batch.positives) == 8 and batch.patches.is_contiguous(memory_format=torch.channels_last)
+        for group in batch.patches.split(8): assert len(group[:, 0].mean((1, 2)).round(decimals=3).unique()) <= 2, "two pictures for a group"
+        seen.append(batch.patches.clone())
+        assert batch.patches.data_ptr() == together.now.data_ptr()
+    assert not any(torch.equal(a, b) for k, a in enumerate(seen) for b in seen[:k])
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_batches_that_are_drawn_together_go_on_after_a_kill(stop):
+    whole, killed, resumed, seen = supply(3), supply(3), supply(3, seed=9), []
+    for i in range(7): whole.prepare(i); seen.append(whole.batch().patches.clone())
+    for i in range(stop): killed.prepare(i)
+    resumed.load_state_dict(killed.state_dict())
+    for i in range(stop, 7):
+        resumed.prepare(i)
+        assert torch.equal(resumed.batch().patches, seen[i])
 
 
 @pytest.mark.gpu
