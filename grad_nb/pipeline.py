@@ -291,7 +291,7 @@ def detect_stage(
 def _score(run: Run, detector: Detector, row: Level, samples: Sequence[Sample]) -> np.ndarray:
     "Score maps of some pictures, read at the generator's size like the training pictures, a few at a time."
     size, step = run.preset.generator.size, 4 * run.preset.evaluation.batch if torch.device(run.device).type == "cpu" else 1024
-    starts = tqdm(range(0, len(samples), step), f"scoring {len(samples)} pictures", disable=not run.progress)
+    starts = tqdm(range(0, len(samples), step), f"scoring {len(samples)} pictures", disable=not (run.progress and samples))
     parts = [score_maps(detector, load_images(samples[i : i + step], size), row.size, run.device, run.preset.evaluation.batch) for i in starts]
     return np.concatenate(parts) if parts else np.empty((0, 1, 1), np.float32)
 

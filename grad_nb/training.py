@@ -253,7 +253,7 @@ def train_detector(
     steps = training_steps(config, len(normal))
     learner = Learner(config, steps, seed, stage, device)
     key = fingerprint("detector", stage, to_dict(config), to_dict(augmentation), seed, learner.device.type, [array_sha256(p) for p in (normal, *contrastive)])
-    if learner.device.type == "cuda": normal, *contrastive = (torch.as_tensor(np.ascontiguousarray(p)).to(device) for p in (normal, *contrastive))
+    if learner.device.type == "cuda": normal, *contrastive = (torch.from_numpy(np.array(p)).to(device) for p in (normal, *contrastive))  # a copy: memory maps cannot be written to
 
     on_gpu, groups = learner.device.type == "cuda", 1 + config.wrong_coordinates + len(contrastive)
     source = stage_generator(seed, f"{stage}-draw", device) if on_gpu else learner.generator
