@@ -888,6 +888,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'grad_nb.training._regularisation': ('training.html#_regularisation', 'grad_nb/training.py'),
                                   'grad_nb.training.batch_losses': ('training.html#batch_losses', 'grad_nb/training.py'),
                                   'grad_nb.training.gradients': ('training.html#gradients', 'grad_nb/training.py'),
+                                  'grad_nb.training.supply_of': ('training.html#supply_of', 'grad_nb/training.py'),
                                   'grad_nb.training.train_detector': ('training.html#train_detector', 'grad_nb/training.py'),
                                   'grad_nb.training.training_steps': ('training.html#training_steps', 'grad_nb/training.py'),
                                   'grad_nb.training.weights': ('training.html#weights', 'grad_nb/training.py')},

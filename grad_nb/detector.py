@@ -54,7 +54,7 @@ class _ByProducts(torch.autograd.Function):
             to_x = to_x.movedim(-1, 1)
         return to_x, to_weight, rows.sum(0) if wanted[2] else None
 
-
+# %% ../nbs/07_detector.ipynb #conv0004
 class Conv(nn.Conv2d):
     "A convolution of stride 1 without padding, faster to train on a CPU in float32 than its base class, and the same function."
 

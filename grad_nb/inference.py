@@ -601,17 +601,6 @@ def _room(batch: int, size: int, device: torch.device, dtype: torch.dtype) -> Te
     return room
 
 
-@patch
-def _level(self: Captured, k: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    "Scores (B,) and maps, flattened, of one level."
-    net, small, room = self.nets[k], resized(x, self.sizes[k]), self.inputs[k]
-    if self.plain: room[..., :3] = small.movedim(1, -1).div(127.5).sub_(1)
-    if not self.plain: S = score_map(net, small.permute(0, 2, 3, 1))
-    elif isinstance(net, Detector): S = _by_layers(net, room.movedim(-1, 1))
-    else: S = net(room[..., :5].movedim(-1, 1))[:, 0].float()
-    return S.amax((1, 2)), S.flatten()
-
-
 def _widen(net: nn.Module) -> nn.Module:
     "The same detector for inputs with three more channels, whose weights are zero: tensor cores take channels in eights."
     if isinstance(net, Detector): net.body[0].weight = nn.Parameter(F.pad(net.body[0].weight, (0, 0, 0, 0, 0, 3)).contiguous(memory_format=torch.channels_last), False)
@@ -623,6 +612,17 @@ def _by_layers(net: Detector, x: Tensor) -> Tensor:
     relu_of_conv = import_module("grad_nb.kernels").relu_of_conv  # not imported before it is needed
     for conv in net.body[::2]: x = relu_of_conv(x, conv.weight, conv.bias, conv.stride)
     return F.linear(x.movedim(1, -1), net.head.weight.flatten(1), net.head.bias)[..., 0].float()
+
+# %% ../nbs/10d_inference.ipynb #_inf0061
+@patch
+def _level(self: Captured, k: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    "Scores (B,) and maps, flattened, of one level."
+    net, small, room = self.nets[k], resized(x, self.sizes[k]), self.inputs[k]
+    if self.plain: room[..., :3] = small.movedim(1, -1).div(127.5).sub_(1)
+    if not self.plain: S = score_map(net, small.permute(0, 2, 3, 1))
+    elif isinstance(net, Detector): S = _by_layers(net, room.movedim(-1, 1))
+    else: S = net(room[..., :5].movedim(-1, 1))[:, 0].float()
+    return S.amax((1, 2)), S.flatten()
 
 
 @patch
@@ -644,7 +644,6 @@ def _pairs(self: Captured, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
     B, sides = len(self.pictures), [map_side(size) for size in self.sizes]
     parts = flat.split([n for side in sides for n in (B, B * side**2)])
     return [(s, S.view(B, side, side)) for s, S, side in zip(parts[::2], parts[1::2], sides)]
-
 
 # %% ../nbs/10d_inference.ipynb #_inf0046b
 @contextmanager

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'kernel', 'unit', 'silu', 'grid', 'modulation', 'modulated', 'column_sums', 'linear', 'added', 'conv', 'cut',
-           'relu_of_conv', 'conv_relu', 'eights', 'step_back', 'fits', 'fits_channels']
+           'relu_of_conv', 'eights', 'conv_relu', 'step_back', 'fits', 'fits_channels']
 
 # %% ../nbs/04b_kernels.ipynb #kern0005
 import logging
@@ -266,6 +266,15 @@ def relu_of_conv(
     return torch._addmm_activation(bias, pixels.reshape(-1, x.shape[1]), weight.flatten(1).T).view(*pixels.shape[:-1], -1).movedim(-1, 1)
 
 
+def eights(
+    x: Tensor,  # (B, C, H, W)
+    weight: Tensor,  # (C', C, k, k) of a convolution
+) -> tuple[Tensor, Tensor]:  # both with at least 8 channels
+    "Fewer than eight channels are filled up with zeros, which change nothing, for the sake of the tensor cores."
+    missing = -x.shape[1] % 8 if x.shape[1] < 8 else 0
+    return (x, weight) if not missing else (F.pad(x, (0, 0, 0, 0, 0, missing)), F.pad(weight, (0, 0, 0, 0, 0, missing)))
+
+# %% ../nbs/04b_kernels.ipynb #kern0034
 class _ConvRelu(torch.autograd.Function):
     "A convolution without padding and its ReLU, with their gradient."
 
@@ -290,15 +299,6 @@ def conv_relu(
     "A convolution and its ReLU in bfloat16."
     x, weight, bias = (v.to(torch.bfloat16) for v in (x, layer.weight, layer.bias))
     return _ConvRelu.apply(*eights(x, weight), bias, layer.stride)
-
-
-def eights(
-    x: Tensor,  # (B, C, H, W)
-    weight: Tensor,  # (C', C, k, k) of a convolution
-) -> tuple[Tensor, Tensor]:  # both with at least 8 channels
-    "Fewer than eight channels are filled up with zeros, which change nothing, for the sake of the tensor cores."
-    missing = -x.shape[1] % 8 if x.shape[1] < 8 else 0
-    return (x, weight) if not missing else (F.pad(x, (0, 0, 0, 0, 0, missing)), F.pad(weight, (0, 0, 0, 0, 0, missing)))
 
 # %% ../nbs/04b_kernels.ipynb #kern0030
 @kernel

@@ -190,19 +190,7 @@ class PatchDiff(nn.Module):
         for block in self.head: x = block(x, time)
         return self.out(x)
 
-
-def _head(model: "PatchDiff", x: Tensor, time: Tensor) -> Tensor:
-    "The blocks of the head and the last layers on a GPU. What a block adds to all pixels alike, its last bias, waits until somebody looks."
-    from grad_nb import kernels
-    (norm, _, last), waiting = model.out, torch.zeros_like(model.out[0].bias)
-    for block in model.head:
-        if not isinstance(block.conv, Pointwise): x = block(x, time); continue
-        with torch.autocast("cuda", enabled=False): bias = block.conv.bias + block.conv.weight @ waiting
-        y = F.linear(x.movedim(1, -1), block.conv.weight).movedim(-1, 1)
-        x, waiting = kernels.added(x, kernels.modulated(y, bias, *kernels.modulation(block, time)), block.out.weight), waiting + block.out.bias
-    return last(kernels.modulated(x, waiting, norm.weight.expand(len(x), -1), norm.bias.expand(len(x), -1)))
-
-
+# %% ../nbs/05_patchdiff.ipynb #gpul0002
 def _stem(conv: nn.Conv2d, x: Tensor) -> Tensor:
     "The first layer on a GPU: channels in eights, and its bias the weight of a channel of ones."
     from grad_nb import fused
@@ -217,6 +205,18 @@ def _merged(model: "PatchDiff", x: Tensor, h: Tensor) -> Tensor:
     with torch.autocast("cuda", enabled=False): weight, bias = (M_h @ quarters).transpose(0, 1).flatten(0, 1), (offsets @ M_h.mT + merge.bias).T.flatten()
     risen = model.up[1](kernels.linear(h.movedim(1, -1), weight, bias).movedim(-1, 1))[..., : x.shape[-2], : x.shape[-1]]
     return kernels.added(risen, x, M_x)
+
+# %% ../nbs/05_patchdiff.ipynb #gpul0003
+def _head(model: "PatchDiff", x: Tensor, time: Tensor) -> Tensor:
+    "The blocks of the head and the last layers on a GPU. What a block adds to all pixels alike, its last bias, waits until somebody looks."
+    from grad_nb import kernels
+    (norm, _, last), waiting = model.out, torch.zeros_like(model.out[0].bias)
+    for block in model.head:
+        if not isinstance(block.conv, Pointwise): x = block(x, time); continue
+        with torch.autocast("cuda", enabled=False): bias = block.conv.bias + block.conv.weight @ waiting
+        y = F.linear(x.movedim(1, -1), block.conv.weight).movedim(-1, 1)
+        x, waiting = kernels.added(x, kernels.modulated(y, bias, *kernels.modulation(block, time)), block.out.weight), waiting + block.out.bias
+    return last(kernels.modulated(x, waiting, norm.weight.expand(len(x), -1), norm.bias.expand(len(x), -1)))
 
 # %% ../nbs/05_patchdiff.ipynb #fieldprp
 def field_side(

@@ -27,7 +27,6 @@ from grad_nb.patchdiff import (
     to_model,
     train_patchdiff,
 )
-from grad_nb.patches import draw_batch
 from grad_nb.store import load_checkpoint, read_tensors, write_tensors
 from grad_nb.training import LOGGED, Learner, batch_losses, train_detector, training_steps
 
@@ -288,8 +287,7 @@ def test_a_checkpoint_is_made_by_whole_trainings_too_and_can_be_read(monkeypatch
 
 def supply(several, config=replace(SMALL, pictures=2, patches=8), seed=0):
     shades = [np.full((9, 40, 40, 3), 0, np.uint8) + np.arange(0, 180, 20, dtype=np.uint8)[:, None, None, None] for _ in range(2)]  # nine plain pictures
-    draw = lambda some, generator: draw_batch(shades[0], shades[1:], some, replace(PLAIN, jitter_p=0.0), generator)
-    return training.Supply(draw, config, 3, torch.Generator().manual_seed(seed), several)
+    return training.Supply(shades[0], shades[1:], config, PLAIN, torch.Generator().manual_seed(seed), several)
 
 
 def test_batches_that_are_drawn_together_are_batches_like_others():
