@@ -167,28 +167,33 @@ class PatchDiff(nn.Module):
         self.head = nn.ModuleList(Block(width, dim, 3 if i < level // 2 * mirrored else 1, norm) for i in range(2))
         self.out = nn.Sequential(norm(width), nn.SiLU(), Pointwise(width, 3))
 
-    def inputs(self,
-        x: Tensor,  # as for `forward`
-        t: Tensor,  # as for `forward`
-    ) -> tuple[Tensor, Tensor]:  # (B, 5 + 4 J, H, W) and (B, time_dim)
-        "What the first layer sees, and what every block knows of the time."
-        return fourier_coords(x, self.fourier), self.time(time_embedding(t, self.width).to(x.dtype))
+# %% ../nbs/05_patchdiff.ipynb #gpul0004
+@patch
+def inputs(self: PatchDiff,
+    x: Tensor,  # as for `forward`
+    t: Tensor,  # as for `forward`
+) -> tuple[Tensor, Tensor]:  # (B, 5 + 4 J, H, W) and (B, time_dim)
+    "What the first layer sees, and what every block knows of the time."
+    return fourier_coords(x, self.fourier), self.time(time_embedding(t, self.width).to(x.dtype))
 
-    def forward(self,
-        x: Tensor,  # (B, 5, H, W): noised RGB in about [-1, 1], then the coordinate map
-        t: Tensor,  # (B,) int64 in 0..T-1
-    ) -> Tensor:  # (B, 3, H, W): the predicted noise eps_1
-        x, time = self.inputs(x, t)
-        kernels = gpu_layers(x)
-        x = _stem(self.stem, x) if kernels and not x.requires_grad else self.stem(x)
-        if self.down is not None:
-            h = kernels.conv(x, self.down) if kernels else self.down(x)
-            for block in (*self.trunk, *self.rise): h = block(h, time)
-            x = _merged(self, x, h) if kernels else self.merge(torch.cat([x, self.up(h)[..., : x.shape[-2], : x.shape[-1]]], 1))
-        else: x = self.merge(x)
-        if kernels and isinstance(self.out[0], PixelNorm) and kernels.fits_channels(self.width): return _head(self, x, time)
-        for block in self.head: x = block(x, time)
-        return self.out(x)
+
+@patch
+def forward(self: PatchDiff,
+    x: Tensor,  # (B, 5, H, W): noised RGB in about [-1, 1], then the coordinate map
+    t: Tensor,  # (B,) int64 in 0..T-1
+) -> Tensor:  # (B, 3, H, W): the predicted noise eps_1
+    "The noise in a noised picture."
+    x, time = self.inputs(x, t)
+    kernels = gpu_layers(x)
+    x = _stem(self.stem, x) if kernels and not x.requires_grad else self.stem(x)
+    if self.down is not None:
+        h = kernels.conv(x, self.down) if kernels else self.down(x)
+        for block in (*self.trunk, *self.rise): h = block(h, time)
+        x = _merged(self, x, h) if kernels else self.merge(torch.cat([x, self.up(h)[..., : x.shape[-2], : x.shape[-1]]], 1))
+    else: x = self.merge(x)
+    if kernels and isinstance(self.out[0], PixelNorm) and kernels.fits_channels(self.width): return _head(self, x, time)
+    for block in self.head: x = block(x, time)
+    return self.out(x)
 
 # %% ../nbs/05_patchdiff.ipynb #gpul0002
 def _stem(conv: nn.Conv2d, x: Tensor) -> Tensor:

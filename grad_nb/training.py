@@ -292,7 +292,6 @@ def train_detector(
         if learner.mean: learner.mean.update(learner.detector)
         return figures
 
-    state = learner.state | ({"supply": supply} if supply.several > 1 else {})
-    history = run_steps(step, steps, LOGGED, state, checkpoint, key, label=stage, progress=progress, pause=pause_of(device))
+    history = run_steps(step, steps, LOGGED, learner.state | ({"supply": supply} if supply.several > 1 else {}), checkpoint, key, label=stage, progress=progress, pause=pause_of(device))
     if learner.mean: learner.detector.load_state_dict(learner.mean.mean)
     return learner.detector.eval(), history
