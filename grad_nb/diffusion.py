@@ -86,6 +86,7 @@ def timesteps(
 # %% ../nbs/04_diffusion.ipynb #train401
 def _reverse(model, x: Tensor, times: Sequence[int], alpha_bar: Sequence[float], generator: torch.Generator, clip: bool, progress: bool) -> Tensor:
     "The reverse process through some times, on noised pictures; their memory is used."
+    if x.is_cuda: x = x.contiguous()  # pictures may come with their channels last
     n, coords = len(x), coord_map(*x.shape[2:], x.device)
     rows = [(t, float(alpha_bar[t]), 1.0 if s is None else float(alpha_bar[s])) for t, s in zip(times, [*times[1:], None])]
     table = torch.tensor(rows, dtype=torch.float32 if x.device.type == "mps" else torch.float64, device=x.device)

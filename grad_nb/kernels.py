@@ -90,7 +90,7 @@ def grid(
     x: Tensor,  # (B, C, H, W)
     tiles: int = 1,  # of pixels for each program
 ) -> tuple[tuple[int, int], int, int]:  # programs along the pixels and the pictures; pixels of a picture; pixels of a tile
-    "How a kernel goes through pictures: a tile has 2,048 numbers (our choice)."
+    "How a kernel goes through pictures: a tile has 2,048 numbers, or 16 pixels if that is more (our choice)."
     P, pixels = max(16, 2048 // x.shape[1]), x.shape[2] * x.shape[3]
     return (-(-pixels // (P * tiles)), len(x)), pixels, P
 
@@ -260,10 +260,9 @@ def relu_of_conv(
     stride: Sequence[int],  # rows, columns
 ) -> Tensor:  # (B, C', H', W')
     "Convolution without padding, bias and ReLU; on CUDA by the library that has them as one."
-    if not x.is_cuda: return F.relu(F.conv2d(x, weight, bias, stride))
-    if weight.shape[2:] != (1, 1): return torch.cudnn_convolution_relu(x, weight, bias, stride, (0, 0), (1, 1), 1)
-    pixels = x.movedim(1, -1)
-    return torch._addmm_activation(bias, pixels.reshape(-1, x.shape[1]), weight.flatten(1).T).view(*pixels.shape[:-1], -1).movedim(-1, 1)
+    odd = x.shape[1] % 8 or len(weight) % 8 or os.environ.get("GRAD_NB_FUSED") == "0"
+    if odd or not x.is_cuda or not _joins(str(x.device), x.dtype): return F.relu(F.conv2d(x, weight, bias, stride))
+    return _joined(x, weight, bias, stride)
 
 
 def eights(
@@ -273,6 +272,28 @@ def eights(
     "Fewer than eight channels are filled up with zeros, which change nothing, for the sake of the tensor cores."
     missing = -x.shape[1] % 8 if x.shape[1] < 8 else 0
     return (x, weight) if not missing else (F.pad(x, (0, 0, 0, 0, 0, missing)), F.pad(weight, (0, 0, 0, 0, 0, missing)))
+
+# %% ../nbs/04b_kernels.ipynb #kern0035
+def _joined(x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int]) -> Tensor:
+    "Convolution, bias and ReLU as one on CUDA."
+    if (*weight.shape[2:], *stride) != (1, 1, 1, 1): return torch.cudnn_convolution_relu(x, weight, bias, stride, (0, 0), (1, 1), 1)
+    pixels = x.movedim(1, -1)
+    return torch._addmm_activation(bias, pixels.reshape(-1, x.shape[1]), weight.flatten(1).T).view(*pixels.shape[:-1], -1).movedim(-1, 1)
+
+
+@cache
+def _joins(device: str, dtype: torch.dtype) -> bool:
+    "Whether the libraries have it there; a warning says why not."
+    try:
+        for k, stride in ((3, (2, 2)), (1, (1, 1))):
+            x, weight = (torch.linspace(-1, 1, 8 * 7 * side * side, device=device).cos().view(7, 8, side, side).to(dtype) for side in (9, k))
+            x, weight, bias = x.contiguous(memory_format=torch.channels_last), weight.repeat(8, 1, 1, 1)[:16], torch.ones(16, device=device, dtype=dtype)
+            with torch.autocast(x.device.type, enabled=False): found, expected = _joined(x, weight, bias, stride), F.relu(F.conv2d(x, weight, bias, stride))
+            if not torch.allclose(found, expected, rtol=0.05, atol=0.05): raise RuntimeError("their result is wrong")
+        return True
+    except Exception as e:  # whatever the libraries raise
+        log.warning("a convolution and its ReLU are two operations here (%s: %s)", type(e).__name__, str(e).split("\n")[0])
+        return False
 
 # %% ../nbs/04b_kernels.ipynb #kern0034
 class _ConvRelu(torch.autograd.Function):
@@ -329,7 +350,7 @@ def step_back(
 
 # %% ../nbs/04b_kernels.ipynb #kern0026
 def _tried(device: str) -> None:
-    "Run every layer once beside PyTorch's. `RuntimeError` if they differ."
+    "Run the layers once beside PyTorch's. `RuntimeError` if they differ."
     random = torch.Generator().manual_seed(0)
     y, bias, mult, add = (torch.randn(*shape, generator=random).to(device).requires_grad_() for shape in ((2, 64, 9, 11), (64,), (2, 64), (2, 64)))
     v = F.layer_norm(y.movedim(1, -1) + bias, (64,)).movedim(-1, 1)
@@ -358,9 +379,10 @@ def _works(device: str) -> bool:
 def fits(
     x: Tensor,  # what a layer would work on
 ) -> bool:
-    "Whether these layers are used: on CUDA in mixed precision, with Triton, unless GRAD_NB_FUSED=0 is set."
+    "Whether these layers are used: on the current CUDA device in mixed precision, with Triton, unless GRAD_NB_FUSED=0 is set."
     if not (triton and x.is_cuda and torch.is_autocast_enabled("cuda")) or os.environ.get("GRAD_NB_FUSED") == "0": return False
-    return torch.get_autocast_dtype("cuda") == torch.bfloat16 and _works(str(x.device))
+    here = (index := torch.device(x.device).index) is None or index == torch.cuda.current_device()  # Triton works on the current device
+    return here and torch.get_autocast_dtype("cuda") == torch.bfloat16 and _works(str(x.device))
 
 
 def fits_channels(

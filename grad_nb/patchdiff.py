@@ -531,6 +531,9 @@ def _make(
     return made.pictures
 
 
+def _weights_sha256(model: PatchDiff) -> str: return tensors_sha256({k: v.cpu() for k, v in model.state_dict().items()})
+
+# %% ../nbs/05_patchdiff.ipynb #gpul0005
 def _ready(model: PatchDiff, config: GeneratorConfig) -> Callable[[Tensor, Tensor], Tensor]:
     "On a GPU, if it can be had there: the model made to sample."
     weight, usual = next(model.parameters()), model.level >= 5 and model.field_of == "network" and model.width == 64 and isinstance(model.out[0], PixelNorm)
@@ -539,9 +542,6 @@ def _ready(model: PatchDiff, config: GeneratorConfig) -> Callable[[Tensor, Tenso
     if not kernels: return model
     from grad_nb import fused
     return fused.ready(model)
-
-
-def _weights_sha256(model: PatchDiff) -> str: return tensors_sha256({k: v.cpu() for k, v in model.state_dict().items()})
 
 # %% ../nbs/05_patchdiff.ipynb #train502
 def generate(

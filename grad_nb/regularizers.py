@@ -74,7 +74,7 @@ def input_gradients(
     for conv, gate, below in reversed([*zip(detector.body[::2], opened, [x, *opened])]):
         g, weight = g * gate, conv.weight
         if x.is_cuda and len(weight[0]) < 8: weight = F.pad(weight, (0, 0, 0, 0, 0, 8 - len(weight[0])))  # tensor cores take channels in eights
-        if conv.kernel_size == (1, 1): g = (g.movedim(1, -1) @ weight.flatten(1)).movedim(-1, 1)
+        if (*conv.kernel_size, *conv.stride) == (1, 1, 1, 1): g = (g.movedim(1, -1) @ weight.flatten(1)).movedim(-1, 1)
         else:
             rest = [n - (m - 1) * s - k for n, m, s, k in zip(below.shape[2:], g.shape[2:], conv.stride, conv.kernel_size)]
             g = F.conv_transpose2d(g, weight, stride=conv.stride, output_padding=rest)
@@ -82,6 +82,11 @@ def input_gradients(
 
 
 # %% ../nbs/09_regularizers.ipynb #gradpen2
+def _single(x: Tensor, outputs: int) -> None:
+    "Refuse patches with several outputs."
+    if outputs != 1: raise ValueError(f"the penalty needs single patches, not inputs of shape {tuple(x.shape)} with {outputs} outputs")
+
+
 def gradient_penalty(
     detector: nn.Module,  # patches → logits
     x: Tensor,  # (B, 5, 34, 34) positive patches, one output each
@@ -90,11 +95,11 @@ def gradient_penalty(
     "The gradient regularisation L_grad (Eq. 6). `ValueError` for blocks: a patch must have a gradient of its own."
     if of not in ("logit", "probability"): raise ValueError(f"of must be 'logit' or 'probability', not {of!r}")
     x, ours = x.detach().contiguous(memory_format=torch.channels_last), isinstance(detector, Detector)
+    if ours: _single(x, map_side(x.shape[-2]) * map_side(x.shape[-1]))
     with torch.autocast(x.device.type, enabled=False):
         out = None if ours and of == "logit" else detector(x if ours else x.requires_grad_())
+        if not ours: _single(x, out[0].numel())
         gradient = input_gradients(detector, x) if ours else torch.autograd.grad(out.float().sum(), x, create_graph=True)[0]
-    outputs = map_side(x.shape[-1]) ** 2 if out is None else out[0].numel()
-    if outputs != 1: raise ValueError(f"the penalty needs single patches, not inputs of shape {tuple(x.shape)} with {outputs} outputs")
     if of == "probability":
         p = out.sigmoid().view(-1, 1, 1, 1)
         gradient = p * (1 - p) * gradient

@@ -159,11 +159,12 @@ def _beside(learner: Learner, batch: Batch) -> Callable[[], Tensor] | None:
     side.wait_stream(main)
     with torch.cuda.stream(side):
         penalty = gradient_penalty(learner.detector, one_patch_each(batch.positives, learner.generator), learner.config.penalise)
-        found = torch.autograd.grad(learner.config.alpha_2 * penalty, weights, allow_unused=True)
+        with torch.autocast(learner.device.type, enabled=False): found = torch.autograd.grad(learner.config.alpha_2 * penalty, weights, allow_unused=True)
+        penalty = penalty.detach()
     def add() -> Tensor:
         main.wait_stream(side)
         torch._foreach_add_(*map(list, zip(*((w.grad, g) for w, g in zip(weights, found) if g is not None))))
-        return penalty.detach()
+        return penalty
     return add
 
 # %% ../nbs/10_training.ipynb #grad0001
@@ -186,6 +187,7 @@ def gradients(
             parts["grad"] = penalty()
             loss = loss.detach() + learner.config.alpha_2 * parts["grad"]
     except torch.OutOfMemoryError:
+        if learner.side: torch.cuda.current_stream(learner.device).wait_stream(learner.side)
         for bank, features in before.items(): bank.features = features
         raise
     return loss.detach(), {name: part.detach() for name, part in parts.items()}
@@ -248,11 +250,12 @@ def supply_of(
     normal: Pictures,  # (N, size, size, 3) uint8
     contrastive: Sequence[Pictures],  # k sets (M, size, size, 3) uint8
     augmentation: Augmentation,  # of the category
-    generator: torch.Generator,  # on CUDA: of the batches alone
+    seed: int = 0,  # of the run
+    stage: str = "detector",  # name of the stage
 ) -> Supply:
     "The batches of a learner: on CUDA several at once from a generator of their own, elsewhere one by one from the learner's."
-    on_gpu = learner.device.type == "cuda"
-    return Supply(normal, contrastive, learner.config, augmentation, generator if on_gpu else learner.generator, AHEAD if on_gpu else 1)
+    if learner.device.type != "cuda": return Supply(normal, contrastive, learner.config, augmentation, learner.generator)
+    return Supply(normal, contrastive, learner.config, augmentation, stage_generator(seed, f"{stage}-draw", learner.device), AHEAD)
 
 # %% ../nbs/10_training.ipynb #83c28f09
 LOGGED = ("loss", "rbce", "feat", "grad", "ess_pos", "ess_neg")  # what is written down at every step
@@ -272,10 +275,9 @@ def train_detector(
     "Train one patch-level detector (Eq. 7); resumes from `checkpoint` if that is of this very training."
     steps = training_steps(config, len(normal))
     learner = Learner(config, steps, seed, stage, device)
-    key = fingerprint("detector", stage, to_dict(config), to_dict(augmentation), seed, learner.device.type, [array_sha256(p) for p in (normal, *contrastive)])
+    key = fingerprint("detector", stage, to_dict(config), to_dict(augmentation), seed, learner.device.type, [array_sha256(p) for p in (normal, *contrastive)], *[AHEAD] * (learner.device.type == "cuda"))
     if learner.device.type == "cuda": normal, *contrastive = (torch.from_numpy(np.array(p)).to(device) for p in (normal, *contrastive))  # a copy: memory maps cannot be written to
-
-    supply = supply_of(learner, normal, contrastive, augmentation, stage_generator(seed, f"{stage}-draw", device))
+    supply = supply_of(learner, normal, contrastive, augmentation, seed, stage)
     fits = config.patches // config.block**2 * supply.groups  # fewer at a time if the memory is too small
 
     def learn(reweight: bool) -> Tensor:

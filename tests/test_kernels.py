@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="PyTorch brings Triton for CUDA alone")
 
 from grad_nb import detector, diffusion, fused, kernels, patchdiff, training  # noqa: E402
 from grad_nb.config import Augmentation, DetectorConfig, GeneratorConfig  # noqa: E402
-from grad_nb.diffusion import alpha_bars, reverse_step, sample  # noqa: E402
+from grad_nb.diffusion import alpha_bars, reconstruct, reverse_step, sample  # noqa: E402
 from grad_nb.patchdiff import PatchDiff, train_patchdiff  # noqa: E402
 
 TINY = GeneratorConfig(size=16, width=16, steps=6, batch=4, n_samples=3, sample_steps=5, sample_batch=2)
@@ -191,6 +191,32 @@ def test_layers_that_fail_are_not_used(monkeypatch, caplog, name, raises):
     finally: kernels._works.cache_clear()
 
 
+@INTERPRETED
+def test_a_library_that_cannot_join_is_left_alone(caplog):
+    kernels._joins.cache_clear()
+    assert not kernels._joins("cpu", torch.float32) and "two operations here" in caplog.text
+    x, layer = random(2, 8, 6, 6), nn.Conv2d(8, 16, 3)
+    assert torch.equal(kernels.relu_of_conv(x, layer.weight, layer.bias, (1, 1)), F.relu(layer(x)))
+
+
+@ON_GPU
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_the_library_joins(dtype, caplog):
+    assert kernels._joins("cuda:0", dtype), caplog.text
+    for channels, after, k in ((8, 16, 3), (16, 24, 1), (13, 26, 3)):
+        x, layer = random(2, channels, 9, 9, dtype=dtype).contiguous(memory_format=torch.channels_last), nn.Conv2d(channels, after, k).to(DEVICE, dtype)
+        assert far(kernels.relu_of_conv(x, layer.weight, layer.bias, (1, 1)), F.relu(layer(x))) < 0.01
+
+
+@ON_GPU
+@pytest.mark.gpu
+def test_on_a_gpu_pictures_are_reconstructed():
+    config = replace(TINY, width=64, size=32, reconstruct=0.1)
+    model = patchdiff.new_patchdiff(5, config).cuda()
+    assert patchdiff.reconstruct_normals(model, pictures(3, 32), config, device="cuda", progress=False).shape == (3, 32, 32, 3)
+
+
 def test_a_model_that_cannot_be_fused_samples_itself(monkeypatch, caplog):
     narrow, model = some_model(), some_model(5, 64)
     assert fused.ready(narrow) is narrow and "a width of 16 was not tried" in caplog.text
@@ -199,13 +225,14 @@ def test_a_model_that_cannot_be_fused_samples_itself(monkeypatch, caplog):
 
 
 @INTERPRETED
-def test_sampling_is_the_same_with_the_kernels(monkeypatch):
-    model, alpha_bar = some_model(5), alpha_bars(50).tolist()
-    draw = lambda eps_theta: sample(eps_theta, 2, 12, alpha_bar, torch.Generator().manual_seed(0), 6)
+@pytest.mark.parametrize("again", [False, True])
+def test_sampling_is_the_same_with_the_kernels(monkeypatch, again):
+    model, alpha_bar, x_0 = some_model(5), alpha_bars(50).tolist(), random(2, 3, 12, 12).clamp(-1, 1)
+    def draw(eps_theta):
+        generator = torch.Generator().manual_seed(0)
+        return reconstruct(eps_theta, x_0, 20, alpha_bar, generator, 20) if again else sample(eps_theta, 2, 12, alpha_bar, generator, 6)
     expected = draw(model)
-    class Here:  # as on a GPU
-        fits, step_back = staticmethod(lambda x: True), staticmethod(kernels.step_back)
-    monkeypatch.setattr(diffusion, "gpu_layers", lambda x: Here)
+    monkeypatch.setattr(diffusion, "gpu_layers", lambda x: kernels)
     assert torch.allclose(draw(fused.FusedPatchDiff(model, torch.float32)), expected, atol=1e-3)
 
 

@@ -576,3 +576,9 @@ def test_the_chain_of_products_is_the_gradient(side):
     x = torch.rand(2, 5, side, side, generator=seeded(4), dtype=torch.float64, requires_grad=True)
     (expected,) = torch.autograd.grad(detector(x).sum(), x)
     assert torch.allclose(input_gradients(detector, x.detach()), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_penalty_refuses_several_outputs_whatever_the_shape():
+    for shape in ((2, 5, 38, 34), (2, 5, 34, 38), (2, 5, 38, 38)):
+        for of in ("logit", "probability"):
+            with pytest.raises(ValueError, match="single patches"): gradient_penalty(Detector(0.1), torch.zeros(shape), of)
