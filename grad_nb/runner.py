@@ -34,7 +34,7 @@ def stages(
 def do_stages(
     run: Run,  # the run
     say: Callable[[str], None],  # is told what happens
-    reserve: float = 60.0,  # seconds that must be left to begin the evaluation after other work (our choice)
+    reserve: float = 30.0,  # seconds that must be left to begin the evaluation after other work (our choice)
 ) -> dict:  # the result
     "Every stage that is not done yet. `TimeUp` if the time is over first."
     worked, todo = False, stages(run)
