@@ -103,7 +103,7 @@ def gradient_penalty(
     if of == "probability":
         p = out.sigmoid().view(-1, 1, 1, 1)
         gradient = p * (1 - p) * gradient
-    return gradient.float().square().sum((1, 2, 3)).mean()
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32)).square().sum((1, 2, 3)).mean()
 
 # %% ../nbs/09_regularizers.ipynb #dc67f26c
 def one_patch_each(

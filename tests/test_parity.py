@@ -558,7 +558,9 @@ def test_densities_are_exact_in_mixed_precision(dtype):
 
 
 @pytest.mark.parametrize("of", ["logit", "probability"])
-def test_gated_relus_change_neither_the_penalty_nor_its_gradient(of):
+@pytest.mark.parametrize("seed", range(5))
+def test_held_gates_change_neither_the_penalty_nor_its_gradient(of, seed):
+    torch.manual_seed(seed)
     detector = Detector(0.1).double()
     x = torch.rand(3, 5, 34, 34, generator=seeded(4), dtype=torch.float64)
     plain = torch.nn.Sequential(*detector.body, detector.head)  # not a Detector: its ReLUs are torch's
