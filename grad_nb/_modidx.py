@@ -340,6 +340,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'grad_nb.fused.ready': ('fused.html#ready', 'grad_nb/fused.py'),
                                'grad_nb.fused.stem': ('fused.html#stem', 'grad_nb/fused.py'),
                                'grad_nb.fused.stem_weight': ('fused.html#stem_weight', 'grad_nb/fused.py'),
+                               'grad_nb.fused.way_up': ('fused.html#way_up', 'grad_nb/fused.py'),
                                'grad_nb.fused.with_bias_inside': ('fused.html#with_bias_inside', 'grad_nb/fused.py')},
             'grad_nb.grad': { 'grad_nb.grad.Estimator': ('grad.html#estimator', 'grad_nb/grad.py'),
                               'grad_nb.grad.Estimator.__repr__': ('grad.html#estimator.__repr__', 'grad_nb/grad.py'),

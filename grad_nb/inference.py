@@ -603,7 +603,7 @@ def _room(batch: int, size: int, device: torch.device, dtype: torch.dtype) -> Te
 
 def _widen(net: nn.Module) -> nn.Module:
     "The same detector for inputs with three more channels, whose weights are zero: tensor cores take channels in eights."
-    if isinstance(net, Detector): net.body[0].weight = nn.Parameter(F.pad(net.body[0].weight, (0, 0, 0, 0, 0, 3)).contiguous(memory_format=torch.channels_last), False)
+    if isinstance(net, Detector): net.body[0].weight = nn.Parameter(import_module("grad_nb.kernels").eights(net.body[0].weight), False)
     return net
 
 
@@ -611,7 +611,7 @@ def _by_layers(net: Detector, x: Tensor) -> Tensor:
     "The map of a widened detector (B, h, h): each convolution with its ReLU as one."
     relu_of_conv = import_module("grad_nb.kernels").relu_of_conv  # not imported before it is needed
     for conv in net.body[::2]: x = relu_of_conv(x, conv.weight, conv.bias, conv.stride)
-    return F.linear(x.movedim(1, -1), net.head.weight.flatten(1), net.head.bias)[..., 0].float()
+    return net.head(x)[:, 0].float()
 
 # %% ../nbs/10d_inference.ipynb #_inf0061
 @patch

@@ -266,12 +266,10 @@ def relu_of_conv(
 
 
 def eights(
-    x: Tensor,  # (B, C, H, W)
-    weight: Tensor,  # (C', C, k, k) of a convolution
-) -> tuple[Tensor, Tensor]:  # both with at least 8 channels
+    x: Tensor,  # (B, C, H, W): pictures, or the weight of a convolution of C channels
+) -> Tensor:  # (B, C, H, W), C at least 8
     "Fewer than eight channels are filled up with zeros, which change nothing, for the sake of the tensor cores."
-    missing = -x.shape[1] % 8 if x.shape[1] < 8 else 0
-    return (x, weight) if not missing else (F.pad(x, (0, 0, 0, 0, 0, missing)), F.pad(weight, (0, 0, 0, 0, 0, missing)))
+    return x if x.shape[1] >= 8 else F.pad(x, (0, 0, 0, 0, 0, 8 - x.shape[1]))
 
 # %% ../nbs/04b_kernels.ipynb #kern0035
 def _joined(x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int]) -> Tensor:
@@ -319,7 +317,7 @@ def conv_relu(
 ) -> Tensor:  # (B, C', H', W') bfloat16
     "A convolution and its ReLU in bfloat16."
     x, weight, bias = (v.to(torch.bfloat16) for v in (x, layer.weight, layer.bias))
-    return _ConvRelu.apply(*eights(x, weight), bias, layer.stride)
+    return _ConvRelu.apply(eights(x), eights(weight), bias, layer.stride)
 
 # %% ../nbs/04b_kernels.ipynb #kern0030
 @kernel

@@ -204,11 +204,9 @@ def _stem(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 def _merged(model: "PatchDiff", x: Tensor, h: Tensor) -> Tensor:
     "`merge` of x and of the way up from h, as two linear maps that are added: M (x, U h) = M_x x + (M_h U) h."
-    from grad_nb import kernels
-    up, merge, C = model.up[0], model.merge, model.width
-    (M_x, M_h), quarters, offsets = merge.weight.split(C, 1), up.weight.view(C, 4, 2 * C).transpose(0, 1), up.bias.view(C, 4).T
-    with torch.autocast("cuda", enabled=False): weight, bias = (M_h @ quarters).transpose(0, 1).flatten(0, 1), (offsets @ M_h.mT + merge.bias).T.flatten()
-    risen = model.up[1](kernels.linear(h.movedim(1, -1), weight, bias).movedim(-1, 1))[..., : x.shape[-2], : x.shape[-1]]
+    from grad_nb import fused, kernels
+    with torch.autocast(x.device.type, enabled=False): M_x, M_up, offsets = fused.way_up(model)
+    risen = model.up[1](kernels.linear(h.movedim(1, -1), M_up.transpose(0, 1).flatten(0, 1), offsets.T.flatten()).movedim(-1, 1))[..., : x.shape[-2], : x.shape[-1]]
     return kernels.added(risen, x, M_x)
 
 # %% ../nbs/05_patchdiff.ipynb #gpul0003

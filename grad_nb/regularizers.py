@@ -58,7 +58,7 @@ def gates(
     found = []
     with torch.no_grad():
         for conv in detector.body[::2]:
-            if x.is_cuda: x = (kernels := import_module("grad_nb.kernels")).relu_of_conv(*kernels.eights(x, conv.weight), conv.bias, conv.stride)
+            if x.is_cuda: x = (kernels := import_module("grad_nb.kernels")).relu_of_conv(kernels.eights(x), kernels.eights(conv.weight), conv.bias, conv.stride)
             else: x = F.relu(F.conv2d(x, conv.weight, conv.bias, conv.stride))
             found.append(x > 0)
     return found
@@ -72,8 +72,7 @@ def input_gradients(
     opened = gates(detector, x)
     g = detector.head.weight.expand(len(x), -1, *opened[-1].shape[2:])
     for conv, gate, below in reversed([*zip(detector.body[::2], opened, [x, *opened])]):
-        g, weight = g * gate, conv.weight
-        if x.is_cuda and len(weight[0]) < 8: weight = F.pad(weight, (0, 0, 0, 0, 0, 8 - len(weight[0])))  # tensor cores take channels in eights
+        g, weight = g * gate, import_module("grad_nb.kernels").eights(conv.weight) if x.is_cuda else conv.weight
         if (*conv.kernel_size, *conv.stride) == (1, 1, 1, 1): g = (g.movedim(1, -1) @ weight.flatten(1)).movedim(-1, 1)
         else:
             rest = [n - (m - 1) * s - k for n, m, s, k in zip(below.shape[2:], g.shape[2:], conv.stride, conv.kernel_size)]
