@@ -7,7 +7,7 @@ __all__ = ['TABLE_8', 'he_init', 'Conv', 'in_turn', 'Detector', 'map_side', 'cel
            'load_detector']
 
 # %% ../nbs/07_detector.ipynb #7d5d2f88
-from itertools import product, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .patches import PATCH, STRIDE
 from .store import gpu_layers, read_tensors, write_tensors
+from .winograd import small_conv, small_map
 
 TABLE_8 = ((64, 4, 2), (128, 4, 2), (256, 3, 1), (512, 3, 1), (256, 3, 1), (256, 1, 1), (256, 1, 1))  # kernels, size, stride
 
@@ -28,44 +29,18 @@ def he_init(
         if isinstance(layer, nn.Conv2d): nn.init.kaiming_normal_(layer.weight, nonlinearity="relu"); nn.init.zeros_(layer.bias)
     return module
 
-# %% ../nbs/07_detector.ipynb #conv0002
-class _ByProducts(torch.autograd.Function):
-    "A convolution of stride 1 without padding, whose gradients are matrix products."
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        (x, weight), wanted = ctx.saved_tensors, ctx.needs_input_grad
-        if torch.is_grad_enabled():  # somebody will ask for the gradient of this
-            return torch.ops.aten.convolution_backward(grad, x, weight, [len(weight)], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, wanted)
-        g, k, to_x, to_weight = grad.movedim(1, -1), weight.shape[-1], None, None
-        rows, (b, h, w, _), c = g.reshape(-1, len(weight)), g.shape, x.shape[1]
-        if wanted[1]:
-            seen = x.movedim(1, -1).unfold(1, k, 1).unfold(2, k, 1).movedim(3, -1).reshape(len(rows), -1)  # (b h w, k k c)
-            to_weight = (seen.T @ rows).view(k, k, c, -1).permute(3, 2, 0, 1)
-        if wanted[0]:
-            back = (rows @ weight.permute(0, 2, 3, 1).flatten(1)).view(b, h, w, k, k, c)
-            to_x = back.new_zeros(b, h + k - 1, w + k - 1, c)
-            for i, j in product(range(k), range(k)): to_x[:, i : i + h, j : j + w] += back[:, :, :, i, j]
-            to_x = to_x.movedim(-1, 1)
-        return to_x, to_weight, rows.sum(0) if wanted[2] else None
-
 # %% ../nbs/07_detector.ipynb #conv0004
 class Conv(nn.Conv2d):
     "A convolution of stride 1 without padding, faster to train on a CPU in float32 than its base class, and the same function."
 
     def forward(self,
-        x: Tensor,  # (B, C, H, W), best with channels last in memory
+        x: Tensor,  # (B, C, H, W)
     ) -> Tensor:  # (B, C', H - k + 1, W - k + 1)
         if x.is_cuda and self.kernel_size == (1, 1):  # a matrix product
             linear = layers.linear if (layers := gpu_layers(x)) else F.linear
             return linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
-        plain = not self.training or not torch.is_grad_enabled() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
-        return super().forward(x) if plain else _ByProducts.apply(x, self.weight, self.bias)
+        learns = self.training and torch.is_grad_enabled() and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        return small_conv(x, self.weight, self.bias) if learns and small_map(x, self.weight) else super().forward(x)
 
 # %% ../nbs/07_detector.ipynb #7f657491
 def in_turn(

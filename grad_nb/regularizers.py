@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .detector import Detector, map_side
 from .patches import split_blocks
+from .winograd import small_conv, small_conv_back, small_map
 
 # %% ../nbs/09_regularizers.ipynb #ac70bdb8
 def noised(
@@ -33,6 +34,7 @@ def decoding_loss(
     generator: torch.Generator,  # source of randomness
 ) -> Tensor:  # scalar
     "The part of Eq. 5 behind the detector, for features that are already at hand."
+    z = z.contiguous(memory_format=torch.channels_last)  # in this order the noise is drawn, and the decoder's patches need no copy
     return F.mse_loss(decoder(noised(z, sigma_z, generator)).float(), split_blocks(x))
 
 # %% ../nbs/09_regularizers.ipynb #3f0370ab
@@ -59,9 +61,23 @@ def gates(
     with torch.no_grad():
         for conv in detector.body[::2]:
             if x.is_cuda: x = (kernels := import_module("grad_nb.kernels")).relu_of_conv(kernels.eights(x), kernels.eights(conv.weight), conv.bias, conv.stride)
-            else: x = F.relu(F.conv2d(x, conv.weight, conv.bias, conv.stride))
+            else: x = (small_conv(x, conv.weight, conv.bias) if _small(conv, x) else F.conv2d(x, conv.weight, conv.bias, conv.stride)).relu_()
             found.append(x > 0)
     return found
+
+# %% ../nbs/09_regularizers.ipynb #gate0002
+def _small(conv: nn.Conv2d, x: Tensor) -> bool:
+    "Whether a layer takes its map as tiles: on a CPU, with stride 1."
+    return x.device.type == "cpu" and conv.stride == (1, 1) and small_map(x, conv.weight)
+
+
+def _back(g: Tensor, conv: nn.Conv2d, below: Tensor) -> Tensor:
+    "From the gradient at a layer's outputs to that at its inputs, of which `below` has the shape."
+    if _small(conv, below): return small_conv_back(g, conv.weight, below.shape[-1])
+    weight = import_module("grad_nb.kernels").eights(conv.weight) if g.is_cuda else conv.weight
+    if (*conv.kernel_size, *conv.stride) == (1, 1, 1, 1): return (g.movedim(1, -1) @ weight.flatten(1)).movedim(-1, 1)
+    rest = [n - (m - 1) * s - k for n, m, s, k in zip(below.shape[2:], g.shape[2:], conv.stride, conv.kernel_size)]
+    return F.conv_transpose2d(g, weight, stride=conv.stride, output_padding=rest)
 
 
 def input_gradients(
@@ -71,14 +87,8 @@ def input_gradients(
     "The gradient of each patch's logit, or of the sum of its logits, for the pixels of the patch."
     opened = gates(detector, x)
     g = detector.head.weight.expand(len(x), -1, *opened[-1].shape[2:])
-    for conv, gate, below in reversed([*zip(detector.body[::2], opened, [x, *opened])]):
-        g, weight = g * gate, import_module("grad_nb.kernels").eights(conv.weight) if x.is_cuda else conv.weight
-        if (*conv.kernel_size, *conv.stride) == (1, 1, 1, 1): g = (g.movedim(1, -1) @ weight.flatten(1)).movedim(-1, 1)
-        else:
-            rest = [n - (m - 1) * s - k for n, m, s, k in zip(below.shape[2:], g.shape[2:], conv.stride, conv.kernel_size)]
-            g = F.conv_transpose2d(g, weight, stride=conv.stride, output_padding=rest)
+    for conv, gate, below in reversed([*zip(detector.body[::2], opened, [x, *opened])]): g = _back(g * gate, conv, below)
     return g[:, : x.shape[1]]
-
 
 # %% ../nbs/09_regularizers.ipynb #gradpen2
 def _single(x: Tensor, outputs: int) -> None:

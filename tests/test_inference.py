@@ -18,8 +18,9 @@ from grad_nb.data import load_images, read_category
 from grad_nb.detector import Detector
 from grad_nb.evaluation import fuse, image_auroc, resize_pictures, score_levels, score_maps
 from grad_nb.grad import GRAD
-from grad_nb.inference import Captured, FastDetector, Winograd, best_tile, loops, prepared, roomy_batch, score_map, unstrided, winograd, winograd_matrices
+from grad_nb.inference import Captured, FastDetector, Winograd, best_tile, loops, prepared, roomy_batch, score_map, unstrided
 from grad_nb.training import Learner
+from grad_nb.winograd import winograd, winograd_matrices
 
 TOLERANCE = 1e-3  # of the standard deviation of the logits
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from grad_nb import regularizers
 from grad_nb.config import DetectorConfig
 from grad_nb.coords import coord_map, with_coords
 from grad_nb.detector import TABLE_8, Conv, Decoder, Detector, map_side
@@ -503,11 +504,11 @@ def test_a_fresh_patchdiff_takes_any_size_and_forgets_nothing_of_the_coordinates
     assert not torch.allclose(y, moved, atol=1e-3), "position must matter"
 
 
-# --- gradients by matrix products -----------------------------------------------------------------------------------
+# --- small maps as tiles --------------------------------------------------------------------------------------------
 
 def step_gradients(plain, monkeypatch, **config):
     "The losses of one step with all terms, and the gradients of every parameter."
-    if plain: monkeypatch.setattr(Conv, "forward", nn.Conv2d.forward)
+    if plain: monkeypatch.setattr(Conv, "forward", nn.Conv2d.forward); monkeypatch.setattr(regularizers, "_small", lambda conv, x: False)
     config = DetectorConfig(width=0.2, pictures=2, patches=16, alpha_1=1.0, alpha_2=0.5, bf16=False, **config)
     learner, side = Learner(config, 10, seed=3), PATCH + STRIDE * (config.block - 1)
     blocks = randn(3 * 16 // config.block**2, 5, side, side, seed=5, dtype=torch.float32).clamp(-1, 1).to(memory_format=torch.channels_last)
@@ -518,7 +519,7 @@ def step_gradients(plain, monkeypatch, **config):
 
 
 @pytest.mark.parametrize("config", [{}, {"block": 2}, {"block": 2, "shared_pass": True}, {"penalise": "probability"}])
-def test_a_step_by_products_is_the_step_of_plain_convolutions(monkeypatch, config):
+def test_a_step_by_tiles_is_the_step_of_plain_convolutions(monkeypatch, config):
     ours, g = step_gradients(False, monkeypatch, **config)
     theirs, h = step_gradients(True, monkeypatch, **config)
     assert len(g) == len(h) and float(ours["feat"]) > 0 and float(ours["grad"]) > 0
@@ -526,11 +527,12 @@ def test_a_step_by_products_is_the_step_of_plain_convolutions(monkeypatch, confi
     for a, b in zip(g, h): assert a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 
 
-def test_products_are_taken_in_training_on_a_cpu_in_full_precision_alone():
+def test_tiles_are_taken_in_training_on_a_cpu_in_full_precision_alone():
     layer, x = Conv(3, 4, 3), randn(2, 3, 6, 6, dtype=torch.float32)
-    took = lambda y: "ByProducts" in type(y.grad_fn).__name__
+    took = lambda y: y.permute(2, 3, 0, 1).is_contiguous()
     assert took(layer(x)) and not took(layer.eval()(x))
     layer.train()
+    assert not took(layer(randn(2, 3, 6, 7, dtype=torch.float32))) and not took(layer(randn(2, 3, 11, 11, dtype=torch.float32)))
     with torch.no_grad(): assert layer(x).grad_fn is None
     with torch.autocast("cpu", torch.bfloat16): assert not took(layer(x)) and layer(x).dtype == torch.bfloat16
     assert layer.to("meta")(x.to("meta")).shape == (2, 4, 4, 4)
@@ -538,7 +540,7 @@ def test_products_are_taken_in_training_on_a_cpu_in_full_precision_alone():
 
 @pytest.mark.parametrize("wanted", list(product((False, True), repeat=3)))
 def test_only_the_gradients_that_are_asked_for_are_computed(wanted):
-    layer, x = Conv(3, 4, 2).double(), randn(2, 3, 5, 4)
+    layer, x = Conv(3, 4, 2).double(), randn(2, 3, 5, 5)
     given = [t.detach().requires_grad_(on) for t, on in zip((x, layer.weight, layer.bias), wanted)]
     layer.weight, layer.bias = (nn.Parameter(t.detach(), on) for t, on in zip(given[1:], wanted[1:]))
     y = layer(given[0])

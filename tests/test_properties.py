@@ -31,6 +31,7 @@ from grad_nb.reweighting import (
     noisy_weight,
     tail_weight,
 )
+from grad_nb.winograd import map_matrices, small_conv, small_conv_back
 
 SEED = st.integers(0, 2**32 - 1)
 FAST = settings(deadline=None, max_examples=40)
@@ -49,8 +50,9 @@ def randn(*shape, seed=0):
 # --- convolutions ---------------------------------------------------------------------------------------------------
 
 @FAST
-@given(SEED, st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.integers(0, 5), st.integers(0, 5), st.booleans())
-def test_the_gradients_by_products_are_those_of_torch(seed, n, before, after, k, more_rows, more_columns, last):
+@given(SEED, st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.integers(0, 5), st.integers(-1, 5), st.booleans())
+def test_a_layer_and_its_gradients_are_those_of_torch(seed, n, before, after, k, more_rows, more_columns, last):
+    more_columns = more_rows if more_columns < 0 else more_columns
     x, weight, bias = randn(n, before, k + more_rows, k + more_columns, seed=seed), randn(after, before, k, k, seed=seed + 1), randn(after, seed=seed + 2)
     x = x.to(memory_format=torch.channels_last) if last else x
     layer = Conv(before, after, k).double()
@@ -61,6 +63,32 @@ def test_the_gradients_by_products_are_those_of_torch(seed, n, before, after, k,
     assert torch.allclose(y, plain)
     for a, b in zip(torch.autograd.grad(y, (x, layer.weight, layer.bias), G), torch.autograd.grad(plain, given, G)):
         assert a.shape == b.shape and torch.allclose(a, b, atol=1e-10)
+
+
+MEMORY = {"plain": torch.Tensor.contiguous, "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+          "pixels first": lambda x: x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1), "a part": lambda x: torch.cat([x, x], 3)[..., : x.shape[3]]}
+
+
+@FAST
+@given(SEED, st.integers(1, 3), st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), st.integers(0, 14), st.sampled_from(sorted(MEMORY)))
+def test_a_map_as_tiles_is_a_convolution_and_so_are_its_derivatives(seed, n, before, after, r, more, memory):
+    side = r + more
+    x, weight, bias = (randn(*shape, seed=seed + i).requires_grad_() for i, shape in enumerate(((n, before, side, side), (after, before, r, r), (after,))))
+    g = randn(n, after, more + 1, more + 1, seed=seed + 3).requires_grad_()
+    ours, theirs = small_conv(MEMORY[memory](x), weight, bias), torch.nn.functional.conv2d(x, weight, bias)
+    assert ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-9)
+    for a, b in zip(torch.autograd.grad(ours, (x, weight, bias), g.detach()), torch.autograd.grad(theirs, (x, weight, bias), g.detach())): assert torch.allclose(a, b, atol=1e-9)
+    ours, theirs = small_conv_back(MEMORY[memory](g), weight, side), torch.nn.functional.conv_transpose2d(g, weight)
+    assert ours.shape == theirs.shape == x.shape and torch.allclose(ours, theirs, atol=1e-9)
+    for a, b in zip(torch.autograd.grad(ours, (g, weight), x.detach()), torch.autograd.grad(theirs, (g, weight), x.detach())): assert torch.allclose(a, b, atol=1e-9)
+
+
+def test_matrices_that_were_made_in_inference_mode_serve_in_training():
+    map_matrices.cache_clear()
+    with torch.inference_mode(): small_conv(randn(1, 2, 5, 5), randn(3, 2, 3, 3), randn(3))
+    weight = randn(3, 2, 3, 3).requires_grad_()
+    small_conv(randn(1, 2, 5, 5), weight, randn(3)).sum().backward()
+    assert weight.grad is not None
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
@@ -161,7 +189,7 @@ def open_detector():
         detector = Detector(0.02).double()
     with torch.no_grad():
         for p in detector.parameters(): p.abs_().add_(1e-3)
-    return detector
+    return detector.eval()
 
 
 @FEW
