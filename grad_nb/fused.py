@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .kernels import grid, kernel, modulation, silu, tl, unit
+from .kernels import grid, kernel, silu, tl, unit
+from .pixelwise import modulation
 
 log = logging.getLogger(__name__)
 

@@ -4,21 +4,15 @@
 
 # %% auto #0
 __all__ = ['log', 'HEAD', 'PRODUCT', 'INPUT', 'OUTPUT', 'CHANNELS', 'TILES', 'FETCH', 'APART', 'STRIP', 'HALF_DOWN', 'LARGEST',
-           'unstrided', 'source', 'compile_loops', 'loops', 'best_tile', 'Winograd', 'FastDetector', 'resized',
-           'prepared', 'score_map', 'Captured', 'roomy_batch', 'captured']
+           'unstrided', 'source', 'loops', 'best_tile', 'Winograd', 'FastDetector', 'resized', 'prepared', 'score_map',
+           'Captured', 'roomy_batch', 'captured']
 
 # %% ../nbs/10d_inference.ipynb #_inf0003
 import copy
 import ctypes
-import hashlib
 import logging
 import math
 import mmap
-import os
-import platform
-import shutil
-import subprocess
-import sys
 import threading
 import weakref
 from collections import deque
@@ -26,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from functools import lru_cache, partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,7 +30,8 @@ from torch import Tensor, nn
 from .capture import CudaGraph, may_record
 from .coords import coord_map, with_coords
 from .detector import Detector, map_side
-from .store import atomic_path, float32_name, halving
+from .native import call, compiled
+from .store import float32_name, halving
 from .winograd import transformed, winograd, winograd_matrices
 
 log = logging.getLogger(__name__)
@@ -222,42 +216,11 @@ def source() -> str:  # C
             text += template
     return text
 
-# %% ../nbs/10d_inference.ipynb #_inf0023
-def _cache() -> Path:
-    "The user's folder for compiled loops."
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grad_nb"
-
-
-def compile_loops(
-    folder: str | Path,  # where the compiled library goes
-    openmp: bool = True,  # on several cores; without it the same on one
-) -> Path:  # the library; one that is there already is taken as it is
-    "Compile the loops for this processor. `OSError` or `subprocess.SubprocessError` if that cannot be done."
-    compiler = shutil.which(os.environ.get("CC") or "cc")
-    if compiler is None: raise OSError("there is no C compiler")
-    cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if Path("/proc/cpuinfo").exists() else platform.processor()
-    cpu = [line for line in cpu.splitlines() if line.startswith(("flags", "Features", "model"))] or [cpu]
-    flags = ["-O3", "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native", "-shared", "-fPIC"] + ["-fopenmp"] * openmp
-    key = hashlib.sha256("\n".join([source(), compiler, *flags, *cpu]).encode()).hexdigest()[:16]
-    library = Path(folder) / f"winograd-{key}.so"
-    if not (library.exists() and library.stat().st_uid == os.getuid()):
-        with atomic_path(library) as temporary:
-            subprocess.run([compiler, *flags, "-x", "c", "-", "-o", str(temporary)], input=source(), text=True, capture_output=True, check=True, timeout=120)
-    return library
-
-
+# %% ../nbs/10d_inference.ipynb #_inf0023n
 @lru_cache(maxsize=1)
 def loops() -> ctypes.CDLL | None:
     "The compiled loops, or None where they cannot be had or do not do what they should."
-    if os.environ.get("GRAD_NB_NATIVE") == "0" or sys.platform not in ("linux", "darwin"): return None
-    for openmp in (True, False):  # Apple's compiler has no OpenMP
-        try:
-            library = ctypes.CDLL(str(compile_loops(_cache(), openmp)))
-            if _right(library): return library
-            error = "they are not right"
-        except (OSError, subprocess.SubprocessError, AttributeError, RuntimeError) as e: error = e
-    log.info("the loops cannot be had (%s); torch computes the detectors, in about three times the time", error)
-    return None
+    return compiled(source(), "winograd", _right, "torch computes the detectors, in about three times the time")
 
 # %% ../nbs/10d_inference.ipynb #_inf0025
 FETCH = 14  # a transformed weight from memory costs as much as so many products (our choice)
@@ -318,9 +281,9 @@ def _strip(self: Winograd, x: Tensor, height: int, rows: int, work: Sequence[Ten
     "Some rows of tiles of B pictures, of which `height` rows are there and `out` rows are to be made."
     (V, M), B, t, T = work, len(x), self.tiles, len(x) * rows * self.tiles
     sv, sm = (T * n + APART for n in (self.C, self.K))
-    _call(self.input, x, B, height, self.side, self.C, self.fold, rows, t, sv, V)
-    _call(self.library.product, V, self.U, None, self.n2, T, self.C, self.K, sv, sm, 240, M)
-    _call(self.output, M, self.bias, B, out, self.out, self.K, rows, t, sm, y)
+    call(self.input, x, B, height, self.side, self.C, self.fold, rows, t, sv, V)
+    call(self.library.product, V, self.U, None, self.n2, T, self.C, self.K, sv, sm, 240, M)
+    call(self.output, M, self.bias, B, out, self.out, self.K, rows, t, sm, y)
 
 
 APART = 48  # numbers between two matrices (our choice)
@@ -341,11 +304,6 @@ def _packed(weights: Tensor, library: ctypes.CDLL) -> Tensor:
     "(N, C, K) as the product reads it: (N, K / panel, C, panel)."
     panels = weights.unflatten(2, (-1, library.panel())).transpose(1, 2)
     return _roomy(*panels.shape).copy_(panels)
-
-
-def _call(function, *arguments: Tensor | int | None) -> None:
-    "Call a compiled loop; tensors are passed by their address."
-    function(*(ctypes.c_long(a) if isinstance(a, int) else ctypes.c_void_p(a if a is None else a.data_ptr()) for a in arguments))
 
 # %% ../nbs/10d_inference.ipynb #_inf0029
 def _right(library: ctypes.CDLL) -> bool:
@@ -465,7 +423,7 @@ class _Dense:
         "Rows in, rows out, in memory that the next call overwrites."
         (T, C), y = x.shape, self.y[: len(x)]
         if not self.library: return torch.addmm(self.bias, x, self.weight, out=y).relu_()
-        _call(self.library.product, x, self.packed, self.bias, 1, T, C, y.shape[1], 0, 0, 48, y)
+        call(self.library.product, x, self.packed, self.bias, 1, T, C, y.shape[1], 0, 0, 48, y)
         return y
 
 # %% ../nbs/10d_inference.ipynb #_inf0039

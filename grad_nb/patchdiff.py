@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -23,6 +24,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from . import pixelwise
 from .capture import Replayed
 from .config import DetectorConfig, GeneratorConfig, to_dict
 from .coords import coord_map, with_coords
@@ -101,6 +103,12 @@ def fourier_coords(
     return torch.cat([x, angle.sin(), angle.cos()], 1)
 
 # %% ../nbs/05_patchdiff.ipynb #3133f910
+def _one_pass(x: Tensor) -> ModuleType | None:
+    "Who makes norm, modulation and SiLU of a pixel one: a GPU's kernels, a CPU's loops, or None: torch's layers do."
+    if kernels := gpu_layers(x): return kernels if kernels.fits_channels(x.shape[1]) else None
+    return pixelwise if pixelwise.fits(x) else None
+
+
 class Block(nn.Module):
     "Residual block with time conditioning; widens the receptive field by kernel - 1 (at its own resolution)."
 
@@ -121,10 +129,10 @@ class Block(nn.Module):
         time: Tensor,  # (B, time_dim)
     ) -> Tensor:  # (B, C, H, W)
         "Convolution, norm, time conditioning and SiLU."
-        conv, kernels = self.conv, gpu_layers(x)
-        if kernels and isinstance(self.norm, PixelNorm) and kernels.fits_channels(x.shape[1]):
+        conv = self.conv
+        if isinstance(self.norm, PixelNorm) and (layers := _one_pass(x)):
             y = F.linear(x.movedim(1, -1), conv.weight).movedim(-1, 1) if isinstance(conv, Pointwise) else F.conv2d(x, conv.weight, padding=conv.padding)
-            return kernels.modulated(y, conv.bias, *kernels.modulation(self, time))
+            return layers.modulated(y, conv.bias, *pixelwise.modulation(self, time))
         scale, shift = self.time(time)[:, :, None, None].chunk(2, 1)
         return F.silu(torch.addcmul(shift, self.norm(conv(x)), 1 + scale))
 
@@ -193,7 +201,9 @@ def forward(self: PatchDiff,
     else: x = self.merge(x)
     if kernels and isinstance(self.out[0], PixelNorm) and kernels.fits_channels(self.width): return _head(self, x, time)
     for block in self.head: x = block(x, time)
-    return self.out(x)
+    norm, _, last = self.out
+    if not (isinstance(norm, PixelNorm) and pixelwise.fits(x)): return self.out(x)
+    return last(pixelwise.modulated(x, torch.zeros_like(norm.bias), norm.weight.expand(len(x), -1), norm.bias.expand(len(x), -1)))
 
 # %% ../nbs/05_patchdiff.ipynb #gpul0002
 def _stem(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -218,7 +228,7 @@ def _head(model: "PatchDiff", x: Tensor, time: Tensor) -> Tensor:
         if not isinstance(block.conv, Pointwise): x = block(x, time); continue
         with torch.autocast("cuda", enabled=False): bias = block.conv.bias + block.conv.weight @ waiting
         y = F.linear(x.movedim(1, -1), block.conv.weight).movedim(-1, 1)
-        x, waiting = kernels.added(x, kernels.modulated(y, bias, *kernels.modulation(block, time)), block.out.weight), waiting + block.out.bias
+        x, waiting = kernels.added(x, kernels.modulated(y, bias, *pixelwise.modulation(block, time)), block.out.weight), waiting + block.out.bias
     return last(kernels.modulated(x, waiting, norm.weight.expand(len(x), -1), norm.bias.expand(len(x), -1)))
 
 # %% ../nbs/05_patchdiff.ipynb #fieldprp

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from grad_nb import evaluation, inference
+from grad_nb import evaluation, inference, native
 from grad_nb.config import DetectorConfig, preset
 from grad_nb.coords import with_coords
 from grad_nb.data import load_images, read_category
@@ -80,7 +80,7 @@ def test_the_compiled_layer_is_a_convolution_with_relu(m, r, fold, side):
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 49, 241])
 def test_the_product_takes_any_number_of_rows(rows):
     V, U, M = torch.randn(2, rows, 64), torch.randn(2, 64, 96), torch.full((2, rows, 96), torch.nan)
-    inference._call(loops().product, V, inference._packed(U, loops()), None, 2, rows, 64, 96, rows * 64, rows * 96, 48, M)
+    native.call(loops().product, V, inference._packed(U, loops()), None, 2, rows, 64, 96, rows * 64, rows * 96, 48, M)
     assert torch.allclose(M, V @ U, atol=1e-3)
 
 
@@ -165,7 +165,7 @@ def test_without_a_compiler(monkeypatch, tmp_path, variable, value):
 
 def test_without_a_home(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(inference.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
+    monkeypatch.setattr(native.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
     loops.cache_clear()
     try: assert loops() is None
     finally: loops.cache_clear()
@@ -358,7 +358,7 @@ def test_a_compiler_without_openmp_makes_the_loops_for_one_core(monkeypatch, tmp
         calls.append("-fopenmp" in command)
         if calls[-1]: raise subprocess.CalledProcessError(1, command)
         return real(command, **options)
-    monkeypatch.setattr(inference.subprocess, "run", run)
+    monkeypatch.setattr(native.subprocess, "run", run)
     loops.cache_clear()
     try: assert loops() is not None and calls == [True, False]
     finally: loops.cache_clear()

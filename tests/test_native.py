@@ -1,0 +1,114 @@
+"""The compiled loops: what they compute, when they are used, and what happens without them."""
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grad_nb import inference, native, pixelwise
+from grad_nb.config import GeneratorConfig
+from grad_nb.patchdiff import new_patchdiff
+
+compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+CLEAR = (pixelwise.loops.cache_clear, inference.loops.cache_clear)
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    "Nothing compiled yet; afterwards everything as before."
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for clear in CLEAR: clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    for clear in CLEAR: clear()
+
+
+def drawn(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@compiler
+def test_where_there_is_a_compiler_there_are_loops():
+    assert pixelwise.loops() is not None and inference.loops() is not None
+    assert pixelwise.fits(torch.zeros(1, 16, 2, 2)) and not pixelwise.fits(torch.zeros(1, 12, 2, 2)) and not pixelwise.fits(torch.zeros(1, 16, 2, 2).double())
+    with torch.autocast("cpu", torch.bfloat16): assert not pixelwise.fits(torch.zeros(1, 16, 2, 2))
+
+
+@compiler
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(1, 10), st.integers(1, 7), st.integers(1, 7), st.sampled_from([0.1, 1.0, 30.0]), st.booleans())
+def test_one_pass_is_norm_modulation_and_silu(seed, B, eights, H, W, scale, last):
+    C = 8 * eights
+    y = scale * drawn(seed, B, C, H, W)
+    y = (y.contiguous(memory_format=torch.channels_last) if last else y).requires_grad_()
+    tables = [drawn(seed + 1, C).requires_grad_(), drawn(seed + 2, C).requires_grad_(), drawn(seed + 3, B, C).requires_grad_()]
+    wide = lambda bias, mult, add: (bias, mult.expand(B, -1), add)  # one table for all pictures
+    exact = [v.detach().double().requires_grad_() for v in (y, *tables)]
+    ours, theirs = pixelwise.modulated(y, *wide(*tables)), pixelwise.plainly(exact[0], *wide(*exact[1:]))
+    assert ours.shape == y.shape and torch.allclose(ours.double(), theirs, atol=1e-4)
+    g = drawn(seed + 4, *y.shape)
+    for a, b in zip(torch.autograd.grad(ours, (y, *tables), g), torch.autograd.grad(theirs, exact, g.double())):
+        assert a.shape == b.shape and torch.allclose(a.double(), b, atol=2e-4 * float(1 + b.abs().max()))
+
+
+@compiler
+def test_extremes_are_as_in_torch():
+    y = torch.cat([torch.zeros(1, 16, 1, 1), torch.full((1, 16, 1, 1), 1e4), drawn(0, 1, 16, 1, 1) * 1e6, torch.full((1, 16, 1, 1), torch.nan)], 3)
+    tables = torch.zeros(16), torch.full((1, 16), 300.0), torch.tensor([[-1e5, 1e5] * 8])
+    ours, theirs = pixelwise.modulated(y, *tables), pixelwise.plainly(y, *tables)
+    assert torch.allclose(ours[..., :3], theirs[..., :3], rtol=1e-5, atol=1e-4) and ours[..., 3].isnan().all() and not ours[..., :3].isnan().any()
+
+
+@compiler
+def test_the_numbers_do_not_depend_on_the_cores():
+    given, g, found = [drawn(1, 5, 24, 9, 7).requires_grad_(), drawn(2, 24).requires_grad_(), drawn(3, 5, 24).requires_grad_(), drawn(4, 5, 24).requires_grad_()], drawn(5, 5, 24, 9, 7), []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        z = pixelwise.modulated(*given)
+        found.append([z, *torch.autograd.grad(z, given, g)])
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+
+
+@compiler
+@pytest.mark.parametrize("level, width, field_of", [(3, 16, "network"), (17, 24, "bottleneck"), (5, 8, "network"), (9, 12, "network")])
+def test_a_patchdiff_is_the_same_with_and_without(fresh, level, width, field_of):
+    model = new_patchdiff(level, GeneratorConfig(width=width, field_of=field_of, fourier=2))
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(0.05 * drawn(p.numel(), *p.shape))  # the last layers of a new one are zero
+    x, t, found = drawn(1, 2, 5, 20, 22), torch.tensor([3, 700]), []
+    for switch in ("1", "0"):
+        fresh.setenv("GRAD_NB_NATIVE", switch)
+        for clear in CLEAR: clear()
+        assert pixelwise.fits(torch.zeros(1, width, 2, 2)) == (switch == "1" and width % 8 == 0)
+        model.zero_grad()
+        y = model(x, t)
+        y.square().mean().backward()
+        found.append([y.detach(), *(p.grad.clone() for p in model.parameters())])
+    for a, b in zip(*found): assert torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()) + 1e-7)
+
+
+@compiler
+def test_wrong_loops_are_not_believed(fresh, caplog):
+    fresh.setattr(pixelwise, "PIXEL", pixelwise.PIXEL.replace("1e-5f", "1e-1f"))
+    with caplog.at_level("INFO"): assert pixelwise.loops() is None
+    assert "not right" in caplog.text and "torch's layers" in caplog.text
+
+
+@compiler
+def test_a_program_that_does_not_compile_says_why(fresh, caplog):
+    fresh.setattr(pixelwise, "PIXEL", "nonsense;")
+    with caplog.at_level("INFO"): assert pixelwise.loops() is None
+    assert "nonsense" in caplog.text
+
+
+@compiler
+def test_a_library_is_compiled_once(fresh, tmp_path):
+    calls, real = [], native.subprocess.run
+    fresh.setattr(native.subprocess, "run", lambda *args, **options: calls.append(args) or real(*args, **options))
+    for _ in range(2):
+        pixelwise.loops.cache_clear()
+        assert pixelwise.loops() is not None
+    assert len(calls) == 1 and [p.suffix for p in (tmp_path / "grad_nb").iterdir()] == [".so"]
