@@ -102,13 +102,13 @@ def fourier_coords(
     angle = (x[:, 3:, None] * scale[:, None, None]).flatten(1, 2)
     return torch.cat([x, angle.sin(), angle.cos()], 1)
 
-# %% ../nbs/05_patchdiff.ipynb #3133f910
+# %% ../nbs/05_patchdiff.ipynb #onepass1
 def _one_pass(x: Tensor) -> ModuleType | None:
     "Who makes norm, modulation and SiLU of a pixel one: a GPU's kernels, a CPU's loops, or None: torch's layers do."
     if kernels := gpu_layers(x): return kernels if kernels.fits_channels(x.shape[1]) else None
     return pixelwise if pixelwise.fits(x) else None
 
-
+# %% ../nbs/05_patchdiff.ipynb #3133f910
 class Block(nn.Module):
     "Residual block with time conditioning; widens the receptive field by kernel - 1 (at its own resolution)."
 
