@@ -58,13 +58,13 @@ def compiled(
             library = ctypes.CDLL(str(compile_c(source, name, cache, openmp)))
             if right(library): return library
             error = "they are not right"
-        except (OSError, subprocess.SubprocessError, AttributeError, RuntimeError) as e: error = getattr(e, "stderr", None) or e
+        except (OSError, subprocess.SubprocessError, AttributeError, RuntimeError, UnicodeDecodeError) as e: error = getattr(e, "stderr", None) or e
     log.info("the loops of %s cannot be had (%s); %s", name, error, instead)
     return None
 
 
 def call(
-    function,  # of a compiled library
+    function: Callable,  # of a compiled library
     *arguments: Tensor | int | None,  # tensors are passed by their address
 ) -> None:
     "Call a compiled loop."

@@ -66,14 +66,14 @@ def gates(
     return found
 
 # %% ../nbs/09_regularizers.ipynb #gate0002
-def _small(conv: nn.Conv2d, x: Tensor) -> bool:
-    "Whether a layer takes its map as tiles: on a CPU, with stride 1."
-    return x.device.type == "cpu" and conv.stride == (1, 1) and small_map(x, conv.weight)
+def _small(conv: nn.Conv2d, x: Tensor, outputs: bool = False) -> bool:
+    "Whether a layer takes its map as tiles; x is the map, or what has the shape of its outputs."
+    return conv.stride == (1, 1) and small_map(x, conv.weight, outputs)
 
 
 def _back(g: Tensor, conv: nn.Conv2d, below: Tensor) -> Tensor:
     "From the gradient at a layer's outputs to that at its inputs, of which `below` has the shape."
-    if _small(conv, below): return small_conv_back(g, conv.weight, below.shape[-1])
+    if _small(conv, g, outputs=True): return small_conv_back(g, conv.weight, below.shape[-1])
     weight = import_module("grad_nb.kernels").eights(conv.weight) if g.is_cuda else conv.weight
     if (*conv.kernel_size, *conv.stride) == (1, 1, 1, 1): return (g.movedim(1, -1) @ weight.flatten(1)).movedim(-1, 1)
     rest = [n - (m - 1) * s - k for n, m, s, k in zip(below.shape[2:], g.shape[2:], conv.stride, conv.kernel_size)]

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grad_nb import inference, native, pixelwise
+from grad_nb.benchmark import threads_of
 from grad_nb.config import GeneratorConfig
 from grad_nb.patchdiff import new_patchdiff
 
@@ -26,6 +27,13 @@ def fresh(monkeypatch, tmp_path):
 
 def drawn(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def shaken(model):
+    "With weights that are not zero: the last layers of a new one are."
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(0.05 * drawn(p.numel(), *p.shape))
+    return model
 
 
 @compiler
@@ -63,21 +71,17 @@ def test_extremes_are_as_in_torch():
 @compiler
 def test_the_numbers_do_not_depend_on_the_cores():
     given, g, found = [drawn(1, 5, 24, 9, 7).requires_grad_(), drawn(2, 24).requires_grad_(), drawn(3, 5, 24).requires_grad_(), drawn(4, 5, 24).requires_grad_()], drawn(5, 5, 24, 9, 7), []
-    before = torch.get_num_threads()
     for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        z = pixelwise.modulated(*given)
-        found.append([z, *torch.autograd.grad(z, given, g)])
-    torch.set_num_threads(before)
+        with threads_of(threads):
+            z = pixelwise.modulated(*given)
+            found.append([z, *torch.autograd.grad(z, given, g)])
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
 
 
 @compiler
 @pytest.mark.parametrize("level, width, field_of", [(3, 16, "network"), (17, 24, "bottleneck"), (5, 8, "network"), (9, 12, "network")])
 def test_a_patchdiff_is_the_same_with_and_without(fresh, level, width, field_of):
-    model = new_patchdiff(level, GeneratorConfig(width=width, field_of=field_of, fourier=2))
-    with torch.no_grad():
-        for p in model.parameters(): p.add_(0.05 * drawn(p.numel(), *p.shape))  # the last layers of a new one are zero
+    model = shaken(new_patchdiff(level, GeneratorConfig(width=width, field_of=field_of, fourier=2)))
     x, t, found = drawn(1, 2, 5, 20, 22), torch.tensor([3, 700]), []
     for switch in ("1", "0"):
         fresh.setenv("GRAD_NB_NATIVE", switch)
@@ -88,6 +92,54 @@ def test_a_patchdiff_is_the_same_with_and_without(fresh, level, width, field_of)
         y.square().mean().backward()
         found.append([y.detach(), *(p.grad.clone() for p in model.parameters())])
     for a, b in zip(*found): assert torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()) + 1e-7)
+
+
+@compiler
+def test_one_time_for_all_pictures():
+    model, x = shaken(new_patchdiff(3, GeneratorConfig(width=16))), drawn(1, 64, 5, 12, 12)
+    assert torch.allclose(model(x, torch.tensor([500])), model(x, torch.full((64,), 500)), atol=1e-5)
+
+
+@compiler
+@pytest.mark.parametrize("wrong", ["double", "channels", "tables", "bias"])
+def test_what_the_loops_cannot_read_is_refused(wrong):
+    y, bias, mult, add = drawn(1, 2, 16, 3, 3), drawn(2, 16), drawn(3, 2, 16), drawn(4, 2, 16)
+    if wrong == "double": y = y.double()
+    if wrong == "channels": y, bias, mult, add = y[:, :12], bias[:12], mult[:, :12], add[:, :12]
+    if wrong == "tables": mult = mult[:, :8]
+    if wrong == "bias": bias = bias.double()
+    with pytest.raises(ValueError, match="float32|type"): pixelwise.modulated(y, bias, mult, add)
+
+
+@compiler
+def test_a_default_type_changes_nothing(fresh):
+    given, g = [drawn(1, 2, 16, 3, 3).requires_grad_(), drawn(2, 16).requires_grad_(), drawn(3, 2, 16).requires_grad_(), drawn(4, 2, 16).requires_grad_()], drawn(5, 2, 16, 3, 3)
+    expected = torch.autograd.grad(pixelwise.modulated(*given), given, g)
+    pixelwise.loops.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try: assert all(torch.equal(a, b) for a, b in zip(expected, torch.autograd.grad(pixelwise.modulated(*given), given, g)))
+    finally: torch.set_default_dtype(torch.float32)
+
+
+@compiler
+def test_a_gradient_of_a_gradient():
+    given = [v.requires_grad_() for v in (drawn(1, 2, 8, 3, 3), drawn(2, 8), drawn(3, 2, 8), drawn(4, 2, 8))]
+    second = lambda f: torch.autograd.grad(torch.autograd.grad(f(*given).square().sum(), given[0], create_graph=True)[0].square().sum(), given)
+    for a, b in zip(second(pixelwise.modulated), second(pixelwise.plainly)): assert torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
+    given[1].requires_grad_(False)
+    assert torch.autograd.grad(pixelwise.modulated(*given).sum(), given[0])[0].shape == given[0].shape
+
+
+@compiler
+def test_a_patchdiff_can_be_traced_and_used_in_other_modes():
+    model, x, t = shaken(new_patchdiff(3, GeneratorConfig(width=16))).eval(), drawn(1, 2, 5, 12, 12), torch.tensor([3, 700])
+    expected = model(x, t).detach()
+    with torch.no_grad(): assert torch.allclose(torch.jit.trace(model, (x, t))(x, t), expected, atol=1e-5)
+    with torch.inference_mode(): assert torch.equal(model(x, t), expected)
+    with torch.autocast("cpu", torch.bfloat16): assert torch.allclose(model(x, t).float(), expected, atol=0.1)
+    assert model(x[:0], t[:0]).shape == (0, 3, 12, 12)
+    first = torch.func.grad(lambda x: model(x, t).sum())(x)
+    assert torch.allclose(first, torch.autograd.grad(model(given := x.clone().requires_grad_(), t).sum(), given)[0], atol=1e-4)
 
 
 @compiler

@@ -18,6 +18,7 @@ from grad_nb.patches import PATCH, STRIDE, Batch, split_blocks
 from grad_nb.regularizers import feature_loss, gradient_penalty, input_gradients, noised
 from grad_nb.reweighting import log_density, negative_weight, noisy_weight, reweighted_bce, tail_weight
 from grad_nb.training import Learner, batch_losses, gradients
+from grad_nb.winograd import small_map
 
 pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad:UserWarning")
 
@@ -508,7 +509,7 @@ def test_a_fresh_patchdiff_takes_any_size_and_forgets_nothing_of_the_coordinates
 
 def step_gradients(plain, monkeypatch, **config):
     "The losses of one step with all terms, and the gradients of every parameter."
-    if plain: monkeypatch.setattr(Conv, "forward", nn.Conv2d.forward); monkeypatch.setattr(regularizers, "_small", lambda conv, x: False)
+    if plain: monkeypatch.setattr(Conv, "forward", nn.Conv2d.forward); monkeypatch.setattr(regularizers, "_small", lambda *args, **options: False)
     config = DetectorConfig(width=0.2, pictures=2, patches=16, alpha_1=1.0, alpha_2=0.5, bf16=False, **config)
     learner, side = Learner(config, 10, seed=3), PATCH + STRIDE * (config.block - 1)
     blocks = randn(3 * 16 // config.block**2, 5, side, side, seed=5, dtype=torch.float32).clamp(-1, 1).to(memory_format=torch.channels_last)
@@ -533,20 +534,21 @@ def test_tiles_are_taken_in_training_on_a_cpu_in_full_precision_alone():
     assert took(layer(x)) and not took(layer.eval()(x))
     layer.train()
     assert not took(layer(randn(2, 3, 6, 7, dtype=torch.float32))) and not took(layer(randn(2, 3, 11, 11, dtype=torch.float32)))
-    with torch.no_grad(): assert layer(x).grad_fn is None
+    with torch.no_grad(): assert not took(layer(x))
     with torch.autocast("cpu", torch.bfloat16): assert not took(layer(x)) and layer(x).dtype == torch.bfloat16
+    assert not took(Conv(3, 4, 3).bfloat16()(x.bfloat16())) and Conv(3, 4, 3, bias=False)(x).shape == (2, 4, 4, 4) and Conv(3, 4, (3, 1))(x).shape == (2, 4, 4, 6)
+    with pytest.raises(RuntimeError, match="Kernel size"): Detector(0.1)(randn(2, 5, 30, 30, dtype=torch.float32))
+    assert layer(x[0]).shape == (4, 4, 4) and Conv(3, 4, 9)(randn(1, 3, 10, 10, dtype=torch.float32)).shape == (1, 4, 2, 2)
     assert layer.to("meta")(x.to("meta")).shape == (2, 4, 4, 4)
 
 
-@pytest.mark.parametrize("wanted", list(product((False, True), repeat=3)))
-def test_only_the_gradients_that_are_asked_for_are_computed(wanted):
-    layer, x = Conv(3, 4, 2).double(), randn(2, 3, 5, 5)
-    given = [t.detach().requires_grad_(on) for t, on in zip((x, layer.weight, layer.bias), wanted)]
-    layer.weight, layer.bias = (nn.Parameter(t.detach(), on) for t, on in zip(given[1:], wanted[1:]))
-    y = layer(given[0])
-    assert y.requires_grad == any(wanted)
-    if any(wanted): (y**3).sum().backward()
-    assert [g.grad is not None for g in (given[0], layer.weight, layer.bias)] == list(wanted)
+def test_the_penalty_s_gradients_are_those_of_plain_convolutions(monkeypatch):
+    detector, x = Detector(0.2).double(), randn(3, 5, 34, 34)
+    ours = input_gradients(detector, x)
+    monkeypatch.setattr(regularizers, "_small", lambda *args, **options: False)
+    theirs = input_gradients(detector, x)
+    assert torch.allclose(ours, theirs, atol=1e-10) and not torch.equal(ours, theirs)
+    with torch.autocast("cpu", torch.bfloat16): assert not small_map(x, detector.body[4].weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
