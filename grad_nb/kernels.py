@@ -23,6 +23,7 @@ try:
     import triton.language as tl
 except ImportError: triton, tl = None, SimpleNamespace(constexpr=int)  # a Mac, or PyTorch for CPUs alone
 
+from .pixelwise import plainly
 from .store import seeded_weights
 
 log = logging.getLogger(__name__)
@@ -342,10 +343,9 @@ def _tried(device: str) -> None:
     "Run the layers once beside PyTorch's. `RuntimeError` if they differ."
     random = torch.Generator().manual_seed(0)
     y, bias, mult, add = (torch.randn(*shape, generator=random).to(device).requires_grad_() for shape in ((2, 64, 9, 11), (64,), (2, 64), (2, 64)))
-    v = F.layer_norm(y.movedim(1, -1) + bias, (64,)).movedim(-1, 1)
     with seeded_weights(0, "kernels"): layer, last = nn.Conv2d(64, 24, 3).to(device), nn.Conv2d(24, 8, 1).to(device)
     rows = lambda z: z.movedim(1, -1)
-    pairs = {"modulated": (modulated(y, bias, mult, add), F.silu(mult[:, :, None, None] * v + add[:, :, None, None]), (y, bias, mult, add)),
+    pairs = {"modulated": (modulated(y, bias, mult, add), plainly(y, bias, mult, add), (y, bias, mult, add)),
              "conv_relu": (conv_relu(conv_relu(y, layer), last), F.relu(last(F.relu(layer(y)))), (y, *layer.parameters(), *last.parameters())),
              "linear": (linear(rows(conv(y, layer)), last.weight.flatten(1), last.bias), rows(last(layer(y))), (y, *layer.parameters(), *last.parameters()))}
     for name, (ours, theirs, inputs) in pairs.items():

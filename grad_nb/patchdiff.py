@@ -203,7 +203,7 @@ def forward(self: PatchDiff,
     for block in self.head: x = block(x, time)
     norm, _, last = self.out
     if not (isinstance(norm, PixelNorm) and pixelwise.fits(x)): return self.out(x)
-    return last(pixelwise.modulated(x, torch.zeros_like(norm.bias), norm.weight.expand(len(x), -1), norm.bias.expand(len(x), -1)))
+    return last(pixelwise.modulated(x, torch.zeros_like(norm.bias), norm.weight[None], norm.bias[None]))
 
 # %% ../nbs/05_patchdiff.ipynb #gpul0002
 def _stem(conv: nn.Conv2d, x: Tensor) -> Tensor:

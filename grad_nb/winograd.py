@@ -119,6 +119,11 @@ def pixels_first(
     "A map as `small_conv` works on it."
     return x.permute(2, 3, 0, 1).flatten(0, 1)
 
+# %% ../nbs/06b_winograd.ipynb #wino0025b
+def _filters(weight: Tensor, G: Tensor) -> Tensor:
+    "(K, C, r, r) as (n n, C, K): transformed for every place of a tile."
+    return (G @ weight.permute(2, 3, 1, 0).reshape(G.shape[1], -1)).view(len(G), weight.shape[1], len(weight))
+
 
 def small_conv(
     x: Tensor,  # (B, C, H, W), H = W unless r is 1
@@ -126,13 +131,12 @@ def small_conv(
     bias: Tensor | None,  # (K,)
 ) -> Tensor:  # (B, K, H - r + 1, W - r + 1), pixels first in memory unless r is 1 and the channels of x are last
     "A convolution of stride 1 without padding, all of a map as one tile or a few."
-    (K, C, r, _), (b, _, h, w) = weight.shape, x.shape
+    (K, _, r, _), (b, C, h, w) = weight.shape, x.shape
     if r == 1 and x.is_contiguous(memory_format=torch.channels_last): return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
     if r == 1: return F.linear(x.permute(2, 3, 0, 1), weight.flatten(1), bias).permute(2, 3, 0, 1)
     B, G, A = map_matrices(h, r, x.dtype)
-    U = (G @ weight.permute(2, 3, 1, 0).reshape(r * r, C * K)).view(-1, C, K)
     V = (B @ pixels_first(x).reshape(h * w, b * C)).view(len(G), -1, C)
-    y = (A @ torch.bmm(V, U).view(len(B), b * K)).view(h - r + 1, w - r + 1, b, K)
+    y = (A @ torch.bmm(V, _filters(weight, G)).view(len(B), b * K)).view(h - r + 1, w - r + 1, b, K)
     return (y if bias is None else y.add_(bias)).permute(2, 3, 0, 1)
 
 # %% ../nbs/06b_winograd.ipynb #wino0028
@@ -145,6 +149,5 @@ def small_conv_back(
     (K, C, r, _), (b, _, h, w) = weight.shape, g.shape
     if r == 1: return (pixels_first(g) @ weight.flatten(1)).view(h, w, b, C).permute(2, 3, 0, 1)
     B, G, A = map_matrices(side, r, g.dtype)
-    U = (G @ weight.permute(2, 3, 0, 1).reshape(r * r, K * C)).view(-1, K, C)
     Q = (A.T @ pixels_first(g).reshape(h * w, b * K)).view(len(G), -1, K)
-    return (B.T @ torch.bmm(Q, U).view(len(B), b * C)).view(side, side, b, C).permute(2, 3, 0, 1)
+    return (B.T @ torch.bmm(Q, _filters(weight, G).mT).view(len(B), b * C)).view(side, side, b, C).permute(2, 3, 0, 1)
