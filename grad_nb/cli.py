@@ -37,6 +37,7 @@ from tqdm import tqdm
 from .config import Preset, augmentation, override, preset
 from .data import IMAGE_SUFFIXES, OFFICIAL, DataError, category_folders, check_category, picture_files, read_category, read_image, survey
 from .grad import GRAD
+from .patchdiff import check_level
 from .pipeline import Run, detect_key, evaluate_stage, generate_key, open_run, parse_overrides, result_table, stage_done
 from .store import atomic_path, bf16_supported, pick_device, read_json, versions, write_json
 from .trays import make_trays
@@ -112,13 +113,14 @@ class Task:
     notebook: str  # name of the template
     name: str  # name of the stage, for instance "generate-05"
     level: int | None = None  # its level, if it has one
+    cost: float = 1  # how long it takes, compared with the other notebooks of its phase
 
 
 def plan(
     run: Run,  # the run
 ) -> list[list[Task]]:  # phases: tasks of one phase do not wait for each other
     "The notebooks of a run that are still to be done, phase by phase."
-    generate = [Task("generate", f"generate-{n:02d}", n) for n in reversed(run.generator_levels) if not stage_done(run.folder, f"generate-{n:02d}", generate_key(run, n))]
+    generate = [Task("generate", f"generate-{n:02d}", n, 1 + 0.3 * check_level(n)) for n in reversed(run.generator_levels) if not stage_done(run.folder, f"generate-{n:02d}", generate_key(run, n))]
     detect = [Task("detect", f"detect-{row.level:03d}", row.level) for row in run.levels
               if not stage_done(run.folder, f"detect-{row.level:03d}", detect_key(run, row.level))]
     return [phase for phase in (generate, detect, [Task("table", "table")]) if phase]
@@ -139,8 +141,7 @@ def run_notebook(
     check_parameters(source, values)
     executed.parent.mkdir(parents=True, exist_ok=True)
     log = executed.with_suffix(".log")
-    command = [sys.executable, "-m", "papermill", str(source), str(executed), "-k", "python3", "--no-progress-bar", "--stderr-file", str(log)]
-    for name, value in values.items(): command += ["-r" if isinstance(value, str) else "-p", name, str(value)]
+    command = [sys.executable, "-m", "grad_nb.execute", str(source), str(executed), str(log), json.dumps(values)]
     limit = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} if threads else {}
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | limit, pass_fds=hold)
@@ -247,12 +248,14 @@ def cores() -> int:
 
 
 def threads_for(
-    tasks: int,  # how many there are
+    costs: Sequence[float],  # of each task, in the order in which they start
     available: int,  # cores
-) -> list[int]:  # threads of each task, in order
-    "Tasks shared between cores: a thread for each task of the full rounds; those that are left over then share all cores."
-    left = tasks % available
-    return [1] * (tasks - left) + [available // max(left, 1)] * left
+) -> list[int]:  # threads of each task
+    "Tasks shared between cores: a thread for each task of the full rounds; those that are left over share all cores, unless they would long share them with the slowest of the round before."
+    left = len(costs) % available
+    last = costs[: len(costs) - left][-available:]
+    alone = not last or max(last) - min(last) < 0.5 * costs[-1]
+    return [1] * (len(costs) - left) + [available // max(left, 1) if alone else 1] * left
 
 
 def run_phase(
@@ -263,7 +266,7 @@ def run_phase(
     "Run the notebooks of a phase side by side: one for each core, or one after the other on a GPU."
     gpu = run.device.startswith("cuda")
     side_by_side = 1 if gpu else min(cores(), len(tasks))
-    threads = [cores()] * len(tasks) if gpu else threads_for(len(tasks), cores())
+    threads = [cores()] * len(tasks) if gpu else threads_for([task.cost for task in tasks], cores())
     pool, stop = ThreadPoolExecutor(side_by_side), threading.Event()
     jobs = {pool.submit(run_notebook, task, run.folder, values, threads[i], i % side_by_side, stop): task for i, task in enumerate(tasks)}
     try:

@@ -31,16 +31,16 @@ def he_init(
 
 # %% ../nbs/07_detector.ipynb #conv0004
 class Conv(nn.Conv2d):
-    "A convolution of stride 1 without padding, faster to train on a CPU in float32 than its base class, and the same function."
+    "A convolution without padding, faster to train on a CPU in float32 than its base class, and the same function."
 
     def forward(self,
         x: Tensor,  # (B, C, H, W)
-    ) -> Tensor:  # (B, C', H - k + 1, W - k + 1)
+    ) -> Tensor:  # (B, C', h, w)
         if x.is_cuda and self.kernel_size == (1, 1):  # a matrix product
             linear = layers.linear if (layers := gpu_layers(x)) else F.linear
             return linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
-        tiled = self.training and torch.is_grad_enabled() and small_map(x, self.weight)
-        return small_conv(x, self.weight, self.bias) if tiled else super().forward(x)
+        tiled = self.training and torch.is_grad_enabled() and small_map(x, self.weight, self.stride)
+        return small_conv(x, self.weight, self.bias, self.stride) if tiled else super().forward(x)
 
 # %% ../nbs/07_detector.ipynb #7f657491
 def in_turn(
@@ -64,7 +64,7 @@ class Detector(nn.Module):
         self.width, layers, before = width, [], 5
         for kernels, size, stride in TABLE_8:
             after = max(1, round(kernels * width))
-            layers += [nn.Conv2d(before, after, size, stride) if stride > 1 else Conv(before, after, size), nn.ReLU()]
+            layers += [Conv(before, after, size, stride), nn.ReLU()]
             before = after
         self.body, self.head = nn.Sequential(*layers), Conv(before, 1, 1)
         if init == "he": he_init(self)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'HEAD', 'PRODUCT', 'INPUT', 'OUTPUT', 'CHANNELS', 'TILES', 'FETCH', 'APART', 'STRIP', 'HALF_DOWN', 'LARGEST',
-           'unstrided', 'source', 'loops', 'best_tile', 'Winograd', 'FastDetector', 'resized', 'prepared', 'score_map',
-           'Captured', 'roomy_batch', 'captured']
+           'source', 'loops', 'best_tile', 'Winograd', 'FastDetector', 'resized', 'prepared', 'score_map', 'Captured',
+           'roomy_batch', 'captured']
 
 # %% ../nbs/10d_inference.ipynb #_inf0003
 import copy
@@ -32,17 +32,9 @@ from .coords import coord_map, with_coords
 from .detector import Detector, map_side
 from .native import call, compiled
 from .store import float32_name, halving
-from .winograd import transformed, winograd, winograd_matrices
+from .winograd import transformed, unstrided, winograd, winograd_matrices
 
 log = logging.getLogger(__name__)
-
-# %% ../nbs/10d_inference.ipynb #_inf0012
-def unstrided(
-    weight: Tensor,  # (K, C, 2 r, 2 r) of a convolution with stride 2
-) -> Tensor:  # (K, 4 C, r, r) of the same convolution with stride 1; channels ordered (row, column, C) of the square
-    "The weights of a convolution of stride 2 for pictures whose squares of 2 x 2 pixels lie in the channels."
-    K, C, size, _ = weight.shape
-    return weight.reshape(K, C, size // 2, 2, size // 2, 2).permute(0, 3, 5, 1, 2, 4).reshape(K, 4 * C, size // 2, size // 2)
 
 # %% ../nbs/10d_inference.ipynb #_inf0015
 HEAD = """

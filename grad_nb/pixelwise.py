@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .native import call, compiled
+from .native import call, compiled, ordinary
 
 # %% ../nbs/04a_pixelwise.ipynb #pixl0005
 PIXEL = """
@@ -176,9 +176,7 @@ def fits(
     x: Tensor,  # (B, C, H, W), what a block works on
 ) -> bool:
     "Whether `modulated` can be used: on a CPU in float32, with channels that fill vectors, numbers at hand (nobody records or traces), and the loops too."
-    ordinary = type(x) in (Tensor, nn.Parameter) and not (torch.jit.is_tracing() or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack())
-    plain = x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[1] % 8 == 0 and not torch.is_autocast_enabled("cpu")
-    return plain and ordinary and loops() is not None
+    return ordinary(x) and x.shape[1] % 8 == 0 and loops() is not None
 
 # %% ../nbs/04a_pixelwise.ipynb #pixl0012b
 def modulated(

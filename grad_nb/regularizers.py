@@ -23,7 +23,9 @@ def noised(
     generator: torch.Generator,  # source of randomness
 ) -> Tensor:  # the same shape
     "x plus Gaussian noise, drawn in the memory order of x."
-    return torch.empty_like(x, dtype=torch.float32, requires_grad=False).normal_(0, 1, generator=generator).mul_(sigma) + x
+    noise = torch.empty_like(x, dtype=torch.float32, requires_grad=False)
+    noise.as_strided((noise.numel(),), (1,)).normal_(0, sigma, generator=generator)  # all of its memory in a row: a CPU draws five times as fast
+    return noise + x
 
 
 def decoding_loss(
@@ -61,19 +63,14 @@ def gates(
     with torch.no_grad():
         for conv in detector.body[::2]:
             if x.is_cuda: x = (kernels := import_module("grad_nb.kernels")).relu_of_conv(kernels.eights(x), kernels.eights(conv.weight), conv.bias, conv.stride)
-            else: x = (small_conv(x, conv.weight, conv.bias) if _small(conv, x) else F.conv2d(x, conv.weight, conv.bias, conv.stride)).relu_()
+            else: x = (small_conv(x, conv.weight, conv.bias, conv.stride) if small_map(x, conv.weight, conv.stride) else F.conv2d(x, conv.weight, conv.bias, conv.stride)).relu_()
             found.append(x > 0)
     return found
 
 # %% ../nbs/09_regularizers.ipynb #gate0002
-def _small(conv: nn.Conv2d, x: Tensor, outputs: bool = False) -> bool:
-    "Whether a layer takes its map as tiles; x is the map, or what has the shape of its outputs."
-    return conv.stride == (1, 1) and small_map(x, conv.weight, outputs)
-
-
 def _back(g: Tensor, conv: nn.Conv2d, below: Tensor) -> Tensor:
     "From the gradient at a layer's outputs to that at its inputs, of which `below` has the shape."
-    if _small(conv, g, outputs=True): return small_conv_back(g, conv.weight, below.shape[-1])
+    if small_map(g, conv.weight, conv.stride, below.shape[2:]): return small_conv_back(g, conv.weight, below.shape[-1], conv.stride)
     weight = import_module("grad_nb.kernels").eights(conv.weight) if g.is_cuda else conv.weight
     if (*conv.kernel_size, *conv.stride) == (1, 1, 1, 1): return (g.movedim(1, -1) @ weight.flatten(1)).movedim(-1, 1)
     rest = [n - (m - 1) * s - k for n, m, s, k in zip(below.shape[2:], g.shape[2:], conv.stride, conv.kernel_size)]
