@@ -968,6 +968,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'grad_nb.winograd._one_way': ('winograd.html#_one_way', 'grad_nb/winograd.py'),
                                   'grad_nb.winograd._places': ('winograd.html#_places', 'grad_nb/winograd.py'),
                                   'grad_nb.winograd._right': ('winograd.html#_right', 'grad_nb/winograd.py'),
+                                  'grad_nb.winograd._squares': ('winograd.html#_squares', 'grad_nb/winograd.py'),
                                   'grad_nb.winograd._tables': ('winograd.html#_tables', 'grad_nb/winograd.py'),
                                   'grad_nb.winograd._times': ('winograd.html#_times', 'grad_nb/winograd.py'),
                                   'grad_nb.winograd._turned': ('winograd.html#_turned', 'grad_nb/winograd.py'),

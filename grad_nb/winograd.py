@@ -8,6 +8,7 @@ __all__ = ['POINTS', 'SMALL', 'WIDE', 'TURN', 'COLUMNS', 'winograd_matrices', 't
 
 # %% ../nbs/06b_winograd.ipynb #wino0003
 import ctypes
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
@@ -101,7 +102,7 @@ def unfolded(
 
 # %% ../nbs/06b_winograd.ipynb #wino0021
 SMALL = 10  # pixels along a map that counts as small: the matrices of both directions grow as its fourth power (our choice)
-WIDE = 64  # channels from which a layer of stride 2 saves more time than it takes to put its pixels in order (our choice)
+WIDE = 32  # channels from which a layer of stride 2 saves more time than its transformations take (our choice)
 
 
 @lru_cache(maxsize=None)
@@ -161,64 +162,95 @@ INLINE void times(const float *M, long m, long n, const float *d, long far, floa
   for (; i + 2 <= m; i += 2) rows(2, M + i * n, n, d, far, out + i * apart, apart);
   if (i < m) rows(1, M + i * n, n, d, far, out + i * apart, apart);
 }
-/* each column of x (n n, N), its numbers at `from`, times M (m, n) in both directions, into `to` of y (m m, N); N is S or more */
-void turned(const float *x, const float *M, const long *from, const long *to, long n, long m, long N, long cores, float *y) {
+"""
+
+# %% ../nbs/06b_winograd.ipynb #wino0041b
+COLUMNS = """
+/* each of N columns of x times M (m, n) in both directions, into y; number k of column c lies at its place[k] + c, or at place[k] + column[c / q] if columns go q at a time */
+void turned(const float *x, const long *place_x, const long *column_x, const float *M, long n, long m, long N, long q, long cores, float *y, const long *place_y, const long *column_y) {
   #pragma omp parallel for schedule(static) num_threads(cores)
   for (long c = 0; c < N; c += S) {
     float in[n * n * S], s[n * m * L], out[m * m * S];
-    long at = c + S <= N ? c : N - S;
-    for (long k = 0; k < n * n; k++) memcpy(in + k * S, x + from[k] * N + at, sizeof(float[S]));
-    for (long v = 0; v < S; v += L) {
+    long some = c + S <= N ? S : N - c;
+    for (long k = 0; k < n * n; k++) {
+      const float *from = x + place_x[k];
+      if (!column_x) memcpy(in + k * S, from + c, 4 * some);
+      else for (long j = 0; j < some; j += q) memcpy(in + k * S + j, from + column_x[(c + j) / q], 4 * q);
+      memset(in + k * S + some, 0, 4 * (S - some));
+    }
+    for (long v = 0; v < some; v += L) {
       for (long j = 0; j < n; j++) times(M, m, n, in + j * S + v, n * S, s + j * L, n * L);
       for (long i = 0; i < m; i++) times(M, m, n, s + i * n * L, L, out + i * m * S + v, S);
     }
-    for (long k = 0; k < m * m; k++) memcpy(y + to[k] * N + at, out + k * S, sizeof(float[S]));
+    for (long k = 0; k < m * m; k++) {
+      float *to = y + place_y[k];
+      if (!column_y) memcpy(to + c, out + k * S, 4 * some);
+      else for (long j = 0; j < some; j += q) memcpy(to + column_y[(c + j) / q], out + k * S + j, 4 * q);
+    }
   }
 }
 """
-COLUMNS = 128  # S of the loop
 
 # %% ../nbs/06b_winograd.ipynb #wino0042
 @lru_cache(maxsize=None)
 def _tables(way: str, side: int, r: int) -> tuple[np.ndarray, ...]:
-    "The matrix of one direction, and where the loop finds and puts the numbers of a map."
+    "The matrix of one direction, and in which rows the loop finds and puts the numbers of a map."
     (into, _, back), places = _one_way(side, r), _places(side, r)
-    pixels = lambda n: np.arange(n**2)
-    M, found, put = (into, pixels(side), places) if way.startswith("into") else (back, places, pixels(len(back)))
+    M, found, put = (into, np.arange(side**2), places) if way.startswith("into") else (back, places, np.arange(len(back) ** 2))
     if way.endswith("^T"): M, found, put = M.T, put, found
     return np.ascontiguousarray(M, np.float32), found, put
 
 
-def _turned(library: ctypes.CDLL, x: Tensor, way: str, side: int, r: int) -> Tensor:
+@lru_cache(maxsize=64)
+def _squares(side: int, b: int, C: int) -> tuple[np.ndarray, np.ndarray, int]:
+    "Where a map (b, C, 2 side, 2 side), channels last, has the squares of `folded`, and where its columns; these go so many at a time."
+    q, wide = math.gcd(2 * C, 128), 2 * side * C
+    picture, row, first = np.ix_(2 * side * wide * np.arange(b), wide * np.arange(2), np.arange(0, 2 * C, q))
+    pixel = 2 * wide * np.arange(side)[:, None] + 2 * C * np.arange(side)
+    return pixel.flatten(), (picture + row + first).flatten(), q
+
+# %% ../nbs/06b_winograd.ipynb #wino0042b
+def _turned(library: ctypes.CDLL, x: Tensor, way: str, side: int, r: int, squares: tuple[int, int] | None = None) -> Tensor:
     "The loop's work."
-    M, found, put = map(torch.from_numpy, _tables(way, side, r))
-    y = torch.empty(len(put), x.shape[1])
-    call(library.turned, x.contiguous(), M, found, put, M.shape[1], M.shape[0], x.shape[1], torch.get_num_threads(), y)
+    M, found, put = _tables(way, side, r)
+    N, q, columns, none = 4 * math.prod(squares) if squares else x.shape[1], 1, None, None
+    x, found, put = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.contiguous(), found * N, put * N
+    y, read, written = x.new_empty(len(put), N), none, none
+    if squares: pixels, columns, q = _squares(side, *squares)
+    if squares and way == "into": found, read = pixels, torch.from_numpy(columns)
+    elif squares: y, put, written = x.new_empty(squares[0], 2 * side, 2 * side, squares[1]).movedim(3, 1), pixels, torch.from_numpy(columns)
+    M, found, put = map(torch.from_numpy, (M, found, put))
+    call(library.turned, x, found, read, M, M.shape[1], M.shape[0], N, q, torch.get_num_threads(), y, put, written)
     return y
 
 # %% ../nbs/06b_winograd.ipynb #wino0043
-def _as_product(x: Tensor, way: str, side: int, r: int) -> Tensor:
+def _as_product(x: Tensor, way: str, side: int, r: int, squares: tuple[int, int] | None = None) -> Tensor:
     "The same as a matrix product."
     B, _, A = map_matrices(side, r, x.dtype)
     M = B if way.startswith("into") else A
-    return (M.T if way.endswith("^T") else M) @ x
+    if squares and way == "into": x = pixels_first(folded(x)).flatten(1)
+    y = (M.T if way.endswith("^T") else M) @ x
+    return unfolded(y.view(side, side, squares[0], -1).permute(2, 3, 0, 1)) if squares and way == "into^T" else y
 
 
 def _right(library: ctypes.CDLL) -> bool:
     "Whether the compiled loop agrees with the products."
     with torch.inference_mode():
-        for side, r in ((3, 3), (5, 3), (8, 2), (9, 2), (10, 3)):
-            for way in ("into", "back", "into^T", "back^T"):
-                x = torch.randn(len(_tables(way, side, r)[1]), 2 * COLUMNS + 9, generator=torch.Generator().manual_seed(side), dtype=torch.float32, device="cpu")
-                exact = _as_product(x.double(), way, side, r)
-                if not torch.allclose(_turned(library, x, way, side, r).double(), exact, rtol=0, atol=1e-4 * float(exact.std())): return False
+        drawn = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+        rows = lambda way, side, r: drawn(len(_tables(way, side, r)[1]), 296)
+        tries = [(rows(way, side, r), way, side, r) for side, r in ((3, 3), (5, 3), (8, 2), (9, 2), (10, 3)) for way in ("into", "back", "into^T", "back^T")]
+        tries += [(drawn(3, 24, 2 * side, 2 * side), "into", side, 2, (3, 24)) for side in (8, 9)]
+        tries += [(drawn(len(_tables("into^T", side, 2)[1]), 288), "into^T", side, 2, (3, 24)) for side in (8, 9)]
+        for x, *args in tries:
+            exact = _as_product(x.double(), *args)
+            if not torch.allclose(_turned(library, x, *args).double(), exact, rtol=0, atol=1e-4 * float(exact.std())): return False
     return True
 
 
 @lru_cache(maxsize=1)
 def loops() -> ctypes.CDLL | None:
     "The compiled loop, or None where it cannot be had or does not do what it should."
-    return compiled(TURN, "tiles", _right, "matrix products do its work, and a detector trains a tenth slower")
+    return compiled(TURN + COLUMNS, "tiles", _right, "matrix products do its work, and a detector trains a tenth slower")
 
 # %% ../nbs/06b_winograd.ipynb #wino0044
 class _Turned(torch.autograd.Function):
@@ -231,8 +263,8 @@ class _Turned(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        way, side, r = ctx.args
-        return turned(grad, way.removesuffix("^T") if way.endswith("^T") else way + "^T", side, r), None, None, None
+        way, *rest = ctx.args
+        return turned(grad, way.removesuffix("^T") if way.endswith("^T") else way + "^T", *rest), None, None, None, None
 
 
 def turned(
@@ -240,11 +272,15 @@ def turned(
     way: str,  # "into" tiles (B^T), "back" from them (A^T), or the transposed matrix, "into^T" and "back^T"
     side: int,  # s, pixels of the map along one side
     r: int,  # taps of the filter along one side
-) -> Tensor:  # (rows, columns)
-    "One of the matrices of `map_matrices` times x."
-    if side == r and way.startswith("into"): return x  # nothing to share: the matrix is the identity
-    if ordinary(x) and x.shape[1] >= COLUMNS and loops(): return _Turned.apply(x, way, side, r)
-    return _as_product(x, way, side, r)
+    squares: tuple[int, int] | None = None,  # (B, C) if "into" is to take, or "into^T" to give, a map (B, C, 2 s, 2 s) instead of one that is `folded`
+) -> Tensor:  # (rows, columns), or such a map
+    "One of the matrices of `map_matrices` times x. `ValueError` for an x that has not as many rows as the matrix has columns."
+    rows, picture = len(_tables(way, side, r)[1]), (*(squares or ()), 2 * side, 2 * side)
+    if tuple(x.shape) != (picture if squares and way == "into" else (rows, 4 * math.prod(squares) if squares else x.shape[-1])):
+        raise ValueError(f"{way!r} of maps of {side} x {side} pixels cannot be taken of numbers of shape {tuple(x.shape)}")
+    if side == r and way.startswith("into") and not squares: return x  # nothing to share: the matrix is the identity
+    if ordinary(x) and loops(): return _Turned.apply(x, way, side, r, squares)
+    return _as_product(x, way, side, r, squares)
 
 # %% ../nbs/06b_winograd.ipynb #wino0025
 def small_map(
@@ -281,14 +317,16 @@ def small_conv(
     stride: tuple[int, int] = (1, 1),  # or (2, 2) if H and r are even
 ) -> Tensor:  # (B, K, h, w), pixels first in memory unless r is 1 and the channels of x are last
     "A convolution without padding, all of a map as one tile or a few."
-    if stride == (2, 2): x, weight = folded(x), unstrided(weight)
-    (K, _, r, _), (b, C, h, w) = weight.shape, x.shape
-    if r == 1 and x.is_contiguous(memory_format=torch.channels_last): return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
-    if r == 1: return F.linear(x.permute(2, 3, 0, 1), weight.flatten(1), bias).permute(2, 3, 0, 1)
-    G = map_matrices(h, r, x.dtype)[1]
-    V = turned(pixels_first(x).reshape(h * w, b * C), "into", h, r).view(len(G), -1, C)
-    y = turned(torch.bmm(V, _filters(weight, G)).view(-1, b * K), "back", h, r).view(h - r + 1, w - r + 1, b, K)
-    return (y if bias is None else y.add_(bias)).permute(2, 3, 0, 1)
+    (b, C, h, w), squares = x.shape, None
+    if stride == (2, 2): weight, squares, (C, h, w) = unstrided(weight), (b, C), (4 * C, h // 2, w // 2)
+    K, _, r, _ = weight.shape
+    if r == 1 and not squares and x.is_contiguous(memory_format=torch.channels_last): return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+    if r == 1 and not squares: return F.linear(x.permute(2, 3, 0, 1), weight.flatten(1), bias).permute(2, 3, 0, 1)
+    B, G, _ = map_matrices(h, r, x.dtype)
+    V = turned(x if squares else pixels_first(x).reshape(h * w, b * C), "into", h, r, squares).view(len(G), len(B) // len(G) * b, C)
+    y = turned(torch.bmm(V, _filters(weight, G)).view(len(B), b * K), "back", h, r)
+    if bias is not None: y = y.add_(bias.repeat(b))  # before it is viewed: autograd copies what changes behind a view
+    return y.view(h - r + 1, w - r + 1, b, K).permute(2, 3, 0, 1)
 
 # %% ../nbs/06b_winograd.ipynb #wino0028
 def small_conv_back(
@@ -298,9 +336,11 @@ def small_conv_back(
     stride: tuple[int, int] = (1, 1),  # of the layer
 ) -> Tensor:  # (B, C, side, side), for one tap (B, C, h, w); pixels first in memory if the stride is 1
     "What `small_conv` hands to its input: the transposed convolution, a function of g and the weight that can be differentiated again."
-    if stride == (2, 2): return unfolded(small_conv_back(g, unstrided(weight), side // 2))
+    squares = (len(g), weight.shape[1]) if stride == (2, 2) else None
+    if squares: weight, side = unstrided(weight), side // 2
     (K, C, r, _), (b, _, h, w) = weight.shape, g.shape
-    if r == 1: return (pixels_first(g) @ weight.flatten(1)).view(h, w, b, C).permute(2, 3, 0, 1)
-    G = map_matrices(side, r, g.dtype)[1]
-    Q = turned(pixels_first(g).reshape(h * w, b * K), "back^T", side, r).view(len(G), -1, K)
-    return turned(torch.bmm(Q, _filters(weight, G).mT).view(-1, b * C), "into^T", side, r).view(side, side, b, C).permute(2, 3, 0, 1)
+    if r == 1 and not squares: return (pixels_first(g) @ weight.flatten(1)).view(h, w, b, C).permute(2, 3, 0, 1)
+    B, G, _ = map_matrices(side, r, g.dtype)
+    Q = turned(pixels_first(g).reshape(h * w, b * K), "back^T", side, r).view(len(G), len(B) // len(G) * b, K)
+    x = turned(torch.bmm(Q, _filters(weight, G).mT).view(len(B), b * C), "into^T", side, r, squares)
+    return x if squares else x.view(side, side, b, C).permute(2, 3, 0, 1)

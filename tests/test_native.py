@@ -6,13 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grad_nb import inference, native, pixelwise
+from grad_nb import inference, native, pixelwise, winograd
 from grad_nb.benchmark import threads_of
 from grad_nb.config import GeneratorConfig
 from grad_nb.patchdiff import new_patchdiff
 
 compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
-CLEAR = (pixelwise.loops.cache_clear, inference.loops.cache_clear)
+CLEAR = (pixelwise.loops.cache_clear, inference.loops.cache_clear, winograd.loops.cache_clear)
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def shaken(model):
 
 @compiler
 def test_where_there_is_a_compiler_there_are_loops():
-    assert pixelwise.loops() is not None and inference.loops() is not None
+    assert pixelwise.loops() is not None and inference.loops() is not None and winograd.loops() is not None
     assert pixelwise.fits(torch.zeros(1, 16, 2, 2)) and not pixelwise.fits(torch.zeros(1, 12, 2, 2)) and not pixelwise.fits(torch.zeros(1, 16, 2, 2).double())
     with torch.autocast("cpu", torch.bfloat16): assert not pixelwise.fits(torch.zeros(1, 16, 2, 2))
 
@@ -125,7 +125,7 @@ def test_a_default_type_changes_nothing(fresh):
 def test_a_gradient_of_a_gradient():
     given = [v.requires_grad_() for v in (drawn(1, 2, 8, 3, 3), drawn(2, 8), drawn(3, 2, 8), drawn(4, 2, 8))]
     second = lambda f: torch.autograd.grad(torch.autograd.grad(f(*given).square().sum(), given[0], create_graph=True)[0].square().sum(), given)
-    for a, b in zip(second(pixelwise.modulated), second(pixelwise.plainly)): assert torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
+    for a, b in zip(second(pixelwise.modulated), second(pixelwise.plainly)): assert torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(b.detach().abs().max()))
     given[1].requires_grad_(False)
     assert torch.autograd.grad(pixelwise.modulated(*given).sum(), given[0])[0].shape == given[0].shape
 
@@ -164,3 +164,66 @@ def test_a_library_is_compiled_once(fresh, tmp_path):
         pixelwise.loops.cache_clear()
         assert pixelwise.loops() is not None
     assert len(calls) == 1 and [p.suffix for p in (tmp_path / "grad_nb").iterdir()] == [".so"]
+
+
+# --- the transformations of tiles -----------------------------------------------------------------------------------
+
+@compiler
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 40), st.integers(1, 9), st.integers(1, 5), st.integers(0, 7), st.sampled_from([1, 2]))
+def test_a_small_map_by_loops_is_a_convolution_and_so_are_its_derivatives(seed, n, before, after, r, more, stride):
+    side, taps, both = stride * (r + more), stride * r, (stride, stride)
+    x, weight, bias = (drawn(seed + i, *shape).requires_grad_() for i, shape in enumerate(((n, before, side, side), (after, before, taps, taps), (after,))))
+    exact, g = [v.detach().double().requires_grad_() for v in (x, weight, bias)], drawn(seed + 3, n, after, more + 1, more + 1).requires_grad_()
+    near = lambda a, b: torch.allclose(a.double(), b, atol=1e-4 * float(1 + b.detach().abs().max()))
+    ours, theirs = winograd.small_conv(x, weight, bias, both), torch.nn.functional.conv2d(*exact, stride)
+    assert ours.shape == theirs.shape and near(ours, theirs)
+    for a, b in zip(torch.autograd.grad(ours, (x, weight, bias), g.detach()), torch.autograd.grad(theirs, exact, g.detach().double())): assert near(a, b)
+    ours, theirs = winograd.small_conv_back(g, weight, side, both), torch.nn.functional.conv_transpose2d(g.detach().double(), exact[1], stride=stride)
+    assert ours.shape == theirs.shape == x.shape and near(ours, theirs)
+
+
+@compiler
+def test_tiles_do_not_depend_on_the_cores_and_can_be_differentiated_twice():
+    x, weight, found = drawn(1, 7, 24, 16, 16).requires_grad_(), drawn(2, 5, 24, 4, 4).requires_grad_(), []
+    for threads in (1, 2, 3):
+        with threads_of(threads):
+            y = winograd.small_conv(x, weight, None, (2, 2))
+            (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+            found.append([y, first, *torch.autograd.grad(first.square().sum(), (x, weight))])
+    assert all(torch.equal(a, b) for a, b in zip(found[0], found[1])) and all(torch.equal(a, b) for a, b in zip(found[0], found[2]))
+    y = torch.nn.functional.conv2d(x, weight, None, 2)
+    (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    for a, b in zip(found[0], [y, first, *torch.autograd.grad(first.square().sum(), (x, weight))]): assert torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(b.detach().abs().max()))
+
+
+@compiler
+def test_without_the_loops_matrix_products_give_the_same(fresh, caplog):
+    x, weight, found = drawn(1, 3, 32, 16, 16).requires_grad_(), drawn(2, 5, 32, 4, 4).requires_grad_(), []
+    for switch in ("1", "0"):
+        fresh.setenv("GRAD_NB_NATIVE", switch)
+        winograd.loops.cache_clear()
+        assert (winograd.loops() is None) == (switch == "0")
+        y = winograd.small_conv(x, weight, None, (2, 2))
+        found.append([y, *torch.autograd.grad(y.square().sum(), (x, weight))])
+    for a, b in zip(*found): assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+    fresh.setenv("GRAD_NB_NATIVE", "1")
+    winograd.loops.cache_clear()
+    fresh.setattr(winograd, "TURN", winograd.TURN.replace("M[q * n + k] * AT(d + k * far);", "M[k] * AT(d + k * far);"))
+    with caplog.at_level("INFO"): assert winograd.loops() is None
+    assert "not right" in caplog.text
+
+
+@compiler
+def test_tiles_take_an_empty_batch_and_other_modes():
+    weight = drawn(2, 5, 32, 4, 4)
+    assert winograd.small_conv(torch.zeros(0, 32, 16, 16), weight, None, (2, 2)).shape == (0, 5, 7, 7)
+    x = drawn(1, 2, 32, 16, 16)
+    expected = torch.nn.functional.conv2d(x, weight, None, 2)
+    with torch.inference_mode(): assert torch.allclose(winograd.small_conv(x, weight, None, (2, 2)), expected, atol=1e-2)
+    with torch.device("meta"): assert torch.allclose(winograd.small_conv(x, weight, None, (2, 2)), expected, atol=1e-2)
+    torch.set_default_dtype(torch.float64)
+    try: assert torch.allclose(winograd.small_conv(x, weight, None, (2, 2)), expected, atol=1e-2)
+    finally: torch.set_default_dtype(torch.float32)
+    first = torch.func.grad(lambda x: winograd.small_conv(x, weight, None, (2, 2)).square().sum())(x)
+    assert torch.allclose(first, torch.autograd.grad(torch.nn.functional.conv2d(given := x.clone().requires_grad_(), weight, None, 2).square().sum(), given)[0], rtol=1e-3, atol=1)

@@ -509,8 +509,8 @@ def test_a_fresh_patchdiff_takes_any_size_and_forgets_nothing_of_the_coordinates
 
 def step_gradients(plain, monkeypatch, **config):
     "The losses of one step with all terms, and the gradients of every parameter."
-    if plain: monkeypatch.setattr(Conv, "forward", nn.Conv2d.forward); monkeypatch.setattr(regularizers, "_small", lambda *args, **options: False)
-    config = DetectorConfig(width=0.2, pictures=2, patches=16, alpha_1=1.0, alpha_2=0.5, bf16=False, **config)
+    if plain: monkeypatch.setattr(Conv, "forward", nn.Conv2d.forward); monkeypatch.setattr(regularizers, "small_map", lambda *args: False)
+    config = DetectorConfig(**{"width": 0.2, "pictures": 2, "patches": 16, "alpha_1": 1.0, "alpha_2": 0.5, "bf16": False} | config)
     learner, side = Learner(config, 10, seed=3), PATCH + STRIDE * (config.block - 1)
     blocks = randn(3 * 16 // config.block**2, 5, side, side, seed=5, dtype=torch.float32).clamp(-1, 1).to(memory_format=torch.channels_last)
     first = 16 // config.block**2
@@ -519,7 +519,7 @@ def step_gradients(plain, monkeypatch, **config):
     return {"loss": loss, **parts}, [p.grad for net in (learner.detector, learner.decoder) for p in net.parameters()]
 
 
-@pytest.mark.parametrize("config", [{}, {"block": 2}, {"block": 2, "shared_pass": True}, {"penalise": "probability"}])
+@pytest.mark.parametrize("config", [{}, {"block": 2}, {"block": 2, "shared_pass": True}, {"penalise": "probability"}, {"width": 0.5}, {"width": 0.5, "block": 2}])
 def test_a_step_by_tiles_is_the_step_of_plain_convolutions(monkeypatch, config):
     ours, g = step_gradients(False, monkeypatch, **config)
     theirs, h = step_gradients(True, monkeypatch, **config)
@@ -537,6 +537,10 @@ def test_tiles_are_taken_in_training_on_a_cpu_in_full_precision_alone():
     with torch.no_grad(): assert not took(layer(x))
     with torch.autocast("cpu", torch.bfloat16): assert not took(layer(x)) and layer(x).dtype == torch.bfloat16
     assert not took(Conv(3, 4, 3).bfloat16()(x.bfloat16())) and Conv(3, 4, 3, bias=False)(x).shape == (2, 4, 4, 4) and Conv(3, 4, (3, 1))(x).shape == (2, 4, 4, 6)
+    second = Conv(32, 4, 4, 2)
+    assert took(second(randn(2, 32, 16, 16, dtype=torch.float32))) and took(second(randn(2, 32, 20, 20, dtype=torch.float32)))
+    for shape in ((17, 17), (16, 18), (22, 22)): assert not took(second(randn(2, 32, *shape, dtype=torch.float32)))
+    assert not took(Conv(16, 4, 4, 2)(randn(2, 16, 16, 16, dtype=torch.float32))) and not took(Conv(32, 4, 3, 2)(randn(2, 32, 16, 16, dtype=torch.float32))) and not took(Conv(32, 4, 3, 3)(randn(2, 32, 9, 9, dtype=torch.float32)))
     with pytest.raises(RuntimeError, match="Kernel size"): Detector(0.1)(randn(2, 5, 30, 30, dtype=torch.float32))
     assert layer(x[0]).shape == (4, 4, 4) and Conv(3, 4, 9)(randn(1, 3, 10, 10, dtype=torch.float32)).shape == (1, 4, 2, 2)
     assert layer.to("meta")(x.to("meta")).shape == (2, 4, 4, 4)
@@ -545,7 +549,7 @@ def test_tiles_are_taken_in_training_on_a_cpu_in_full_precision_alone():
 def test_the_penalty_s_gradients_are_those_of_plain_convolutions(monkeypatch):
     detector, x = Detector(0.2).double(), randn(3, 5, 34, 34)
     ours = input_gradients(detector, x)
-    monkeypatch.setattr(regularizers, "_small", lambda *args, **options: False)
+    monkeypatch.setattr(regularizers, "small_map", lambda *args: False)
     theirs = input_gradients(detector, x)
     assert torch.allclose(ours, theirs, atol=1e-10) and not torch.equal(ours, theirs)
     with torch.autocast("cpu", torch.bfloat16): assert not small_map(x, detector.body[4].weight)

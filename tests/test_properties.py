@@ -71,15 +71,15 @@ MEMORY = {"plain": torch.Tensor.contiguous, "channels last": lambda x: x.contigu
 
 
 @FAST
-@given(SEED, st.integers(1, 3), st.integers(1, 5), st.integers(1, 5), st.integers(1, 7), st.integers(0, 14), st.sampled_from(sorted(MEMORY)))
-def test_a_map_as_tiles_is_a_convolution_and_so_are_its_derivatives(seed, n, before, after, r, more, memory):
-    side = r + more
-    x, weight, bias = (randn(*shape, seed=seed + i).requires_grad_() for i, shape in enumerate(((n, before, side, side), (after, before, r, r), (after,))))
+@given(SEED, st.integers(1, 3), st.integers(1, 5), st.integers(1, 5), st.integers(1, 7), st.integers(0, 14), st.sampled_from([1, 2]), st.sampled_from(sorted(MEMORY)))
+def test_a_map_as_tiles_is_a_convolution_and_so_are_its_derivatives(seed, n, before, after, r, more, stride, memory):
+    side, taps, both = stride * (r + more), stride * r, (stride, stride)
+    x, weight, bias = (randn(*shape, seed=seed + i).requires_grad_() for i, shape in enumerate(((n, before, side, side), (after, before, taps, taps), (after,))))
     g = randn(n, after, more + 1, more + 1, seed=seed + 3).requires_grad_()
-    ours, theirs = small_conv(MEMORY[memory](x), weight, bias), torch.nn.functional.conv2d(x, weight, bias)
+    ours, theirs = small_conv(MEMORY[memory](x), weight, bias, both), torch.nn.functional.conv2d(x, weight, bias, stride)
     assert ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-9)
     for a, b in zip(torch.autograd.grad(ours, (x, weight, bias), g.detach()), torch.autograd.grad(theirs, (x, weight, bias), g.detach())): assert torch.allclose(a, b, atol=1e-9)
-    ours, theirs = small_conv_back(MEMORY[memory](g), weight, side), torch.nn.functional.conv_transpose2d(g, weight)
+    ours, theirs = small_conv_back(MEMORY[memory](g), weight, side, both), torch.nn.functional.conv_transpose2d(g, weight, stride=stride)
     assert ours.shape == theirs.shape == x.shape and torch.allclose(ours, theirs, atol=1e-9)
     for a, b in zip(torch.autograd.grad(ours, (g, weight), x.detach()), torch.autograd.grad(theirs, (g, weight), x.detach())): assert torch.allclose(a, b, atol=1e-9)
 
