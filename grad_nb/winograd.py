@@ -212,15 +212,16 @@ def _squares(side: int, b: int, C: int) -> tuple[np.ndarray, np.ndarray, int]:
 # %% ../nbs/06b_winograd.ipynb #wino0042b
 def _turned(library: ctypes.CDLL, x: Tensor, way: str, side: int, r: int, squares: tuple[int, int] | None = None) -> Tensor:
     "The loop's work."
-    M, found, put = _tables(way, side, r)
-    N, q, columns, none = 4 * math.prod(squares) if squares else x.shape[1], 1, None, None
-    x, found, put = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.contiguous(), found * N, put * N
-    y, read, written = x.new_empty(len(put), N), none, none
+    (M, found, put), columns, q = _tables(way, side, r), None, 1
+    N = 4 * math.prod(squares) if squares else x.shape[1]
+    found, put = found * N, put * N
     if squares: pixels, columns, q = _squares(side, *squares)
-    if squares and way == "into": found, read = pixels, torch.from_numpy(columns)
-    elif squares: y, put, written = x.new_empty(squares[0], 2 * side, 2 * side, squares[1]).movedim(3, 1), pixels, torch.from_numpy(columns)
-    M, found, put = map(torch.from_numpy, (M, found, put))
-    call(library.turned, x, found, read, M, M.shape[1], M.shape[0], N, q, torch.get_num_threads(), y, put, written)
+    if squares and way == "into": found, x = pixels, x.contiguous(memory_format=torch.channels_last)
+    else: x = x.contiguous()
+    if squares and way == "into^T": put, y = pixels, x.new_empty(squares[0], 2 * side, 2 * side, squares[1]).movedim(3, 1)
+    else: y = x.new_empty(len(put), N)
+    M, found, put, columns = (None if array is None else torch.from_numpy(array) for array in (M, found, put, columns))
+    call(library.turned, x, found, columns if way == "into" else None, M, M.shape[1], M.shape[0], N, q, torch.get_num_threads(), y, put, None if way == "into" else columns)
     return y
 
 # %% ../nbs/06b_winograd.ipynb #wino0043
