@@ -113,7 +113,7 @@ class Task:
     notebook: str  # name of the template
     name: str  # name of the stage, for instance "generate-05"
     level: int | None = None  # its level, if it has one
-    cost: float = 1  # how long it takes, compared with the other notebooks of its phase
+    cost: float = 1  # how long it takes, compared with the other notebooks of its phase (our choice, from runs with `demo`)
 
 
 def plan(
@@ -141,7 +141,7 @@ def run_notebook(
     check_parameters(source, values)
     executed.parent.mkdir(parents=True, exist_ok=True)
     log = executed.with_suffix(".log")
-    command = [sys.executable, "-m", "grad_nb.execute", str(source), str(executed), str(log), json.dumps(values)]
+    command = [sys.executable, "-m", "grad_nb.execute", str(source), str(executed), str(log), json.dumps(values, default=str)]
     limit = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} if threads else {}
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | limit, pass_fds=hold)
@@ -162,7 +162,7 @@ def last_progress(
     log: str | Path,  # what a running notebook has written on stderr so far; may be absent
 ) -> str:  # empty if there is none yet
     "The last progress line of a notebook."
-    tail = Path(log).read_text(errors="replace")[-400:].replace("\r", "\n") if Path(log).exists() else ""
+    tail = Path(log).read_text(encoding="utf-8", errors="replace")[-400:].replace("\r", "\n") if Path(log).exists() else ""
     shown = [part.strip() for part in tail.splitlines() if "%|" in part or part.startswith("evaluating")]
     return shown[-1] if shown else ""
 
@@ -251,11 +251,11 @@ def threads_for(
     costs: Sequence[float],  # of each task, in the order in which they start
     available: int,  # cores
 ) -> list[int]:  # threads of each task
-    "Tasks shared between cores: a thread for each task of the full rounds; those that are left over share all cores, unless they would long share them with the slowest of the round before."
+    "Tasks shared between cores: a thread for each task of the full rounds; those that are left over share the cores on which no task of the round before runs for half of their time."
     left = len(costs) % available
     last = costs[: len(costs) - left][-available:]
-    alone = not last or max(last) - min(last) < 0.5 * costs[-1]
-    return [1] * (len(costs) - left) + [available // max(left, 1) if alone else 1] * left
+    busy = sum(cost - min(last) >= 0.5 * costs[-1] for cost in last)
+    return [1] * (len(costs) - left) + [max(1, (available - busy) // max(left, 1))] * left
 
 
 def run_phase(

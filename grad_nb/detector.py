@@ -33,10 +33,19 @@ def he_init(
 class Conv(nn.Conv2d):
     "A convolution without padding, faster to train on a CPU in float32 than its base class, and the same function."
 
+    def __init__(self,
+        before: int,  # channels in
+        after: int,  # channels out
+        size: int | tuple[int, int],  # of the kernel
+        stride: int = 1,  # pixels from one output to the next
+        bias: bool = True,  # whether there is one
+    ):
+        super().__init__(before, after, size, stride, bias=bias)
+
     def forward(self,
         x: Tensor,  # (B, C, H, W)
     ) -> Tensor:  # (B, C', h, w)
-        if x.is_cuda and self.kernel_size == (1, 1):  # a matrix product
+        if x.is_cuda and self.kernel_size == self.stride == (1, 1):  # a matrix product
             linear = layers.linear if (layers := gpu_layers(x)) else F.linear
             return linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
         tiled = self.training and torch.is_grad_enabled() and small_map(x, self.weight, self.stride)

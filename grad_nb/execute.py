@@ -9,19 +9,41 @@ __all__ = ['execute']
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 # %% ../nbs/00e_execute.ipynb #exec0004
+def _engine() -> type:
+    "papermill's engine, but for the end of a kernel whose cells have run."
+    from papermill.clientwrap import PapermillNotebookClient
+    from papermill.engines import NBClientEngine
+
+    class Client(PapermillNotebookClient):
+        def papermill_execute_cells(self) -> None:
+            super().papermill_execute_cells()
+            self.shutdown_kernel = "immediate"
+
+    class Engine(NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, start_timeout: int = 60, stderr_file: Any = None, **_) -> Any:
+            return Client(nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, stderr_file=stderr_file).execute()
+
+    return Engine
+
+# %% ../nbs/00e_execute.ipynb #exec0005
 def execute(
     source: str | Path,  # a notebook with a cell tagged "parameters"
     executed: str | Path,  # where the executed copy goes; it is kept up to date cell by cell
-    log: str | Path,  # file for what the notebook writes on stderr
+    log: str | Path,  # file for what the notebook writes on stderr, in UTF-8
     values: dict,  # parameters
 ) -> None:
     "Run a notebook. papermill's `PapermillExecutionError` if one of its cells fails; the executed copy then holds the traceback."
-    sys.modules.setdefault("rfc3987_syntax", None)
     from papermill import execute_notebook
-    with Path(log).open("w") as stderr:
-        execute_notebook(str(source), str(executed), values, kernel_name="python3", progress_bar=False, stderr_file=stderr, shutdown_kernel="immediate")
+    from papermill.engines import papermill_engines
+    papermill_engines.register("grad_nb", _engine())
+    with Path(log).open("w", encoding="utf-8") as stderr:
+        execute_notebook(str(source), str(executed), values, engine_name="grad_nb", kernel_name="python3", progress_bar=False, stderr_file=stderr)
 
-# %% ../nbs/00e_execute.ipynb #exec0005
-if __name__ == "__main__": execute(*sys.argv[1:4], json.loads(sys.argv[4]))
+# %% ../nbs/00e_execute.ipynb #exec0008
+if __name__ == "__main__":
+    sys.modules["rfc3987_syntax"] = None  # before papermill is imported
+    execute(*sys.argv[1:4], json.loads(sys.argv[4]))

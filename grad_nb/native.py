@@ -75,7 +75,9 @@ def call(
 def ordinary(
     x: Tensor,  # what a loop is to read
 ) -> bool:
-    "Whether x has its numbers at hand, on a CPU in float32, and nobody records or traces or casts what happens to them."
-    traced = torch.jit.is_tracing() or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack()
-    return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dtype == torch.float32 and not (traced or torch.is_autocast_enabled("cpu"))
+    "Whether x has its numbers at hand, on a CPU in float32, and nobody traces, batches, casts or differentiates forwards what happens to them."
+    if type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu" or x.dtype != torch.float32 or x.is_neg(): return False
+    traced = torch.jit.is_tracing() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    batched = torch._C._functorch.peek_interpreter_stack() or torch._C._functorch.is_legacy_batchedtensor(x)
+    return not (traced or batched or torch.autograd.forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"))
 

@@ -19,7 +19,7 @@ from .winograd import small_conv, small_conv_back, small_map
 # %% ../nbs/09_regularizers.ipynb #ac70bdb8
 def noised(
     x: Tensor,  # any tensor
-    sigma: float,  # standard deviation of the noise
+    sigma: float,  # standard deviation of the noise, 0 or more
     generator: torch.Generator,  # source of randomness
 ) -> Tensor:  # the same shape
     "x plus Gaussian noise, drawn in the memory order of x."

@@ -450,7 +450,7 @@ def why(
     except (OSError, ValueError, KeyError, TypeError): cells = []
     errors = [output for cell in cells for output in cell.get("outputs", []) if output["output_type"] == "error"]
     if errors: return f"{errors[-1]['ename']}: {errors[-1]['evalue']}".splitlines()[0]
-    said = Path(notebook).with_suffix(".log").read_text(errors="replace").split("\n")
+    said = Path(notebook).with_suffix(".log").read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line.split("failed:")[-1].strip() for line in reversed(said) if "failed:" in line or "No space left" in line), "it was ended from outside")
 
 # %% ../nbs/18_reproduce.ipynb #repr0007

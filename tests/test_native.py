@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from grad_nb import inference, native, pixelwise, winograd
 from grad_nb.benchmark import threads_of
@@ -220,10 +221,31 @@ def test_tiles_take_an_empty_batch_and_other_modes():
     assert winograd.small_conv(torch.zeros(0, 32, 16, 16), weight, None, (2, 2)).shape == (0, 5, 7, 7)
     x = drawn(1, 2, 32, 16, 16)
     expected = torch.nn.functional.conv2d(x, weight, None, 2)
-    with torch.inference_mode(): assert torch.allclose(winograd.small_conv(x, weight, None, (2, 2)), expected, atol=1e-2)
-    with torch.device("meta"): assert torch.allclose(winograd.small_conv(x, weight, None, (2, 2)), expected, atol=1e-2)
+    with torch.inference_mode(): assert torch.allclose(winograd.small_conv(x, weight, None, (2, 2)), expected, atol=5e-3)
+    with torch.device("meta"): assert torch.allclose(winograd.small_conv(x, weight, None, (2, 2)), expected, atol=5e-3)
     torch.set_default_dtype(torch.float64)
-    try: assert torch.allclose(winograd.small_conv(x, weight, None, (2, 2)), expected, atol=1e-2)
+    try: assert torch.allclose(winograd.small_conv(x, weight, None, (2, 2)), expected, atol=5e-3)
     finally: torch.set_default_dtype(torch.float32)
-    first = torch.func.grad(lambda x: winograd.small_conv(x, weight, None, (2, 2)).square().sum())(x)
-    assert torch.allclose(first, torch.autograd.grad(torch.nn.functional.conv2d(given := x.clone().requires_grad_(), weight, None, 2).square().sum(), given)[0], rtol=1e-3, atol=1)
+    f, plain = (lambda x: winograd.small_conv(x, weight, None, (2, 2))), lambda x: torch.nn.functional.conv2d(x, weight, None, 2)
+    near = lambda a, b: a.shape == b.shape and torch.allclose(a, b, atol=1e-4 * float(b.abs().max()))
+    assert near(f(torch._neg_view(x)), plain(-x)) and near(make_fx(f)(x)(2 * x), plain(2 * x))
+    for made in (lambda f: torch.func.grad(lambda x: f(x).square().sum())(x), lambda f: torch.func.jvp(f, (x,), (x + 1,))[1]): assert near(made(f), made(plain))
+    part = x[:1, :, :, :].clone().requires_grad_()
+    g = drawn(3, 4, 1, 5, 7, 7)
+    assert near(*(torch.autograd.grad(h(part), part, g, is_grads_batched=True)[0] for h in (f, plain)))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x + 1)
+        assert near(*(torch.autograd.forward_ad.unpack_dual(h(dual)).tangent for h in (f, plain)))
+
+
+@pytest.mark.parametrize("x, way, squares", [((49, 256), "back^T", (2, 32)), ((49, 256), "back", (2, 32)), ((3, 256), "into", None), ((256,), "into", None), ((), "into", None), ((36, 4), "inot", None), ((2, 32, 8, 8), "into", (2, 32))])
+def test_what_cannot_be_transformed_is_refused(x, way, squares):
+    with pytest.raises(ValueError, match="way|shape"): winograd.turned(torch.zeros(x), way, 16, 4, squares)
+    for stride in ([2, 2], 2, (1, 2), (3, 3)):
+        with pytest.raises(ValueError, match="stride"): winograd.small_conv(torch.zeros(1, 32, 16, 16), torch.zeros(4, 32, 4, 4), None, stride)
+
+
+@compiler
+def test_a_map_that_is_too_large_for_the_loop_is_a_product():
+    x, weight = drawn(1, 1, 2, 60, 60), drawn(2, 3, 2, 3, 3)
+    assert torch.allclose(winograd.small_conv(x, weight, None), torch.nn.functional.conv2d(x, weight), atol=1e-3)

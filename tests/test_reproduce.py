@@ -267,7 +267,7 @@ def test_the_page_of_a_finished_batch(whole):
 def test_the_driver_killed_in_every_stage(data, whole, tmp_path):
     for stage in ("check", "generate-05", "detect-034", "table", "tables"):
         driver = subprocess.Popen(arguments(data, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_for(lambda stage=stage: processes("papermill", f"/notebooks/{stage}.ipynb", str(tmp_path)), driver)
+        wait_for(lambda stage=stage: processes("grad_nb.execute", f"/notebooks/{stage}.ipynb", str(tmp_path)), driver)
         driver.send_signal(signal.SIGKILL); driver.wait()
     finish(data, tmp_path)
     assert outcome(tmp_path) == outcome(whole)
@@ -277,7 +277,7 @@ def test_the_driver_killed_in_every_stage(data, whole, tmp_path):
 def test_a_job_killed_in_every_stage(data, whole, tmp_path):
     driver = subprocess.Popen(arguments(data, tmp_path), stdout=subprocess.PIPE, text=True)
     for stage in ("generate-05", "detect-034", "table", "tables"):
-        for pid in wait_for(lambda stage=stage: processes("papermill", f"/notebooks/{stage}.ipynb", str(tmp_path)), driver): os.kill(pid, signal.SIGKILL)
+        for pid in wait_for(lambda stage=stage: processes("grad_nb.execute", f"/notebooks/{stage}.ipynb", str(tmp_path)), driver): os.kill(pid, signal.SIGKILL)
     said, _ = driver.communicate(timeout=1800)
     assert driver.returncode == 1 and "failed: done/tables: it was ended from outside" in said, f"all others are tried again by themselves; {said}"
     assert said.count("failed: ") == 1 and "tables.ipynb" in said
