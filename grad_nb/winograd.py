@@ -92,14 +92,18 @@ def folded(
     x: Tensor,  # (B, C, 2 h, 2 w)
 ) -> Tensor:  # (B, 4 C, h, w), pixels first in memory
     "A map with its squares of 2 x 2 pixels in the channels."
-    return x.permute(2, 3, 0, 1).unflatten(0, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).permute(2, 3, 0, 1)
+    B, C, H, W = x.shape
+    squares = x.permute(2, 3, 0, 1).reshape(H // 2, 2, W // 2, 2, B, C).permute(0, 2, 4, 1, 3, 5)
+    return squares.reshape(H // 2, W // 2, B, 4 * C).permute(2, 3, 0, 1)
 
 
 def unfolded(
     x: Tensor,  # (B, 4 C, h, w)
 ) -> Tensor:  # (B, C, 2 h, 2 w), channels last in memory
     "The inverse of `folded`."
-    return x.permute(0, 2, 3, 1).unflatten(3, (2, 2, -1)).permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+    B, C, h, w = x.shape
+    rows = x.permute(0, 2, 3, 1).reshape(B, h, w, 2, 2, C // 4).permute(0, 1, 3, 2, 4, 5)
+    return rows.reshape(B, 2 * h, 2 * w, C // 4).permute(0, 3, 1, 2)
 
 
 def pixels_first(
