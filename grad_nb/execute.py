@@ -44,6 +44,6 @@ def execute(
         execute_notebook(str(source), str(executed), values, engine_name="grad_nb", kernel_name="python3", progress_bar=False, stderr_file=stderr)
 
 # %% ../nbs/00e_execute.ipynb #exec0008
-if __name__ == "__main__":
+if __name__ == "__main__" and "__file__" in globals():  # `python -m grad_nb.execute`, and not a cell of a notebook
     sys.modules["rfc3987_syntax"] = None  # before papermill is imported
     execute(*sys.argv[1:4], json.loads(sys.argv[4]))
