@@ -13,16 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .native import call, compiled, ordinary
+from .native import VECTORS, call, compiled, ordinary
 
 # %% ../nbs/04a_pixelwise.ipynb #pixl0005
 PIXEL = """
-enum { W = 8 };
-typedef float vec __attribute__((vector_size(4 * W), aligned(4)));
 typedef int ivec __attribute__((vector_size(4 * W), aligned(4)));
-#define AT(p) (*(vec *)(p))
 #define PICK(test, a, b) (vec)(((ivec)(a) & (test)) | ((ivec)(b) & ~(test)))
-#define INLINE static inline __attribute__((always_inline))
 
 INLINE vec total(vec v) {
   v += (vec){v[4], v[5], v[6], v[7], v[0], v[1], v[2], v[3]};
@@ -142,7 +138,7 @@ def _right(library: ctypes.CDLL) -> bool:
 @lru_cache(maxsize=1)
 def loops() -> ctypes.CDLL | None:
     "The compiled loops, or None where they cannot be had or do not do what they should."
-    return compiled(PIXEL + FORWARD + BACKWARD + PICTURES, "pixelwise", _right, "torch's layers do the work, and a PatchDiff trains and samples a tenth slower")
+    return compiled(VECTORS + PIXEL + FORWARD + BACKWARD + PICTURES, "pixelwise", _right, "torch's layers do the work, and a PatchDiff trains and samples a tenth slower")
 
 # %% ../nbs/04a_pixelwise.ipynb #pixl0012
 class _Modulated(torch.autograd.Function):
@@ -175,7 +171,7 @@ def modulation(
 def fits(
     x: Tensor,  # (B, C, H, W), what a block works on
 ) -> bool:
-    "Whether `modulated` can be used: on a CPU in float32, with channels that fill vectors, numbers at hand (nobody records or traces), and the loops too."
+    "Whether `modulated` can be used: on a CPU in float32, with channels that fill vectors, in no mode that the loops cannot follow, and with the loops at hand."
     return ordinary(x) and x.shape[1] % 8 == 0 and loops() is not None
 
 # %% ../nbs/04a_pixelwise.ipynb #pixl0012b

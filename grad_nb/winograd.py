@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .native import call, compiled, ordinary
+from .native import VECTORS, call, compiled, ordinary
 
 # %% ../nbs/06b_winograd.ipynb #_inf0005
 POINTS = [Fraction(p) for p in ("0", "1", "-1", "2", "-2", "1/2", "-1/2")]  # infinity comes last and is not written
@@ -132,8 +132,9 @@ def _one_way(side: int, r: int) -> tuple[np.ndarray, ...]:
 @lru_cache(maxsize=None)
 def _places(side: int, r: int) -> np.ndarray:
     "Where the number of a map at row (p, a) and column (q, b) of its tiles comes in the order p, q, a, b: p and q are its place in the tile, a and b say which tile."
-    n, into = len(_one_way(side, r)[1]), _one_way(side, r)[0]
-    p, a = np.divmod(np.arange(len(into)), t := len(into) // n)
+    into, G, _ = _one_way(side, r)
+    n, t = len(G), len(into) // len(G)
+    p, a = np.divmod(np.arange(len(into)), t)
     return ((p[:, None] * n + p) * t**2 + a[:, None] * t + a).flatten()
 
 
@@ -157,10 +158,7 @@ def map_matrices(
 # %% ../nbs/06b_winograd.ipynb #wino0041
 TURN = """
 #include <string.h>
-enum { W = 8, L = 2 * W, S = 128 };
-typedef float vec __attribute__((vector_size(4 * W), aligned(4)));
-#define AT(p) (*(vec *)(p))
-#define INLINE static inline __attribute__((always_inline))
+enum { L = 2 * W, S = 128 };
 /* R rows of M, of n numbers, times n rows of L numbers, which lie `far` apart */
 INLINE void rows(const int R, const float *M, long n, const float *d, long far, float *out, long apart) {
   vec t[R][2];
@@ -204,6 +202,9 @@ void turned(const float *x, const long *place_x, const long *column_x, const flo
 """
 
 # %% ../nbs/06b_winograd.ipynb #wino0042
+WAYS = ("into", "back", "into^T", "back^T")  # B^T, A^T and their transposes
+
+
 @lru_cache(maxsize=None)
 def _tables(way: str, side: int, r: int) -> tuple[np.ndarray, ...]:
     "The matrix of one direction, and in which rows the loop finds and puts the numbers of a map."
@@ -251,7 +252,7 @@ def _right(library: ctypes.CDLL) -> bool:
     with torch.inference_mode():
         drawn = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
         rows = lambda way, side, r: drawn(len(_tables(way, side, r)[1]), 296)
-        tries = [(rows(way, side, r), way, side, r) for side, r in ((3, 3), (5, 3), (8, 2), (9, 2), (10, 3)) for way in ("into", "back", "into^T", "back^T")]
+        tries = [(rows(way, side, r), way, side, r) for side, r in ((3, 3), (5, 3), (8, 2), (9, 2), (10, 3)) for way in WAYS]
         tries += [(drawn(3, 24, 2 * side, 2 * side), "into", side, 2, (3, 24)) for side in (8, 9)]
         tries += [(drawn(len(_tables("into^T", side, 2)[1]), 288), "into^T", side, 2, (3, 24)) for side in (8, 9)]
         for x, *args in tries:
@@ -263,10 +264,9 @@ def _right(library: ctypes.CDLL) -> bool:
 @lru_cache(maxsize=1)
 def loops() -> ctypes.CDLL | None:
     "The compiled loop, or None where it cannot be had or does not do what it should."
-    return compiled(TURN + COLUMNS, "tiles", _right, "matrix products do its work, and a detector trains a tenth slower")
+    return compiled(VECTORS + TURN + COLUMNS, "tiles", _right, "matrix products do its work, and a detector trains a tenth slower")
 
 # %% ../nbs/06b_winograd.ipynb #wino0044
-WAYS = ("into", "back", "into^T", "back^T")
 MOST = 1000  # numbers of a map, before and after, that the loop may keep on its stack for each of its columns (our choice: half a megabyte)
 
 
