@@ -928,6 +928,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'grad_nb.trays._shape': ('trays.html#_shape', 'grad_nb/trays.py'),
                                'grad_nb.trays._turn': ('trays.html#_turn', 'grad_nb/trays.py'),
                                'grad_nb.trays._waves': ('trays.html#_waves', 'grad_nb/trays.py'),
+                               'grad_nb.trays._window': ('trays.html#_window', 'grad_nb/trays.py'),
                                'grad_nb.trays._write': ('trays.html#_write', 'grad_nb/trays.py'),
                                'grad_nb.trays.defects_config': ('trays.html#defects_config', 'grad_nb/trays.py'),
                                'grad_nb.trays.draw_tray': ('trays.html#draw_tray', 'grad_nb/trays.py'),

@@ -196,11 +196,19 @@ def _paint(picture: np.ndarray, ink: np.ndarray, cover: np.ndarray) -> None:
     picture += cover * (ink - picture)
 
 
+def _window(part: Part, scene: Scene, size: int) -> tuple[slice, slice]:
+    "The rows and columns that a part and its shadow can reach; the picture beyond stays as it is."
+    centre = np.add(_turn(part.x, part.y, -scene.angle), scene.shift)
+    reach = RADIUS * part.scale + max(0.02, 0.5 / size)
+    first, last = np.clip([(centre - reach + 0.5) * size - 1, (centre + reach + 0.5) * size + 1], 0, size).astype(int)
+    return slice(first[1], last[1]), slice(first[0], last[0])
+
+
 def _paint_tray(u: np.ndarray, v: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     "A table with an empty tray on it, (3, H, W), as seen in even light."
     table, plastic = _waves(size, rng, 8, 5.0), _waves(size, rng, 8, 12.0)
     body = _box(u, v, TRAY, 0.06)
-    floor = np.min([_compartment_distance(c, u, v) for c in range(4)], axis=0)
+    floor = _box(np.abs(u) - OFFSET, np.abs(v) - OFFSET, COMPARTMENT, 0.03)  # the nearest compartment: the four lie alike
     shade = 1 - 0.4 * np.clip(1 - body / 0.03, 0, 1)
     picture = _rgb(0.27, 0.25, 0.24) * (shade * (1 + 0.08 * table))
     _paint(picture, _rgb(0.70, 0.69, 0.66) * (1 + 0.02 * plastic), _cover(body, size))
@@ -219,10 +227,11 @@ def render(
     u, v = _turn(x - scene.shift[0], y - scene.shift[1], scene.angle)
     picture = _paint_tray(u, v, size, rng)
     for part in chain(*scene.parts):
-        d = _part_distance(part, u, v)
-        picture *= 1 - 0.35 * np.clip(1 - d / 0.02, 0, 1)
+        rows, columns = _window(part, scene, size)
+        d, place = _part_distance(part, u[rows, columns], v[rows, columns]), picture[:, rows, columns]
+        place *= 1 - 0.35 * np.clip(1 - d / 0.02, 0, 1)
         bevel = 0.78 + 0.22 * np.clip(-d / 0.015, 0, 1)
-        _paint(picture, _rgb(*COLOURS[part.kind]) * bevel, _cover(d, size))
+        _paint(place, _rgb(*COLOURS[part.kind]) * bevel, _cover(d, size))
     for mark in scene.marks:
         ink = _rgb(0.20, 0.12, 0.05) if isinstance(mark, Stain) else _rgb(*[0.95 if mark.bright else 0.05] * 3)
         _paint(picture, ink, 0.9 * _mark_cover(mark, u, v, size))

@@ -190,6 +190,18 @@ def test_draw_tray_at_any_size(anomaly, seed, size):
         else: assert area < 0.7 * mask.sum()
 
 
+@given(st.sampled_from(ANOMALIES), st.integers(0, 2**32 - 1), st.sampled_from([48, 64, 101, 128, 256]))
+@settings(max_examples=40, deadline=None)
+def test_a_part_changes_nothing_beyond_its_window(anomaly, seed, size):
+    scene, whole = twins(anomaly, seed)[1], (slice(None), slice(None))
+    drawn = render(scene, size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trays, "_window", lambda *_: whole)
+        assert np.array_equal(drawn, render(scene, size))
+        patch.setattr(trays, "_window", lambda part, *_: (slice(0, 0), slice(0, 0)))
+        assert not np.array_equal(drawn, render(scene, size)), "without windows no part is drawn"
+
+
 def test_draw_tray_draws_the_spoilt_scene():
     picture, _ = draw_tray(np.random.default_rng(5), 64, "stain")
     twin, scene = twins("stain", 5)
