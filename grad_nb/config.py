@@ -242,8 +242,8 @@ PRESETS = MappingProxyType({p.name: p for p in (
         evaluation=EvalConfig(placement="patch"), levels_ad=TABLE_7["mvtec_ad"], levels_loco=TABLE_7["mvtec_loco"]),
     Preset("demo",
         generator=GeneratorConfig(size=64, width=16, field_of="bottleneck", fourier=3, steps=1200, batch=28, crop=24, lr=8e-3, balance=0.75,
-                                  n_samples=128, sample_steps=30, spacing=1.5, sample_batch=32),
-        detector=DetectorConfig(width=0.25, steps=2400, pictures=8, block=2, alpha_1=0.0, alpha_2=0.0),
+                                  n_samples=128, sample_steps=15, spacing=1.5, sample_batch=32),
+        detector=DetectorConfig(width=0.25, steps=2000, pictures=8, block=2, alpha_1=0.0, alpha_2=0.0),
         evaluation=EvalConfig(placement="patch"), levels_ad=(Level(34, 96, (3, 5, 17)),), levels_loco=(Level(34, 96, (3, 5, 17)),)),
 )})
 
