@@ -14,14 +14,16 @@ from grad_nb.diffusion import alpha_bars, global_noise, q_sample
 from grad_nb.evaluation import blur_matrix, pixel_map, upsampling_matrix
 from grad_nb.patches import (
     PATCH,
+    affine,
     block_side,
-    crop_grid,
+    crop_lines,
     draw_batch,
     draw_group,
-    jitter,
+    jitter_factors,
     look_up,
-    random_affine,
+    recolour,
     split_blocks,
+    turn,
 )
 from grad_nb.regularizers import one_patch_each
 from grad_nb.reweighting import (
@@ -358,6 +360,17 @@ def test_pictures_are_drawn_from_the_whole_set():
 
 
 @FEW
+@given(SEED, st.integers(1, 2), st.floats(0, 1), st.booleans())
+def test_a_batch_is_its_groups_one_after_the_other(seed, block, p, flip):
+    normal, made = noise_pictures(5, 50, seed), noise_pictures(4, 50, seed + 1)
+    config, turned = DetectorConfig(patches=16, block=block), Augmentation(flip, flip, 20.0, p)
+    batch, generator = draw_batch(normal, [made], config, turned, seeded(seed)).patches, seeded(seed)
+    groups = [draw_group(pictures, config, turned, strength, right, generator) for pictures, strength, right in
+              ((normal, turned.jitter_normal, True), (normal, turned.jitter_normal, False), (made, turned.jitter_generated, True))]
+    assert torch.equal(batch, torch.cat(groups)) and batch.is_contiguous(memory_format=torch.channels_last)
+
+
+@FEW
 @given(SEED, st.integers(0, 3), st.booleans(), st.sampled_from([1, 2]))
 def test_a_batch_has_128_patches_for_every_group(seed, k, wrong, block):
     assume(k or wrong)
@@ -404,29 +417,33 @@ def test_the_colours_of_a_picture_change_together_and_of_pictures_apart(seed, st
     assert (((untouched[:, :3] + 1) * 127.5).mean((0, 2, 3)) - torch.tensor([128.0, 90, 128])).abs().max() < 1e-2
 
 
+def jitter(patches, means, p, strength, seed):
+    return recolour(patches, means, jitter_factors(torch.rand(4, len(means), generator=seeded(seed)), p, strength))
+
+
 @FAST
 @given(SEED, st.floats(0, 0.9))
 def test_jitter_stays_in_range_and_leaves_black_and_grey_colourless(seed, strength):
     x = torch.rand(6, 3, 4, 4, generator=seeded(seed)) * 2 - 1
-    y = jitter(x, x.unflatten(0, (3, 2)).mean((1, 2, 3, 4)), 1.0, strength, seeded(seed))
+    y = jitter(x, x.unflatten(0, (3, 2)).mean((1, 2, 3, 4)), 1.0, strength, seed)
     assert y.abs().max() <= 1 + 1e-6
     grey = x[:, :1].expand(-1, 3, -1, -1)
-    made = jitter(grey, torch.zeros(3), 1.0, strength, seeded(seed))
+    made = jitter(grey, torch.zeros(3), 1.0, strength, seed)
     assert torch.allclose(made, made[:, :1].expand_as(made), atol=1e-5)
-    assert torch.allclose(jitter(x, torch.zeros(3), 1.0, 0.0, seeded(seed)), x, atol=1e-5)
+    assert torch.allclose(jitter(x, torch.zeros(3), 1.0, 0.0, seed), x, atol=1e-5)
 
 
 def test_jitter_comes_with_its_probability_per_picture():
     x = torch.full((4000, 3, 1, 1), 0.2)
     x[:, 1] = -0.3
-    changed = (jitter(x, torch.zeros(4000), 0.2, 0.5, seeded(0)) - x).abs().amax((1, 2, 3)) > 1e-4
+    changed = (jitter(x, torch.zeros(4000), 0.2, 0.5, 0) - x).abs().amax((1, 2, 3)) > 1e-4
     assert 0.17 < float(changed.float().mean()) < 0.23
 
 
 @FAST
 @given(SEED, st.booleans(), st.booleans(), st.floats(0, 45))
 def test_random_turns_are_rotations_and_the_allowed_flips(seed, vertical, horizontal, angle):
-    A = random_affine(64, Augmentation(vertical_flip=vertical, horizontal_flip=horizontal, rotation=angle), seeded(seed)).double()
+    A = affine(torch.rand(3, 64, generator=seeded(seed)), Augmentation(vertical_flip=vertical, horizontal_flip=horizontal, rotation=angle)).double()
     assert torch.allclose(A @ A.transpose(1, 2), torch.eye(2, dtype=torch.float64).expand(64, 2, 2), atol=1e-5)
     assert (A[:, 0, 0].abs() >= np.cos(np.deg2rad(angle)) - 1e-5).all()
     assert bool((A[:, 0, 0] < 0).any()) == horizontal and bool((A[:, 1, 1] < 0).any()) == vertical
@@ -449,12 +466,11 @@ def test_flips_mirror_the_picture_and_not_the_coordinates():
 def test_a_turn_is_about_the_centre_of_the_picture():
     x = torch.zeros(1, 3, 41, 41)
     x[:, :, 20, 20] = 1
-    grid = crop_grid(torch.tensor([0]), torch.tensor([0]), 41, 41)
-    A = torch.tensor([[[0.0, -1.0], [1.0, 0.0]]])  # a quarter turn
-    turned = look_up(x, (grid.view(1, -1, 2) @ A.transpose(1, 2)).view_as(grid))
+    line, A = crop_lines(torch.tensor([0]), 41, 41), torch.tensor([[[0.0, -1.0], [1.0, 0.0]]])  # a quarter turn
+    turned = look_up(x, turn(line, line, A))
     assert torch.allclose(turned, x, atol=1e-5)
     spread = torch.rand(1, 3, 41, 41, generator=seeded(0))
-    assert torch.allclose(look_up(spread, (grid.view(1, -1, 2) @ A.transpose(1, 2)).view_as(grid)), spread.rot90(1, (2, 3)), atol=1e-4)
+    assert torch.allclose(look_up(spread, turn(line, line, A)), spread.rot90(1, (2, 3)), atol=1e-4)
 
 
 @FEW

@@ -20,7 +20,7 @@ from grad_nb.detector import map_side
 from grad_nb.diffusion import alpha_bars
 from grad_nb.evaluation import MapStats, fuse
 from grad_nb.patchdiff import generate, gradients_of_batch, new_patchdiff, one_cycle, reconstruct_normals
-from grad_nb.patches import Batch, crop_grid, draw_batch, draw_group, random_affine, recolour, turn
+from grad_nb.patches import Batch, affine, crop_lines, draw_batch, draw_group, recolour, turn
 from grad_nb.reweighting import noisy_weight, tail_weight
 from grad_nb.store import write_array
 
@@ -155,9 +155,10 @@ def test_a_recolouring_by_hand():
 
 
 def test_each_crop_is_turned_by_the_matrix_of_its_picture():
-    A = random_affine(3, Augmentation(True, True, 30.0), seeded())
-    grid = crop_grid(torch.randint(20, (12,), generator=seeded(1)), torch.randint(20, (12,), generator=seeded(2)), 7, 40)
-    assert torch.allclose(turn(grid, A), torch.einsum("bij,bhwj->bhwi", A.repeat_interleave(4, 0), grid), atol=1e-6)
+    A = affine(torch.rand(3, 3, generator=seeded()), Augmentation(True, True, 30.0))
+    x, y = (crop_lines(torch.randint(20, (12,), generator=seeded(k)), 7, 40) for k in (1, 2))
+    grid = torch.stack([x[:, None, :].expand(-1, 7, -1), y[:, :, None].expand(-1, -1, 7)], -1)
+    assert torch.allclose(turn(x, y, A), torch.einsum("bij,bhwj->bhwi", A.repeat_interleave(4, 0), grid), atol=1e-6)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
