@@ -114,7 +114,7 @@ def _take(pictures: Pictures, chosen: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Plan:
-    "All that is drawn for one group: which pictures, where, how turned and how coloured."
+    "What one group is made of, as far as it is not common to all groups: which pictures, where, how turned and how coloured."
     pictures: Tensor  # (n, size, size, 3) uint8
     corners: Tensor  # (2, crops) first row and first column of each crop
     given: Tensor  # (2, crops) those of the coordinates it is given: the same, or wrong ones

@@ -20,7 +20,7 @@ from grad_nb.detector import map_side
 from grad_nb.diffusion import alpha_bars
 from grad_nb.evaluation import MapStats, fuse
 from grad_nb.patchdiff import generate, gradients_of_batch, new_patchdiff, one_cycle, reconstruct_normals
-from grad_nb.patches import Batch, affine, crop_lines, draw_batch, draw_group, recolour, turn
+from grad_nb.patches import Batch, affine, crop_lines, draw_batch, draw_group, plan_group, recolour, turn
 from grad_nb.reweighting import noisy_weight, tail_weight
 from grad_nb.store import write_array
 
@@ -155,10 +155,23 @@ def test_a_recolouring_by_hand():
 
 
 def test_each_crop_is_turned_by_the_matrix_of_its_picture():
-    A = affine(torch.rand(3, 3, generator=seeded()), Augmentation(True, True, 30.0))
-    x, y = (crop_lines(torch.randint(20, (12,), generator=seeded(k)), 7, 40) for k in (1, 2))
+    A = affine(torch.rand(3, 4, generator=seeded()), Augmentation(True, True, 30.0))
+    x, y = (crop_lines(torch.randint(20, (16,), generator=seeded(k)), 7, 40) for k in (1, 2))
     grid = torch.stack([x[:, None, :].expand(-1, 7, -1), y[:, :, None].expand(-1, -1, 7)], -1)
     assert torch.allclose(turn(x, y, A), torch.einsum("bij,bhwj->bhwi", A.repeat_interleave(4, 0), grid), atol=1e-6)
+
+
+def test_a_group_draws_its_numbers_in_one_order_so_that_old_seeds_keep_their_batches():
+    data, config, generator = np.arange(5 * 40 * 40 * 3).astype(np.uint8).reshape(5, 40, 40, 3), DetectorConfig(patches=16), seeded(3)
+    plan, n = plan_group(data, config, Augmentation(), 0.5, False, seeded(3)), config.pictures
+    draw = lambda high, count: torch.randint(high, (count,), generator=generator)
+    assert np.array_equal(plan.pictures, data[draw(5, n)])
+    assert all(torch.equal(row, draw(7, 16)) for row in plan.corners), "the first rows, then the first columns"
+    chances = [torch.rand(n, generator=generator) for _ in range(7)]
+    assert torch.equal(plan.turns, torch.stack(chances[:3])), "angle, horizontal flip, vertical flip"
+    expected = torch.stack([torch.where(chances[3] < 0.2, 0.5 + chance, 1.0) for chance in chances[4:]])
+    assert torch.equal(plan.factors, expected), "whether, then brightness, contrast, saturation"
+    assert all(torch.equal(row, draw(7, 16)) for row in plan.given)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
