@@ -36,8 +36,8 @@ def affine(
     augmentation: Augmentation,  # which flips are allowed, and the largest angle
 ) -> Tensor:  # (n, 2, 2): the matrix A of each picture
     "A rotation and the allowed flips by chance, one for each picture (Tables 5 and 6)."
-    phi, most = chances[0], augmentation.rotation
-    phi = torch.deg2rad(-most + 2 * most * phi)
+    most = augmentation.rotation
+    phi = torch.deg2rad(-most + 2 * most * chances[0])
     flip = [torch.where(chance < 0.5 * allowed, -1.0, 1.0)
             for chance, allowed in zip(chances[1:], (augmentation.horizontal_flip, augmentation.vertical_flip))]
     return torch.stack([flip[0] * phi.cos(), -flip[0] * phi.sin(), flip[1] * phi.sin(), flip[1] * phi.cos()], 1).view(-1, 2, 2)
@@ -196,5 +196,6 @@ def draw_batch(
     strength = augmentation.jitter_normal if config.same_jitter else augmentation.jitter_generated
     plans += [plan(pictures, strength, True) for pictures in contrastive]
     if len(plans) < 2: raise ValueError("a batch needs negatives: give contrastive pictures or set wrong_coordinates")
-    both, first = make_patches(plans, config, augmentation), config.patches // config.block**2
+    both = make_patches(plans, config, augmentation)
+    first = len(both) // len(plans)
     return Batch(both[:first], both[first:], both)
