@@ -64,24 +64,77 @@ def test_the_reference_is_a_convolution(m, r, h, w, c, k):
     assert torch.allclose(winograd(x, weight, bias, m), expected, atol=1e-8)
 
 
-@pytest.mark.skipif(loops() is None, reason="there is no C compiler")
+@pytest.fixture(scope="module", params=[False, True], ids=["vectors", "unit"])
+def library(request):
+    "The compiled loops of both kinds of processors, where they can be had."
+    if request.param and not inference.has_unit(): pytest.skip("this processor does not multiply matrices")
+    made = native.compiled(inference.source(request.param), "winograd", inference._right, "")
+    if made is None and loops() is None: pytest.skip("there is no C compiler")
+    assert made.unit() == request.param
+    return made
+
+
 @pytest.mark.parametrize("m, r, fold", [(2, 3, 1), (4, 3, 1), (6, 3, 1), (2, 2, 2), (4, 2, 2), (4, 2, 1)])
 @pytest.mark.parametrize("side", [8, 13, 19])
-def test_the_compiled_layer_is_a_convolution_with_relu(m, r, fold, side):
-    C, K = 32, 96
+def test_the_compiled_layer_is_a_convolution_with_relu(library, m, r, fold, side):
+    if m == 6 and library.unit(): return
+    C, K = 64, 96
     x, weight, bias = torch.randn(3, side, side, C), torch.randn(K, C, r * fold, r * fold) / C, torch.randn(K)
     expected = F.conv2d(x.permute(0, 3, 1, 2).double(), weight.double(), bias.double(), fold).relu().permute(0, 2, 3, 1)
-    layer = Winograd(unstrided(weight) if fold == 2 else weight, bias, side, fold, m, loops())
+    layer = Winograd(unstrided(weight) if fold == 2 else weight, bias, side, fold, m, library)
     found = layer(x, [torch.full((n,), torch.nan) for n in layer.memory(3)], torch.full(expected.shape, torch.nan))
     assert layer.out == expected.shape[1] and (found - expected).abs().max() < TOLERANCE * expected.std() and found.min() == 0
 
 
-@pytest.mark.skipif(loops() is None, reason="there is no C compiler")
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 49, 241])
-def test_the_product_takes_any_number_of_rows(rows):
-    V, U, M = torch.randn(2, rows, 64), torch.randn(2, 64, 96), torch.full((2, rows, 96), torch.nan)
-    native.call(loops().product, V, inference._packed(U, loops()), None, 2, rows, 64, 96, rows * 64, rows * 96, 48, M)
-    assert torch.allclose(M, V @ U, atol=1e-3)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 15, 16, 17, 31, 32, 33, 49, 63, 64, 65, 81, 241])
+def test_the_product_takes_any_number_of_rows(library, rows):
+    V, U, bias, room = torch.randn(rows, 64), torch.randn(1, 64, 96), torch.randn(96), -(-rows // 16) * 16
+    M = torch.full((room + 1, 96), torch.nan)
+    native.call(library.product, V, inference._packed(U, library), bias, 1, rows, 64, 96, 0, 0, 48, M)
+    assert torch.allclose(M[:rows], (V @ U[0] + bias).relu(), atol=1e-3) and M[-1].isnan().all()
+
+
+def tiles(V):
+    "(N, T, C) as a matrix unit reads it: 16 rows and 32 channels together, the larger parts of them, then the smaller."
+    large = V.bfloat16()
+    parts = torch.stack([large, (V - large).bfloat16()], 1)  # (N, 2, T, C)
+    parts = F.pad(parts, (0, 0, 0, -V.shape[1] % 16)).unflatten(3, (-1, 32)).unflatten(2, (-1, 16))  # (N, 2, T / 16, 16, C / 32, 32)
+    return parts.permute(0, 2, 4, 1, 3, 5).contiguous().view(torch.float32).reshape(len(V), -1, V.shape[2])
+
+
+@pytest.mark.parametrize("rows", [1, 12, 13, 16, 49, 241])
+def test_several_products_at_once(library, rows):
+    V, U, apart = torch.randn(3, rows, 64), torch.randn(3, 64, 96), 16
+    seen = tiles(V) if library.unit() else V
+    seen = F.pad(seen.flatten(1), (0, apart))
+    made = torch.full((3, -(-rows // 16) * 16 * 96 + apart), torch.nan)
+    native.call(library.product, seen, inference._packed(U, library), None, 3, rows, 64, 96, seen.shape[1], made.shape[1], 240, made)
+    assert torch.allclose(made[:, : rows * 96].view(3, rows, 96), V @ U, atol=1e-3) and made[:, -apart:].isnan().all()
+
+
+def test_two_halves_of_a_number_are_worth_sixteen_bits(library):
+    V, U, M = torch.rand(64, 32) + 1, torch.eye(32)[None], torch.empty(64, 32)
+    native.call(library.product, V, inference._packed(U, library), torch.zeros(32), 1, 64, 32, 32, 0, 0, 48, M)
+    worst = ((M - V) / V).abs().max()
+    assert (worst == 0 if not library.unit() else 0 < worst <= 2**-16)
+
+
+def test_a_unit_can_be_declined(monkeypatch):
+    monkeypatch.setenv("GRAD_NB_AMX", "0")
+    assert not inference.has_unit()
+    loops.cache_clear()
+    try: assert loops() is None or not loops().unit()
+    finally: loops.cache_clear()
+
+
+def test_a_unit_whose_loops_are_wrong_is_not_used(monkeypatch, caplog):
+    monkeypatch.setattr(inference, "has_unit", lambda: True)
+    monkeypatch.setattr(inference, "UNIT", "#error no\n")
+    loops.cache_clear()
+    try:
+        with caplog.at_level("INFO"): assert loops() is None or not loops().unit()
+        assert "vectors multiply" in caplog.text
+    finally: loops.cache_clear()
 
 
 @pytest.mark.parametrize("width, size", [(1.0, 64), (1.0, 75), (0.5, 100), (0.25, 64), (0.1, 50), (0.25, 34)])
@@ -144,6 +197,7 @@ def test_other_networks_take_the_plain_way():
 
 def test_the_rule_takes_the_shape_alone():
     assert best_tile(58, 3) == 6 and best_tile(8, 3) == 2 and best_tile(62, 2) == 4
+    assert {(best_tile(side, r, unit=True), r) for side in range(1, 80) for r in (2, 3)} <= {(0, 2), (0, 3), *inference.TILES_OF_UNIT}
     assert all(best_tile(side, r) in (0, 2, 4, 6) for side in range(1, 80) for r in (2, 3))
 
 
