@@ -433,6 +433,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'grad_nb.inference._sum': ('inference.html#_sum', 'grad_nb/inference.py'),
                                    'grad_nb.inference._whole': ('inference.html#_whole', 'grad_nb/inference.py'),
                                    'grad_nb.inference._widen': ('inference.html#_widen', 'grad_nb/inference.py'),
+                                   'grad_nb.inference.arithmetic': ('inference.html#arithmetic', 'grad_nb/inference.py'),
                                    'grad_nb.inference.best_tile': ('inference.html#best_tile', 'grad_nb/inference.py'),
                                    'grad_nb.inference.captured': ('inference.html#captured', 'grad_nb/inference.py'),
                                    'grad_nb.inference.has_unit': ('inference.html#has_unit', 'grad_nb/inference.py'),

@@ -39,7 +39,7 @@ from .detector import Decoder, Detector, map_side
 from .evaluation import MapStats, fuse, image_auroc, score_levels
 from .export import OnnxScorer, Scorer, to_int8, to_onnx
 from .grad import GRAD
-from .inference import Captured, prepared, resized, score_map
+from .inference import Captured, arithmetic, prepared, resized, score_map
 from .patchdiff import generate, new_patchdiff, to_model, train_patchdiff
 from .patches import PATCH, STRIDE
 from .store import bf16_supported, device_name, float32_name, pick_device
@@ -94,12 +94,13 @@ def bound_of(
     gflop: float,  # operations, thousands of millions
     megabytes: float,  # moved at least, in float32
     limits: dict[str, float],  # what `ceilings` gave
-    precision: str = "float32",  # of the arithmetic; "bf16..." has a ceiling of its own
+    precision: str = "float32",  # of the arithmetic; "bf16..." has a ceiling of its own, and "3 x bf16" does three operations for one under it
 ) -> dict[str, object]:  # "share" of the ceiling and what "bound"s the stage
     "How close a time is to what the machine can do: the faster of the large product and the large convolution, or the copy."
-    kind = "bf16" if precision.startswith("bf16") and "matmul bf16" in limits else "float32"
+    kind = "bf16" if "bf16" in precision and "matmul bf16" in limits else "float32"
     peak = max(value for name, value in limits.items() if name.endswith(kind))
-    compute, memory = 1000 * gflop / peak, megabytes / limits["copy"] / (2 if kind == "bf16" else 1)
+    three = kind == "bf16" and precision.startswith("3 x")
+    compute, memory = 1000 * gflop / peak * (3 if three else 1), megabytes / limits["copy"] / (2 if kind == "bf16" and not three else 1)
     share = max(compute, memory) / ms
     return {"share": share, "bound": "calls" if share < 1 / 3 else "arithmetic" if compute > memory else "memory"}
 
@@ -202,7 +203,7 @@ def bench_detectors(
             gmac = sum(sum(count_operations(net, s).values()) for net, s in zip(judge.nets, chosen)) / 1e9
             time_of = latency(judge, judge.pictures, runs, max(3, runs // 5), device)
             rows.append({"detectors": " + ".join(map(str, chosen)), "device": device_name(device), "threads": torch.get_num_threads(),
-                         "batch": batch, "precision": "bf16" if bf16 else float32_name(device), "timed": "bytes of each detector's size to scores",
+                         "batch": batch, "precision": "bf16" if bf16 else arithmetic() if judge.fast else float32_name(device), "timed": "bytes of each detector's size to scores",
                          "width": width, "way": "fast" if judge.fast else "plain", "transfers": "none (cpu)" if device.type == "cpu" else "inside" if transfers else "outside", "runs": runs,
                          **vars(time_of), "pictures_per_s": 1000 * batch / time_of.median_ms, "GMAC": gmac,
                          "GMAC_per_s": 1000 * batch * gmac / time_of.median_ms})
@@ -385,8 +386,9 @@ def bench_path(
     with threads_of(threads):
         for name, call, gflop, megabytes in _path(sizes, nets, batch):
             t = latency(lambda _, call=call: call(), lambda: None, runs, max(2, runs // 5))
-            rows.append({"stage": name, "device": device_name("cpu"), "threads": torch.get_num_threads(), "batch": batch, "precision": "float32", "runs": runs,
-                         **vars(t), "GFLOP": gflop, "MB": megabytes, **bound_of(t.median_ms, gflop, megabytes, limits)})
+            precision = arithmetic() if "fast" in name or "bytes" in name else "float32"
+            rows.append({"stage": name, "device": device_name("cpu"), "threads": torch.get_num_threads(), "batch": batch, "precision": precision, "runs": runs,
+                         **vars(t), "GFLOP": gflop, "MB": megabytes, **bound_of(t.median_ms, gflop, megabytes, limits, precision)})
     return rows
 
 # %% ../nbs/15_benchmark.ipynb #bway0001
@@ -488,7 +490,7 @@ def bench_ways(
         seconds = in_turns(ways, draw, runs)
         protocol = {"device": device_name("cpu"), "threads": torch.get_num_threads(), "batch": batch, "transfers": "none (cpu)", "runs": runs}
     spread = max(float(scores["library"].std()), 1e-9)
-    return [{"way": name, **protocol, "precision": next((p for p in ("int8", "bf16") if p in name), "float32"), **vars(Latency.of(s)), "difference": float(np.abs(scores[name] - scores["library"]).max()) / spread} for name, s in seconds.items()]
+    return [{"way": name, **protocol, "precision": arithmetic() if name == "library" else next((p for p in ("int8", "bf16") if p in name), "float32"), **vars(Latency.of(s)), "difference": float(np.abs(scores[name] - scores["library"]).max()) / spread} for name, s in seconds.items()]
 
 # %% ../nbs/15_benchmark.ipynb #bway0005
 def _precisions(model: GRAD, folder: str | Path, threads: int, normals: np.ndarray) -> Iterator[tuple[str, str, Callable, float]]:

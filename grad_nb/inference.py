@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'HEAD', 'PRODUCT', 'UNIT', 'PRODUCT_BY_UNIT', 'INPUT', 'PUT', 'PUT_SPLIT', 'OUTPUT', 'CHANNELS', 'TILES',
            'TILES_OF_UNIT', 'FETCH', 'FETCH_OF_UNIT', 'APART', 'STRIP', 'HALF_DOWN', 'LARGEST', 'source', 'has_unit',
-           'loops', 'best_tile', 'Winograd', 'FastDetector', 'resized', 'prepared', 'score_map', 'Captured',
-           'roomy_batch', 'captured']
+           'arithmetic', 'loops', 'best_tile', 'Winograd', 'FastDetector', 'resized', 'prepared', 'score_map',
+           'Captured', 'roomy_batch', 'captured']
 
 # %% ../nbs/10d_inference.ipynb #_inf0003
 import copy
@@ -292,6 +292,11 @@ def has_unit() -> bool:
     "Whether this processor multiplies matrices of bfloat16 (AMX) and the system lets us; `GRAD_NB_AMX=0` says no."
     there = os.environ.get("GRAD_NB_AMX") != "0" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
     return there and torch.cpu._init_amx()
+
+
+def arithmetic() -> str:  # "float32", or by a matrix unit "3 x bf16"
+    "How the detectors' products are computed on this CPU."
+    return "3 x bf16" if (library := loops()) and library.unit() else "float32"
 
 
 @lru_cache(maxsize=1)

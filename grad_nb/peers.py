@@ -20,6 +20,7 @@ from .benchmark import Latency, best_ms, in_turns, threads_of
 from .config import EvalConfig
 from .detector import Detector
 from .evaluation import MapStats, fuse, score_levels
+from .inference import arithmetic
 from .store import device_name, float32_name
 
 PEERS = ("PatchCore", "PaDiM", "FastFlow", "STFPM", "DRAEM", "DSR", "EfficientAD")
@@ -103,8 +104,9 @@ def bench_peers(
     rng = np.random.default_rng(0)
     with threads_of(threads):
         seconds = in_turns(ways, lambda: rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8), runs, progress)
-        protocol = {"device": device_name(device), "threads": torch.get_num_threads(), "batch": batch, "precision": "float32" if device.type == "cpu" else "bf16 (GRAD), " + float32_name(device),
+        protocol = {"device": device_name(device), "threads": torch.get_num_threads(), "batch": batch,
                     "transfers": "none (cpu)" if device.type == "cpu" else "inside", "runs": runs, "timed": "bytes to score and map"}
     times = {name: Latency.of(s) for name, s in seconds.items()}
-    return [{"method": name if name in ours else f"{name} (anomalib)", **protocol, "weights": "random", **vars(t),
+    precision = {name: arithmetic() if device.type == "cpu" else "bf16" for name in ours}
+    return [{"method": name if name in ours else f"{name} (anomalib)", **protocol, "precision": precision.get(name, float32_name(device)), "weights": "random", **vars(t),
              "pictures_per_s": 1000 * batch / t.median_ms, "times_GRAD": t.median_ms / times["GRAD here"].median_ms} for name, t in times.items()] + rows

@@ -39,7 +39,7 @@ from grad_nb.data import load_images, read_category
 from grad_nb.detector import TABLE_8, Decoder, Detector
 from grad_nb.evaluation import image_auroc, score_maps
 from grad_nb.export import Scorer
-from grad_nb.inference import FastDetector, loops
+from grad_nb.inference import FastDetector, arithmetic, loops
 from grad_nb.patchdiff import PatchDiff
 from grad_nb.store import read_json
 
@@ -122,7 +122,7 @@ def test_rows_carry_their_protocol():
     assert torch.get_num_threads() == before and [row["detectors"] for row in rows] == ["64", "48", "64 + 48"]
     for row in rows:
         assert row.keys() >= PROTOCOL | {"pictures_per_s", "GMAC", "GMAC_per_s"}
-        assert (row["threads"], row["batch"], row["precision"], row["transfers"], row["runs"]) == (1, 3, "float32", "none (cpu)", 2)
+        assert (row["threads"], row["batch"], row["precision"], row["transfers"], row["runs"]) == (1, 3, arithmetic(), "none (cpu)", 2)
         assert row["device"].startswith("cpu (1 threads, ") and row["pictures_per_s"] == pytest.approx(3000 / row["median_ms"])
         assert row["GMAC_per_s"] == pytest.approx(row["GMAC"] * row["pictures_per_s"])
     assert rows[2]["GMAC"] == pytest.approx(sum(count_operations(Detector(0.1), s) [n] for s in (64, 48) for n in count_operations(Detector(0.1), s)) / 1e9)
@@ -238,6 +238,7 @@ def test_bf16_has_a_ceiling_of_its_own():
     limits = {"matmul float32": 100, "conv float32": 80, "matmul bf16": 400, "conv bf16": 50, "copy": 10}
     assert bound_of(10, 1, 1, limits)["share"] == 1 and bound_of(10, 1, 1, limits, "bf16 (mixed)")["share"] == 0.25
     assert bound_of(10, 0, 50, limits)["share"] == 0.5 and bound_of(10, 0, 50, limits, "bf16 (mixed)")["share"] == 0.25, "half the bytes"
+    assert bound_of(10, 1, 1, limits, "3 x bf16")["share"] == 0.75 and bound_of(10, 0, 50, limits, "3 x bf16")["share"] == 0.5, "three operations for one, all of the bytes"
 
 
 @pytest.mark.parametrize("ms, gflop, mb, share, bound", [(10, 1, 1, 1.0, "arithmetic"), (10, 0, 50, 0.5, "memory"), (100, 1, 1, 0.1, "calls")])
