@@ -74,12 +74,15 @@ def call(
 
 def ordinary(
     x: Tensor,  # what a loop is to read
+    mixed: bool = False,  # the loop takes bfloat16 too, which is what a cast would make of x
 ) -> bool:
     "Whether x has its numbers at hand, on a CPU in float32, and nobody traces, batches, casts or differentiates forwards what happens to them."
-    if type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu" or x.dtype != torch.float32 or x.is_neg(): return False
+    cast = torch.is_autocast_enabled("cpu") and not (mixed and torch.get_autocast_dtype("cpu") == torch.bfloat16)
+    known = x.dtype == torch.float32 or mixed and x.dtype == torch.bfloat16
+    if type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu" or not known or cast or x.is_neg(): return False
     traced = torch.jit.is_tracing() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
     batched = torch._C._functorch.peek_interpreter_stack() or torch._C._functorch.is_legacy_batchedtensor(x)
-    return not (traced or batched or torch.autograd.forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"))
+    return not (traced or batched or torch.autograd.forward_ad._current_level >= 0)
 
 # %% ../nbs/00d_native.ipynb #natv0010
 VECTORS = """

@@ -41,7 +41,9 @@ def shaken(model):
 def test_where_there_is_a_compiler_there_are_loops():
     assert pixelwise.loops() is not None and inference.loops() is not None and winograd.loops() is not None
     assert pixelwise.fits(torch.zeros(1, 16, 2, 2)) and not pixelwise.fits(torch.zeros(1, 12, 2, 2)) and not pixelwise.fits(torch.zeros(1, 16, 2, 2).double())
-    with torch.autocast("cpu", torch.bfloat16): assert not pixelwise.fits(torch.zeros(1, 16, 2, 2))
+    with torch.autocast("cpu", torch.bfloat16): assert pixelwise.fits(torch.zeros(1, 16, 2, 2)) and pixelwise.fits(torch.zeros(1, 16, 2, 2).bfloat16())
+    with torch.autocast("cpu", torch.float16): assert not pixelwise.fits(torch.zeros(1, 16, 2, 2))
+    assert not pixelwise.fits(torch.zeros(1, 16, 2, 2).bfloat16())
 
 
 @compiler
@@ -59,6 +61,42 @@ def test_one_pass_is_norm_modulation_and_silu(seed, B, eights, H, W, scale, last
     g = drawn(seed + 4, *y.shape)
     for a, b in zip(torch.autograd.grad(ours, (y, *tables), g), torch.autograd.grad(theirs, exact, g.double())):
         assert a.shape == b.shape and torch.allclose(a.double(), b, atol=2e-4 * float(1 + b.abs().max()))
+
+
+@compiler
+@pytest.mark.parametrize("channels", [8, 24, 40, 128])
+def test_mixed_precision_rounds_once(channels):
+    y, g = (drawn(n, 3, channels, 5, 7).mul(2).bfloat16().contiguous(memory_format=torch.channels_last) for n in (1, 2))
+    tables = [drawn(n, *shape).requires_grad_() for n, shape in ((3, (channels,)), (4, (3, channels)), (5, (3, channels)))]
+    y, exact = y.requires_grad_(), [v.detach().double().requires_grad_() for v in (y, *tables)]
+    with torch.autocast("cpu", torch.bfloat16): ours = pixelwise.modulated(y, *tables)
+    theirs = pixelwise.plainly(*exact)
+    assert ours.dtype == torch.bfloat16 and torch.allclose(ours.double(), theirs, rtol=2**-8, atol=1e-5)
+    for a, b, v in zip(torch.autograd.grad(ours, (y, *tables), g), torch.autograd.grad(theirs, exact, g.double()), (y, *tables)):
+        assert a.dtype == v.dtype and torch.allclose(a.double(), b, rtol=2**-8 if v is y else 1e-4, atol=1e-4 * float(b.std()))
+
+
+@compiler
+def test_a_patchdiff_in_mixed_precision_is_the_same_with_and_without(fresh):
+    model, x, t, found = shaken(new_patchdiff(17, GeneratorConfig(width=24, field_of="bottleneck", fourier=2))), drawn(1, 4, 5, 20, 22), torch.tensor([3, 700, 10, 900]), []
+    def gradients(y):
+        model.zero_grad()
+        y.float().square().sum().backward()
+        return [y.detach().float(), *(p.grad.clone() for p in model.parameters())]
+
+    exact = gradients(model(x, t))
+    for switch in ("1", "0"):
+        fresh.setenv("GRAD_NB_NATIVE", switch)
+        for clear in CLEAR: clear()
+        with torch.autocast("cpu", torch.bfloat16): y = model(x, t)
+        found.append([float((a - b).norm() / b.norm()) for a, b in zip(gradients(y), exact)])
+    assert max(found[0]) < 0.1 and sum(found[0]) < 1.1 * sum(found[1]), "no further from full precision than torch's layers"
+
+
+@compiler
+def test_a_model_in_bfloat16_takes_torchs_layers():
+    model = shaken(new_patchdiff(9, GeneratorConfig(width=16))).bfloat16()
+    assert model(drawn(1, 2, 5, 12, 12).bfloat16(), torch.tensor([3, 700])).dtype == torch.bfloat16
 
 
 @compiler
@@ -144,8 +182,9 @@ def test_a_patchdiff_can_be_traced_and_used_in_other_modes():
 
 
 @compiler
-def test_wrong_loops_are_not_believed(fresh, caplog):
-    fresh.setattr(pixelwise, "PIXEL", pixelwise.PIXEL.replace("1e-5f", "1e-1f"))
+@pytest.mark.parametrize("wrong", [("NORM", pixelwise.NORM.replace("1e-5f", "1e-1f")), ("KINDS", pixelwise.KINDS | {"_half": pixelwise.KINDS["_half"].replace("uvec) << 16", "uvec) << 15")})], ids=["float32", "bfloat16"])
+def test_wrong_loops_are_not_believed(fresh, caplog, wrong):
+    fresh.setattr(pixelwise, *wrong)
     with caplog.at_level("INFO"): assert pixelwise.loops() is None
     assert "not right" in caplog.text and "torch's layers" in caplog.text
 
