@@ -203,7 +203,7 @@ def bench_detectors(
             gmac = sum(sum(count_operations(net, s).values()) for net, s in zip(judge.nets, chosen)) / 1e9
             time_of = latency(judge, judge.pictures, runs, max(3, runs // 5), device)
             rows.append({"detectors": " + ".join(map(str, chosen)), "device": device_name(device), "threads": torch.get_num_threads(),
-                         "batch": batch, "precision": "bf16" if bf16 else arithmetic() if judge.fast else float32_name(device), "timed": "bytes of each detector's size to scores",
+                         "batch": batch, "precision": "bf16" if bf16 else arithmetic(judge.nets, chosen) if judge.fast else float32_name(device), "timed": "bytes of each detector's size to scores",
                          "width": width, "way": "fast" if judge.fast else "plain", "transfers": "none (cpu)" if device.type == "cpu" else "inside" if transfers else "outside", "runs": runs,
                          **vars(time_of), "pictures_per_s": 1000 * batch / time_of.median_ms, "GMAC": gmac,
                          "GMAC_per_s": 1000 * batch * gmac / time_of.median_ms})
@@ -386,7 +386,7 @@ def bench_path(
     with threads_of(threads):
         for name, call, gflop, megabytes in _path(sizes, nets, batch):
             t = latency(lambda _, call=call: call(), lambda: None, runs, max(2, runs // 5))
-            precision = arithmetic() if "fast" in name or "bytes" in name else "float32"
+            precision = arithmetic(nets, sizes) if "fast" in name or "bytes" in name else "float32"
             rows.append({"stage": name, "device": device_name("cpu"), "threads": torch.get_num_threads(), "batch": batch, "precision": precision, "runs": runs,
                          **vars(t), "GFLOP": gflop, "MB": megabytes, **bound_of(t.median_ms, gflop, megabytes, limits, precision)})
     return rows
@@ -429,6 +429,11 @@ def _on_arrays(module: nn.Module) -> Callable:
     return lambda x: [t.numpy() for t in module(torch.from_numpy(x))]
 
 
+def _predicted(model: GRAD) -> Callable:
+    "The model's own way with arrays."
+    return lambda x: (found := model.predict(x)) and (found.scores, found.labels, found.maps)
+
+
 def ways_of(
     model: GRAD,  # fitted
     folder: str | Path,  # where the exported file goes
@@ -436,7 +441,7 @@ def ways_of(
     compiled: bool = False,  # also compile with torch
 ) -> Iterator[tuple[str, Callable]]:  # name, and bytes (B, S, S, 3) → scores, labels, maps
     "Every way to judge pictures that is installed here."
-    yield "library", lambda x: (found := model.predict(x)) and (found.scores, found.labels, found.maps)
+    yield "library", _predicted(model)
     scorer, file = Scorer(model).eval(), Path(folder) / "model.onnx"
     yield "torch, plain", _on_arrays(scorer)
     if bf16_supported("cpu"): yield "torch, bf16", _on_arrays(in_bfloat16(scorer))
@@ -490,14 +495,17 @@ def bench_ways(
         seconds = in_turns(ways, draw, runs)
         protocol = {"device": device_name("cpu"), "threads": torch.get_num_threads(), "batch": batch, "transfers": "none (cpu)", "runs": runs}
     spread = max(float(scores["library"].std()), 1e-9)
-    return [{"way": name, **protocol, "precision": arithmetic() if name == "library" else next((p for p in ("int8", "bf16") if p in name), "float32"), **vars(Latency.of(s)), "difference": float(np.abs(scores[name] - scores["library"]).max()) / spread} for name, s in seconds.items()]
+    return [{"way": name, **protocol, "precision": arithmetic(model.detectors_, sizes) if name == "library" else next((p for p in ("int8", "bf16") if p in name), "float32"), **vars(Latency.of(s)), "difference": float(np.abs(scores[name] - scores["library"]).max()) / spread} for name, s in seconds.items()]
 
 # %% ../nbs/15_benchmark.ipynb #bway0005
 def _precisions(model: GRAD, folder: str | Path, threads: int, normals: np.ndarray) -> Iterator[tuple[str, str, Callable, float]]:
-    "Way, precision, call and megabytes of a model in every precision that can be had here, torch's float32 first."
+    "Way, precision, call and megabytes of a model in every precision that can be had here, torch's float32 first, then the library's own way."
     plain = Scorer(model).eval()
     scorers = {"float32": plain, **({"bf16": in_bfloat16(plain)} if bf16_supported("cpu") else {})}
-    for name, scorer in scorers.items(): yield "torch", name, _on_arrays(scorer), sum(t.nbytes for t in scorer.state_dict().values()) / 1e6
+    weights = {name: sum(t.nbytes for t in scorer.state_dict().values()) / 1e6 for name, scorer in scorers.items()}
+    yield "torch", "float32", _on_arrays(plain), weights["float32"]
+    yield "library", arithmetic(model.detectors_, [row.size for row in model.levels_]), _predicted(model), weights["float32"]
+    if "bf16" in scorers: yield "torch", "bf16", _on_arrays(scorers["bf16"]), weights["bf16"]
     for name, write in {"float32": to_onnx, "int8": partial(to_int8, pictures=normals)}.items():
         try:
             write(model, file := Path(folder) / f"{name}.onnx")
@@ -513,7 +521,7 @@ def bench_precisions(
     threads: int = 0,  # threads of the runtime, 0 = as it is
     runs: int = 10,  # timed single pictures
     calibration: int = 64,  # training pictures that set the ranges of the activations in eight bits
-) -> list[dict]:  # rows for torch, in bf16 too where the processor has it, and for ONNX Runtime, in int8 too, where it is installed
+) -> list[dict]:  # rows for torch, in bf16 too where the processor has it, for the library's own way, and for ONNX Runtime, in int8 too, where it is installed
     "What fewer bits gain in time and size, and what they cost in image AUROC and in verdicts, on the test pictures of a part."
     size, labels, rows, first = model.preset_.generator.size, np.array([s.label for s in category.test]), [], None
     x, normals = (load_images(s, size, progress=False) for s in (category.test, category.train[:calibration]))

@@ -60,11 +60,12 @@ class Conv(nn.Conv2d):
     def forward(self,
         x: Tensor,  # (B, C, H, W)
     ) -> Tensor:  # (B, C', h, w)
-        pixel, mixed = self.kernel_size == self.stride == (1, 1), x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        pixel, mixed = self.kernel_size == self.stride == (1, 1), x.device.type == "cpu" and x.ndim == 4 and torch.is_autocast_enabled("cpu")
         if pixel and (mixed or x.is_cuda):  # a matrix product
             linear = layers.linear if (layers := gpu_layers(x)) else F.linear
             return linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
-        if mixed and self.stride == (1, 1) and max(n - k for n, k in zip(x.shape[2:], self.kernel_size)) < FEW: return unrolled(x, self.weight, self.bias)
+        more = [n - k for n, k in zip(x.shape[2:], self.kernel_size)]  # outputs along each side but one
+        if mixed and self.stride == (1, 1) and 0 <= min(more) <= max(more) < FEW: return unrolled(x, self.weight, self.bias)
         tiled = self.training and torch.is_grad_enabled() and small_map(x, self.weight, self.stride)
         return small_conv(x, self.weight, self.bias, self.stride) if tiled else super().forward(x)
 

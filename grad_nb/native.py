@@ -71,7 +71,7 @@ def call(
     "Call a compiled loop."
     function(*(ctypes.c_long(a) if isinstance(a, int) else ctypes.c_void_p(a if a is None else a.data_ptr()) for a in arguments))
 
-
+# %% ../nbs/00d_native.ipynb #natv0011
 def ordinary(
     x: Tensor,  # what a loop is to read
     mixed: bool = False,  # the loop takes bfloat16 too, which is what a cast would make of x

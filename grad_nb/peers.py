@@ -107,6 +107,7 @@ def bench_peers(
         protocol = {"device": device_name(device), "threads": torch.get_num_threads(), "batch": batch,
                     "transfers": "none (cpu)" if device.type == "cpu" else "inside", "runs": runs, "timed": "bytes to score and map"}
     times = {name: Latency.of(s) for name, s in seconds.items()}
-    precision = {name: arithmetic() if device.type == "cpu" else "bf16" for name in ours}
+    alike = [Detector(width).eval() for _ in sizes]  # have the same shapes
+    precision = {name: arithmetic(alike, some) if device.type == "cpu" else "bf16" for name, some in ours.items()}
     return [{"method": name if name in ours else f"{name} (anomalib)", **protocol, "precision": precision.get(name, float32_name(device)), "weights": "random", **vars(t),
              "pictures_per_s": 1000 * batch / t.median_ms, "times_GRAD": t.median_ms / times["GRAD here"].median_ms} for name, t in times.items()] + rows

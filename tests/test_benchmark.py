@@ -17,6 +17,7 @@ from grad_nb.benchmark import (
     bench_charts,
     bench_detectors,
     bench_growth,
+    bench_path,
     bench_precisions,
     bench_protocol,
     bench_stages,
@@ -39,7 +40,7 @@ from grad_nb.data import load_images, read_category
 from grad_nb.detector import TABLE_8, Decoder, Detector
 from grad_nb.evaluation import image_auroc, score_maps
 from grad_nb.export import Scorer
-from grad_nb.inference import FastDetector, arithmetic, loops
+from grad_nb.inference import FastDetector, loops
 from grad_nb.patchdiff import PatchDiff
 from grad_nb.store import read_json
 
@@ -122,10 +123,16 @@ def test_rows_carry_their_protocol():
     assert torch.get_num_threads() == before and [row["detectors"] for row in rows] == ["64", "48", "64 + 48"]
     for row in rows:
         assert row.keys() >= PROTOCOL | {"pictures_per_s", "GMAC", "GMAC_per_s"}
-        assert (row["threads"], row["batch"], row["precision"], row["transfers"], row["runs"]) == (1, 3, arithmetic(), "none (cpu)", 2)
+        assert (row["threads"], row["batch"], row["precision"], row["transfers"], row["runs"]) == (1, 3, "float32", "none (cpu)", 2)
         assert row["device"].startswith("cpu (1 threads, ") and row["pictures_per_s"] == pytest.approx(3000 / row["median_ms"])
         assert row["GMAC_per_s"] == pytest.approx(row["GMAC"] * row["pictures_per_s"])
     assert rows[2]["GMAC"] == pytest.approx(sum(count_operations(Detector(0.1), s) [n] for s in (64, 48) for n in count_operations(Detector(0.1), s)) / 1e9)
+
+
+def test_a_matrix_unit_is_named_where_it_works():
+    unit = "3 x bf16" if (library := loops()) and library.unit() else "float32"
+    assert [bench_detectors((size,), "cpu", runs=1, width=width, fast=fast)[0]["precision"] for size, width, fast in ((64, 0.25, True), (64, 0.1, True), (64, 0.25, False))] == [unit, "float32", "float32"]
+    assert {row["stage"]: row["precision"] for row in bench_path((64,), runs=1, width=0.25, limits={"copy": 1, "matmul float32": 1})}["detector 64, fast"] == unit
 
 
 def test_one_size_is_one_row_and_bf16_is_named():
@@ -176,15 +183,16 @@ def test_fewer_bits_are_judged_on_test_pictures(data, monkeypatch, has):
     assert [row["precision"] for row in torch_rows] == ["float32", "bf16"][: 1 + has] and exact["difference"] == exact["other_verdicts"] == 0
     assert exact["image_auroc"] == pytest.approx(image_auroc(model.score_samples(x), np.array(labels)), abs=1e-6)
     assert all(0 < row["difference"] < 1 and row["MB"] < exact["MB"] for row in torch_rows[1:]) and {row["pictures"] for row in rows} == {len(labels)}
-    if len(rows) == len(torch_rows): pytest.skip("no ONNX Runtime")
-    same, small = rows[len(torch_rows):]
+    assert (rows[1]["way"], rows[1]["precision"]) == ("library", "float32") and rows[1]["difference"] < 1e-3 and rows[1]["image_auroc"] == exact["image_auroc"]
+    if len(rows) == len(torch_rows) + 1: pytest.skip("no ONNX Runtime")
+    same, small = rows[len(torch_rows) + 1 :]
     assert same["difference"] < 1e-3 and small["MB"] < same["MB"] and 0 < small["difference"] < 5 and (same["precision"], small["precision"]) == ("float32", "int8")
 
 
 def test_precisions_without_an_exporter(data, monkeypatch):
     def absent(*a, **k): raise ImportError("exporting needs the package onnx")
     monkeypatch.setattr(benchmark, "to_onnx", absent)
-    assert {row["way"] for row in bench_precisions(random_model((48,), 0.1), read_category(data, "trays"), threads=1, runs=1)} == {"torch"}
+    assert {row["way"] for row in bench_precisions(random_model((48,), 0.1), read_category(data, "trays"), threads=1, runs=1)} == {"torch", "library"}
 
 
 def test_bfloat16_changes_the_detectors_alone():

@@ -22,7 +22,7 @@ from grad_nb.inference import Captured, FastDetector, Winograd, best_tile, loops
 from grad_nb.training import Learner
 from grad_nb.winograd import winograd, winograd_matrices
 
-TOLERANCE = 1e-3  # of the standard deviation of the logits
+TOLERANCE = 1e-3  # of the standard deviation of the logits; with a matrix unit twice that
 
 
 def plain(detector, pictures):
@@ -69,7 +69,7 @@ def library(request):
     "The compiled loops of both kinds of processors, where they can be had."
     if request.param and not inference.has_unit(): pytest.skip("this processor does not multiply matrices")
     made = native.compiled(inference.source(request.param), "winograd", inference._right, "")
-    if made is None and loops() is None: pytest.skip("there is no C compiler")
+    if made is None: pytest.skip("there is no C compiler that knows it")
     assert made.unit() == request.param
     return made
 
@@ -77,8 +77,8 @@ def library(request):
 @pytest.mark.parametrize("m, r, fold", [(2, 3, 1), (4, 3, 1), (6, 3, 1), (2, 2, 2), (4, 2, 2), (4, 2, 1)])
 @pytest.mark.parametrize("side", [8, 13, 19])
 def test_the_compiled_layer_is_a_convolution_with_relu(library, m, r, fold, side):
-    if m == 6 and library.unit(): return
-    C, K = 64, 96
+    if m == 6 and library.unit(): pytest.skip("its tiles are smaller")
+    C, K = 32 * fold if side == 13 else 64, 96
     x, weight, bias = torch.randn(3, side, side, C), torch.randn(K, C, r * fold, r * fold) / C, torch.randn(K)
     expected = F.conv2d(x.permute(0, 3, 1, 2).double(), weight.double(), bias.double(), fold).relu().permute(0, 2, 3, 1)
     layer = Winograd(unstrided(weight) if fold == 2 else weight, bias, side, fold, m, library)
@@ -102,7 +102,7 @@ def tiles(V):
     return parts.permute(0, 2, 4, 1, 3, 5).contiguous().view(torch.float32).reshape(len(V), -1, V.shape[2])
 
 
-@pytest.mark.parametrize("rows", [1, 12, 13, 16, 49, 241])
+@pytest.mark.parametrize("rows", [1, 12, 13, 16, 49, 241, 300])
 def test_several_products_at_once(library, rows):
     V, U, apart = torch.randn(3, rows, 64), torch.randn(3, 64, 96), 16
     seen = tiles(V) if library.unit() else V
@@ -127,25 +127,35 @@ def test_a_unit_can_be_declined(monkeypatch):
     finally: loops.cache_clear()
 
 
-def test_a_unit_whose_loops_are_wrong_is_not_used(monkeypatch, caplog):
-    monkeypatch.setattr(inference, "has_unit", lambda: True)
-    monkeypatch.setattr(inference, "UNIT", "#error no\n")
+WRONG = [("UNIT", "#include <immintrin.h>", "#error no"), ("BY_UNIT", "FILTERS_AT(b + 512) MULTIPLY", ""), ("PRODUCT_BY_UNIT", "else by_unit(0, C, a, b, next, share, y, K);", "else ;"),
+         ("PRODUCT_BY_UNIT", "split(V + n * sv + t * C + c", "split(V + n * sv + c"), ("PRODUCT_BY_UNIT", "+ bias[k + q]", "- bias[k + q]"), ("PRODUCT_BY_UNIT", "(first + t) * K", "t * K")]
+
+
+@pytest.mark.skipif(not inference.has_unit() or loops() is None, reason="this processor does not multiply matrices")
+@pytest.mark.parametrize("name, right, wrong", WRONG, ids=["unknown", "two products", "a row block", "first rows", "bias", "parts"])
+def test_a_unit_whose_loops_are_wrong_is_not_used(monkeypatch, caplog, tmp_path, name, right, wrong):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert getattr(inference, name).count(right) == 1
+    monkeypatch.setattr(inference, name, getattr(inference, name).replace(right, wrong))
     loops.cache_clear()
     try:
-        with caplog.at_level("INFO"): assert loops() is None or not loops().unit()
+        with caplog.at_level("INFO"): assert not loops().unit()
         assert "vectors multiply" in caplog.text
     finally: loops.cache_clear()
 
 
-@pytest.mark.parametrize("width, size", [(1.0, 64), (1.0, 75), (0.5, 100), (0.25, 64), (0.1, 50), (0.25, 34)])
-@pytest.mark.parametrize("native", [True, False])
-def test_fast_is_plain(width, size, native, monkeypatch):
-    if not native: monkeypatch.setattr(inference, "loops", lambda: None)
+@pytest.mark.parametrize("width, size", [(1.0, 64), (1.0, 75), (0.5, 100), (0.25, 64), (0.25, 256), (0.1, 50), (0.25, 34)])
+@pytest.mark.parametrize("way", ["unit", "vectors", "torch"])
+def test_fast_is_plain(width, size, way, monkeypatch):
+    made = None if way == "torch" else native.compiled(inference.source(way == "unit"), "winograd", inference._right, "") if way == "vectors" or inference.has_unit() else None
+    if made is None and way != "torch": pytest.skip("there is no such processor or compiler here")
+    monkeypatch.setattr(inference, "loops", lambda: made)
     d = detector(width)
-    fast, seen = FastDetector(d, size), pictures(5, size)
+    fast, seen = FastDetector(d, size), pictures(5 if size < 256 else 1, size)
     expected = plain(d, seen)
-    assert (fast(torch.from_numpy(seen)) - expected).abs().max() < TOLERANCE * (expected.std() if size > 34 else 1)
-    assert native is False or loops() is None or width < 0.25 or size == 34 or any(isinstance(layer, Winograd) for layer in fast.layers)
+    assert (fast(torch.from_numpy(seen)) - expected).abs().max() < TOLERANCE * (1 + (way == "unit")) * (expected.std() if size > 34 else 1)
+    assert way == "torch" or width < 0.25 or size == 34 or any(isinstance(layer, Winograd) for layer in fast.layers)
+    assert fast.precision == ("3 x bf16" if way == "unit" and width >= 0.25 else "float32")
 
 
 @pytest.mark.skipif(loops() is None, reason="there is no C compiler")
@@ -156,7 +166,7 @@ def test_large_pictures_go_through_in_strips(tiles, monkeypatch):
     monkeypatch.setattr(inference, "STRIP", tiles)
     fast = FastDetector(d, 134)
     assert any(isinstance(layer, Winograd) and layer.strip < layer.tiles for layer in fast.layers)
-    assert (fast(torch.from_numpy(seen)) - expected).abs().max() < TOLERANCE * expected.std()
+    assert (fast(torch.from_numpy(seen)) - expected).abs().max() < 2 * TOLERANCE * expected.std()
 
 
 def test_any_batch_gives_the_same_scores():
@@ -195,7 +205,7 @@ def test_other_networks_take_the_plain_way():
     assert torch.allclose(score_map(net, x), net(with_coords(x.permute(0, 3, 1, 2).float() / 127.5 - 1))[:, 0], atol=1e-5)
 
 
-def test_the_rule_takes_the_shape_alone():
+def test_the_rule_takes_the_shape_and_the_unit():
     assert best_tile(58, 3) == 6 and best_tile(8, 3) == 2 and best_tile(62, 2) == 4
     assert {(best_tile(side, r, unit=True), r) for side in range(1, 80) for r in (2, 3)} <= {(0, 2), (0, 3), *inference.TILES_OF_UNIT}
     assert all(best_tile(side, r) in (0, 2, 4, 6) for side in range(1, 80) for r in (2, 3))

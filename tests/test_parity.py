@@ -11,7 +11,7 @@ from torch import nn
 from grad_nb import regularizers
 from grad_nb.config import DetectorConfig
 from grad_nb.coords import coord_map, with_coords
-from grad_nb.detector import TABLE_8, Conv, Decoder, Detector, map_side
+from grad_nb.detector import TABLE_8, Conv, Decoder, Detector, map_side, unrolled
 from grad_nb.diffusion import alpha_bars, global_noise, posterior_variance, q_sample, reconstruct, reverse_step, sample, timesteps
 from grad_nb.patchdiff import PatchDiff, denoising_loss, time_embedding, to_bytes, to_model
 from grad_nb.patches import PATCH, STRIDE, Batch, split_blocks
@@ -544,6 +544,31 @@ def test_tiles_are_taken_in_training_on_a_cpu_in_full_precision_alone():
     with pytest.raises(RuntimeError, match="Kernel size"): Detector(0.1)(randn(2, 5, 30, 30, dtype=torch.float32))
     assert layer(x[0]).shape == (4, 4, 4) and Conv(3, 4, 9)(randn(1, 3, 10, 10, dtype=torch.float32)).shape == (1, 4, 2, 2)
     assert layer.to("meta")(x.to("meta")).shape == (2, 4, 4, 4)
+
+
+@pytest.mark.parametrize("size, kernel, stride", [(1, 1, 1), (6, 1, 1), (3, 3, 1), (5, 3, 1), (6, 3, 1), (4, (3, 2), 1), (4, 4, 2), (8, 4, 2)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_mixed_precision_on_a_cpu_is_the_same_layer(monkeypatch, size, kernel, stride, bias):
+    layer, x, found, taken = Conv(8, 4, kernel, stride, bias), randn(3, 8, size, size, dtype=torch.float32), [], []
+    monkeypatch.setattr("grad_nb.detector.unrolled", lambda *args, real=unrolled: taken.append(1) or real(*args))
+    for forward in (Conv.forward, nn.Conv2d.forward):
+        with torch.autocast("cpu", torch.bfloat16): y = forward(layer, x.requires_grad_())
+        found.append([y, *torch.autograd.grad(y.float().square().sum(), [x, *layer.parameters()])])
+    assert len(taken) == (stride == 1 and kernel != 1 and size <= 5) and found[0][0].dtype == torch.bfloat16
+    for a, b in zip(*found): assert a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a.float(), b.float(), rtol=0.02, atol=0.02 * float(b.abs().max()))
+
+
+def test_mixed_precision_on_a_cpu_refuses_what_a_convolution_refuses():
+    with torch.autocast("cpu", torch.bfloat16):
+        for size in (30, 32, 33):
+            with pytest.raises(RuntimeError, match="Kernel size"): Detector(0.1)(randn(2, 5, size, size, dtype=torch.float32))
+        assert Conv(8, 4, 1)(randn(8, 6, 6, dtype=torch.float32)).shape == (4, 6, 6) and Conv(3, 4, 3)(randn(3, 5, 5, dtype=torch.float32)).shape == (4, 3, 3)
+
+
+def test_a_step_in_mixed_precision_is_near_the_step_in_full(monkeypatch):
+    (ours, g), (theirs, h) = (step_gradients(False, monkeypatch, bf16=bf16, width=0.5) for bf16 in (True, False))
+    for name in ours: assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=0.02), name
+    for a, b in zip(g, h): assert float((a - b).norm()) < 0.2 * float(b.norm())
 
 
 def test_the_penalty_s_gradients_are_those_of_plain_convolutions(monkeypatch):
