@@ -148,7 +148,9 @@ def test_a_patchdiff_of_these_layers_has_the_same_gradients(monkeypatch, level, 
         with torch.autocast(DEVICE, torch.bfloat16, enabled=mixed): (model(x, t).float() - target).square().mean().backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
     if CUDA: monkeypatch.setenv("GRAD_NB_FUSED", "0")
-    exact, plain = gradients(False), gradients(True)
+    with monkeypatch.context() as torchs:
+        torchs.setattr(patchdiff.pixelwise, "fits", lambda x: False)  # the loops of a CPU round less
+        exact, plain = gradients(False), gradients(True)
     if CUDA: monkeypatch.delenv("GRAD_NB_FUSED")
     else: monkeypatch.setattr(patchdiff, "gpu_layers", lambda x: kernels)
     used = []
