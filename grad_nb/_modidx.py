@@ -430,7 +430,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'grad_nb.inference._load': ('inference.html#_load', 'grad_nb/inference.py'),
                                    'grad_nb.inference._packed': ('inference.html#_packed', 'grad_nb/inference.py'),
                                    'grad_nb.inference._right': ('inference.html#_right', 'grad_nb/inference.py'),
-                                   'grad_nb.inference._right_fold': ('inference.html#_right_fold', 'grad_nb/inference.py'),
                                    'grad_nb.inference._right_product': ('inference.html#_right_product', 'grad_nb/inference.py'),
                                    'grad_nb.inference._room': ('inference.html#_room', 'grad_nb/inference.py'),
                                    'grad_nb.inference._roomy': ('inference.html#_roomy', 'grad_nb/inference.py'),

@@ -384,9 +384,10 @@ def bench_path(
     with torch.random.fork_rng(devices=[]): nets = [Detector(width).eval().requires_grad_(False) for _ in sizes]
     nets = [net.to(memory_format=torch.channels_last) for net in nets]
     with threads_of(threads):
+        ours = arithmetic(nets, sizes)
         for name, call, gflop, megabytes in _path(sizes, nets, batch):
             t = latency(lambda _, call=call: call(), lambda: None, runs, max(2, runs // 5))
-            precision = arithmetic(nets, sizes) if "fast" in name or "bytes" in name else "float32"
+            precision = ours if "fast" in name or "bytes" in name else "float32"
             rows.append({"stage": name, "device": device_name("cpu"), "threads": torch.get_num_threads(), "batch": batch, "precision": precision, "runs": runs,
                          **vars(t), "GFLOP": gflop, "MB": megabytes, **bound_of(t.median_ms, gflop, megabytes, limits, precision)})
     return rows
@@ -501,11 +502,10 @@ def bench_ways(
 def _precisions(model: GRAD, folder: str | Path, threads: int, normals: np.ndarray) -> Iterator[tuple[str, str, Callable, float]]:
     "Way, precision, call and megabytes of a model in every precision that can be had here, torch's float32 first, then the library's own way."
     plain = Scorer(model).eval()
-    scorers = {"float32": plain, **({"bf16": in_bfloat16(plain)} if bf16_supported("cpu") else {})}
-    weights = {name: sum(t.nbytes for t in scorer.state_dict().values()) / 1e6 for name, scorer in scorers.items()}
-    yield "torch", "float32", _on_arrays(plain), weights["float32"]
-    yield "library", arithmetic(model.detectors_, [row.size for row in model.levels_]), _predicted(model), weights["float32"]
-    if "bf16" in scorers: yield "torch", "bf16", _on_arrays(scorers["bf16"]), weights["bf16"]
+    megabytes = lambda scorer: sum(t.nbytes for t in scorer.state_dict().values()) / 1e6
+    yield "torch", "float32", _on_arrays(plain), megabytes(plain)
+    yield "library", arithmetic(model.detectors_, [row.size for row in model.levels_]), _predicted(model), megabytes(plain)
+    if bf16_supported("cpu"): yield "torch", "bf16", _on_arrays(half := in_bfloat16(plain)), megabytes(half)
     for name, write in {"float32": to_onnx, "int8": partial(to_int8, pictures=normals)}.items():
         try:
             write(model, file := Path(folder) / f"{name}.onnx")

@@ -46,7 +46,7 @@ def unrolled(
 
 # %% ../nbs/07_detector.ipynb #conv0004
 class Conv(nn.Conv2d):
-    "A convolution without padding, faster to train on a CPU in float32 than its base class, and the same function."
+    "A convolution without padding, faster to train on a CPU than its base class, and the same function."
 
     def __init__(self,
         before: int,  # channels in

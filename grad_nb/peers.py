@@ -59,9 +59,8 @@ def build_peer(
     return model
 
 # %% ../nbs/15b_peers.ipynb #_pee0007
-def _ours(sizes: Sequence[int], size: int, width: float, device: torch.device) -> Callable:
-    "GRAD's detectors with random weights: bytes to score and map."
-    with torch.random.fork_rng(devices=[]): nets = [Detector(width).eval() for _ in sizes]
+def _ours(nets: Sequence[Detector], sizes: Sequence[int], size: int, device: torch.device) -> Callable:
+    "GRAD's detectors: bytes to score and map."
     stats, config = [MapStats(0.0, 1.0)] * len(sizes), EvalConfig(map_size=size)
     return lambda pictures: fuse(score_levels(nets, pictures, sizes, device, len(pictures)), sizes, stats, size, config)
 
@@ -95,7 +94,8 @@ def bench_peers(
     "Latency of GRAD and of its peers, in one run. A peer that cannot be built or called is left out and named in a row without times."
     ours = {"GRAD here": sizes} | ({"GRAD here, one detector": sizes[:1]} if len(sizes) > 1 else {})
     device = torch.device(device)
-    ways, rows = {name: _ours(some, size, width, device) for name, some in ours.items()}, []
+    with torch.random.fork_rng(devices=[]): nets = {name: [Detector(width).eval() for _ in some] for name, some in ours.items()}
+    ways, rows = {name: _ours(nets[name], some, size, device) for name, some in ours.items()}, []
     for name in tqdm(names, "building peers", disable=not progress, leave=False):
         try:
             ways[name] = _theirs(build_peer(name, size), size, device)
@@ -107,7 +107,6 @@ def bench_peers(
         protocol = {"device": device_name(device), "threads": torch.get_num_threads(), "batch": batch,
                     "transfers": "none (cpu)" if device.type == "cpu" else "inside", "runs": runs, "timed": "bytes to score and map"}
     times = {name: Latency.of(s) for name, s in seconds.items()}
-    alike = [Detector(width).eval() for _ in sizes]  # have the same shapes
-    precision = {name: arithmetic(alike, some) if device.type == "cpu" else "bf16" for name, some in ours.items()}
+    precision = {name: arithmetic(nets[name], some) if device.type == "cpu" else "bf16" for name, some in ours.items()}
     return [{"method": name if name in ours else f"{name} (anomalib)", **protocol, "precision": precision.get(name, float32_name(device)), "weights": "random", **vars(t),
              "pictures_per_s": 1000 * batch / t.median_ms, "times_GRAD": t.median_ms / times["GRAD here"].median_ms} for name, t in times.items()] + rows

@@ -138,12 +138,12 @@ def source() -> str:  # C
 # %% ../nbs/04a_pixelwise.ipynb #pixl0010
 def _applied(library: ctypes.CDLL, y: Tensor, bias: Tensor, mult: Tensor, add: Tensor, grad: Tensor | None = None) -> tuple[Tensor, ...]:
     "What the loops make of pictures with their channels last: the values, or with `grad` the gradients of all four."
-    (B, C, H, W), made, half = y.shape, torch.empty_like(y), y.dtype == torch.bfloat16
+    (B, C, H, W), made, kind = y.shape, torch.empty_like(y), "_half" * (y.dtype == torch.bfloat16)
     if grad is None:
-        call(library.modulated_half if half else library.modulated, y, bias, mult, add, B, H * W, C, torch.get_num_threads(), made)
+        call(getattr(library, f"modulated{kind}"), y, bias, mult, add, B, H * W, C, torch.get_num_threads(), made)
         return (made,)
     sums = bias.new_zeros(B, 3, C)
-    call(library.modulated_back_half if half else library.modulated_back, y, bias, mult, add, grad, B, H * W, C, torch.get_num_threads(), made, sums)
+    call(getattr(library, f"modulated_back{kind}"), y, bias, mult, add, grad, B, H * W, C, torch.get_num_threads(), made, sums)
     to_mult, to_add, to_bias = sums.unbind(1)
     return made, to_bias.sum(0), to_mult, to_add
 
