@@ -349,25 +349,26 @@ def ceilings(
     return found
 
 # %% ../nbs/15_benchmark.ipynb #benc00s0
-def _path(sizes: Sequence[int], nets: Sequence[nn.Module], batch: int) -> Iterator[tuple[str, Callable, float, float]]:
-    "Name, call, GFLOP and megabytes of every stage from bytes to a verdict, for the CPU."
+def _path(sizes: Sequence[int], nets: Sequence[nn.Module], batch: int) -> Iterator[tuple[str, str, Callable, float, float]]:
+    "Name, precision, call, GFLOP and megabytes of every stage from bytes to a verdict, for the CPU."
     side, stats = max(sizes), [MapStats(0.0, 1.0)] * len(sizes)
     pictures = np.random.default_rng(0).integers(0, 256, (batch, side, side, 3), dtype=np.uint8)
     x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float().contiguous()
     maps, mb = [np.zeros((batch, map_side(s), map_side(s)), np.float32) for s in sizes], 12 * batch * side**2 / 1e6
     for s in sizes:
-        if s != side: yield f"resize to {s}", partial(resized, x, s), 0.0, mb
+        if s != side: yield f"resize to {s}", "float32", partial(resized, x, s), 0.0, mb
     for s, net in zip(sizes, nets):
         some, moved = resized(x, s).permute(0, 2, 3, 1), sum(layer_bytes(net, torch.empty(batch, 5, s, s)).values()) / 1e6
-        yield f"detector {s}, plain", lambda net=net, some=some: net(with_coords(some.permute(0, 3, 1, 2) / 127.5 - 1)), 2e-9 * batch * sum(count_operations(net, s).values()), moved
-        yield f"detector {s}, fast", partial(score_map, net, some), 2e-9 * batch * prepared(net, s).products, prepared(net, s).moved(batch) / 1e6
+        yield f"detector {s}, plain", "float32", lambda net=net, some=some: net(with_coords(some.permute(0, 3, 1, 2) / 127.5 - 1)), 2e-9 * batch * sum(count_operations(net, s).values()), moved
+        form = prepared(net, s)
+        yield f"detector {s}, fast", form.precision, partial(score_map, net, some), 2e-9 * batch * form.products, form.moved(batch) / 1e6
     place, judged = 4 * batch * side**2 / 1e6, lambda maps_: fuse(score_levels(nets, pictures, sizes, batch=batch), sizes, stats, side, with_maps=maps_)
-    yield "score", lambda: fuse(maps, sizes, stats, side, with_maps=False), 0.0, place * len(sizes)
-    yield "score and map", lambda: fuse(maps, sizes, stats, side), 0.0, 2 * place * len(sizes)
+    yield "score", "float32", lambda: fuse(maps, sizes, stats, side, with_maps=False), 0.0, place * len(sizes)
+    yield "score and map", "float32", lambda: fuse(maps, sizes, stats, side), 0.0, 2 * place * len(sizes)
     forms = [prepared(net, s) for net, s in zip(nets, sizes)]
     whole, moved = 2e-9 * batch * sum(form.products for form in forms), mb + sum(form.moved(batch) for form in forms) / 1e6
-    yield "bytes to score and label", lambda: judged(False), whole, moved + place * len(sizes)
-    yield "bytes to score, map and label", lambda: judged(True), whole, moved + 2 * place * len(sizes)
+    yield "bytes to score and label", arithmetic(nets, sizes), lambda: judged(False), whole, moved + place * len(sizes)
+    yield "bytes to score, map and label", arithmetic(nets, sizes), lambda: judged(True), whole, moved + 2 * place * len(sizes)
 
 # %% ../nbs/15_benchmark.ipynb #benc0006
 @torch.no_grad()
@@ -384,10 +385,8 @@ def bench_path(
     with torch.random.fork_rng(devices=[]): nets = [Detector(width).eval().requires_grad_(False) for _ in sizes]
     nets = [net.to(memory_format=torch.channels_last) for net in nets]
     with threads_of(threads):
-        ours = arithmetic(nets, sizes)
-        for name, call, gflop, megabytes in _path(sizes, nets, batch):
+        for name, precision, call, gflop, megabytes in _path(sizes, nets, batch):
             t = latency(lambda _, call=call: call(), lambda: None, runs, max(2, runs // 5))
-            precision = ours if "fast" in name or "bytes" in name else "float32"
             rows.append({"stage": name, "device": device_name("cpu"), "threads": torch.get_num_threads(), "batch": batch, "precision": precision, "runs": runs,
                          **vars(t), "GFLOP": gflop, "MB": megabytes, **bound_of(t.median_ms, gflop, megabytes, limits, precision)})
     return rows
@@ -440,25 +439,25 @@ def ways_of(
     folder: str | Path,  # where the exported file goes
     threads: int,  # threads of the runtimes
     compiled: bool = False,  # also compile with torch
-) -> Iterator[tuple[str, Callable]]:  # name, and bytes (B, S, S, 3) → scores, labels, maps
+) -> Iterator[tuple[str, str, Callable]]:  # name, precision, and bytes (B, S, S, 3) → scores, labels, maps
     "Every way to judge pictures that is installed here."
-    yield "library", _predicted(model)
+    yield "library", arithmetic(model.detectors_, [row.size for row in model.levels_]), _predicted(model)
     scorer, file = Scorer(model).eval(), Path(folder) / "model.onnx"
-    yield "torch, plain", _on_arrays(scorer)
-    if bf16_supported("cpu"): yield "torch, bf16", _on_arrays(in_bfloat16(scorer))
-    if compiled: yield "torch, compiled", _on_arrays(torch.compile(scorer))
+    yield "torch, plain", "float32", _on_arrays(scorer)
+    if bf16_supported("cpu"): yield "torch, bf16", "bf16", _on_arrays(in_bfloat16(scorer))
+    if compiled: yield "torch, compiled", "float32", _on_arrays(torch.compile(scorer))
     try: to_onnx(model, file)
     except ImportError: return
     try:
-        yield "ONNX Runtime", OnnxScorer(file, threads)
+        yield "ONNX Runtime", "float32", OnnxScorer(file, threads)
         some = np.random.default_rng(1).integers(0, 256, (8, scorer.size, scorer.size, 3), dtype=np.uint8)
         to_int8(model, small := Path(folder) / "int8.onnx", some)
-        yield "ONNX Runtime, int8", OnnxScorer(small, threads)
+        yield "ONNX Runtime, int8", "int8", OnnxScorer(small, threads)
     except ImportError: pass
     try: import openvino
     except ImportError: return
     run = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"})
-    yield "OpenVINO", lambda x: [run([x])[i] for i in range(3)]
+    yield "OpenVINO", "float32", lambda x: [run([x])[i] for i in range(3)]
 
 # %% ../nbs/15_benchmark.ipynb #bway0009
 def in_turns(
@@ -491,12 +490,13 @@ def bench_ways(
     rng = np.random.default_rng(0)
     draw = lambda: rng.integers(0, 256, (batch, max(sizes), max(sizes), 3), dtype=np.uint8)
     with threads_of(threads), tempfile.TemporaryDirectory() as folder:
-        ways, same = dict(ways_of(model, folder, torch.get_num_threads(), compiled)), rng.integers(0, 256, (4, max(sizes), max(sizes), 3), dtype=np.uint8)
+        found, same = list(ways_of(model, folder, torch.get_num_threads(), compiled)), rng.integers(0, 256, (4, max(sizes), max(sizes), 3), dtype=np.uint8)
+        ways, precision = {name: way for name, _, way in found}, {name: how for name, how, _ in found}
         scores = {name: np.concatenate([way(same[i : i + 1])[0] for i in range(4)]) for name, way in ways.items()}
         seconds = in_turns(ways, draw, runs)
         protocol = {"device": device_name("cpu"), "threads": torch.get_num_threads(), "batch": batch, "transfers": "none (cpu)", "runs": runs}
     spread = max(float(scores["library"].std()), 1e-9)
-    return [{"way": name, **protocol, "precision": arithmetic(model.detectors_, sizes) if name == "library" else next((p for p in ("int8", "bf16") if p in name), "float32"), **vars(Latency.of(s)), "difference": float(np.abs(scores[name] - scores["library"]).max()) / spread} for name, s in seconds.items()]
+    return [{"way": name, **protocol, "precision": precision[name], **vars(Latency.of(s)), "difference": float(np.abs(scores[name] - scores["library"]).max()) / spread} for name, s in seconds.items()]
 
 # %% ../nbs/15_benchmark.ipynb #bway0005
 def _precisions(model: GRAD, folder: str | Path, threads: int, normals: np.ndarray) -> Iterator[tuple[str, str, Callable, float]]:
