@@ -41,7 +41,7 @@ export: install  ## after editing a notebook: clean the notebooks, write grad_nb
 collect:  ## the records of finished runs and ablations, without pictures, into results/
 	mkdir -p results/runs
 	cd "$(RUNS)" && find . -mindepth 5 -name result.json -exec cp --parents {} "$(CURDIR)/results/runs/" \;
-	for set in ablation sensitivity regularizers generators batch; do if [ -d $$set ]; then $(BIN)/grad_ablate --folder $$set --collect results/$$set || exit 1; fi; done
+	for set in ablation sensitivity regularizers regularizers-more generators generators-more batch batch-more table4-more; do if [ -d $$set ]; then $(BIN)/grad_ablate --folder $$set --collect results/$$set || exit 1; fi; done
 
 clean:
 	rm -rf .venv build dist *.egg-info
