@@ -357,15 +357,14 @@ def _path(sizes: Sequence[int], nets: Sequence[nn.Module], batch: int) -> Iterat
     maps, mb = [np.zeros((batch, map_side(s), map_side(s)), np.float32) for s in sizes], 12 * batch * side**2 / 1e6
     for s in sizes:
         if s != side: yield f"resize to {s}", "float32", partial(resized, x, s), 0.0, mb
-    for s, net in zip(sizes, nets):
+    forms = [prepared(net, s) for net, s in zip(nets, sizes)]
+    for s, net, form in zip(sizes, nets, forms):
         some, moved = resized(x, s).permute(0, 2, 3, 1), sum(layer_bytes(net, torch.empty(batch, 5, s, s)).values()) / 1e6
         yield f"detector {s}, plain", "float32", lambda net=net, some=some: net(with_coords(some.permute(0, 3, 1, 2) / 127.5 - 1)), 2e-9 * batch * sum(count_operations(net, s).values()), moved
-        form = prepared(net, s)
         yield f"detector {s}, fast", form.precision, partial(score_map, net, some), 2e-9 * batch * form.products, form.moved(batch) / 1e6
     place, judged = 4 * batch * side**2 / 1e6, lambda maps_: fuse(score_levels(nets, pictures, sizes, batch=batch), sizes, stats, side, with_maps=maps_)
     yield "score", "float32", lambda: fuse(maps, sizes, stats, side, with_maps=False), 0.0, place * len(sizes)
     yield "score and map", "float32", lambda: fuse(maps, sizes, stats, side), 0.0, 2 * place * len(sizes)
-    forms = [prepared(net, s) for net, s in zip(nets, sizes)]
     whole, moved = 2e-9 * batch * sum(form.products for form in forms), mb + sum(form.moved(batch) for form in forms) / 1e6
     yield "bytes to score and label", arithmetic(nets, sizes), lambda: judged(False), whole, moved + place * len(sizes)
     yield "bytes to score, map and label", arithmetic(nets, sizes), lambda: judged(True), whole, moved + 2 * place * len(sizes)
