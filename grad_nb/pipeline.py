@@ -26,9 +26,10 @@ from .config import Augmentation, DetectorConfig, GeneratorConfig, Level, Preset
 from .data import Category, Sample, data_sha256, hold_out, load_defects, load_images, load_masks, manifest, read_category
 from .detector import Detector, load_detector, save_detector
 from .evaluation import MapStats, fuse, image_scores, resize_pictures, score_maps, summary, trivial
+from .inference import arithmetic
 from .metrics import OnDemand, area_to, au_pro, auroc_interval, average_precision, f1_max, pixel_auroc_ap, resize_map, spro_curve, write_tiff_maps
 from .patchdiff import generate, reconstruct_normals, save_patchdiff, train_patchdiff
-from .store import (TimeUp, alone, atomic_path, device_name, file_sha256, fingerprint, git_state, pick_device, read_array, read_json,
+from .store import (TimeUp, alone, atomic_path, device_name, file_sha256, fingerprint, float32_name, git_state, pick_device, read_array, read_json,
                            versions, write_array, write_json)
 from .training import train_detector
 
@@ -284,6 +285,7 @@ def detect_stage(
             write_array(run.folder / files[-1], _score(run, detector, row, samples))
         (run.folder / f"detector-{tag}.checkpoint").unlink(missing_ok=True)
         figures["parts"]["score"] = round(time.perf_counter() - start, 2)
+        figures["products"] = arithmetic([detector], [row.size]) if torch.device(run.device).type == "cpu" else float32_name(run.device)
         return figures, files
     return run_stage(run.folder, f"detect-{tag}", detect_key(run, level), make, run.device)
 
@@ -429,7 +431,7 @@ def changed_stages(
 def provenance(
     run: Run,  # the run
 ) -> dict:
-    "What a result says about how it was made: settings, seed, versions, device, data, seconds of each stage."
+    "What a result says about how it was made: settings, seed, versions, device, the precision of its scores, data, seconds of each stage."
     names = [f"generate-{n:02d}" for n in run.generator_levels] + [f"detect-{row.level:03d}" for row in run.levels]
     records = {name: read_json(run.folder / f"{name}.json") for name in names}
     return {
@@ -437,7 +439,7 @@ def provenance(
         "config": to_dict(run.preset), "data_sha256": run.data_sha256, "notes": list(run.category.notes), "versions": versions(), "git": git_state(),
         "seconds": {name: record["seconds"] for name, record in records.items()},
         "device": ", ".join(sorted({record["device"] for record in records.values()})),
-        "stages": {name: {k: record[k] for k in ("device", "versions", "fingerprint")} for name, record in records.items()},
+        "stages": {name: {k: record[k] for k in ("device", "versions", "fingerprint", "products") if k in record} for name, record in records.items()},
         "counts": {"train": len(split_normals(run)[0]), "held_out": len(split_normals(run)[1]), "test": len(run.category.test)}}
 
 # %% ../nbs/11b_pipeline.ipynb #0fd38c5a

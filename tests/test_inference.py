@@ -18,11 +18,11 @@ from grad_nb.data import load_images, read_category
 from grad_nb.detector import Detector
 from grad_nb.evaluation import fuse, image_auroc, resize_pictures, score_levels, score_maps
 from grad_nb.grad import GRAD
-from grad_nb.inference import Captured, FastDetector, Winograd, best_tile, loops, prepared, roomy_batch, score_map, unstrided
+from grad_nb.inference import NEAR, TILES, WAYS, Captured, FastDetector, Winograd, best_tile, loops, prepared, roomy_batch, score_map, unstrided
 from grad_nb.training import Learner
 from grad_nb.winograd import winograd, winograd_matrices
 
-TOLERANCE = 1e-3  # of the standard deviation of the logits; with a matrix unit twice that
+TOLERANCE = 1e-3  # of the standard deviation of the logits, of torch's own ways
 
 
 def plain(detector, pictures):
@@ -64,32 +64,35 @@ def test_the_reference_is_a_convolution(m, r, h, w, c, k):
     assert torch.allclose(winograd(x, weight, bias, m), expected, atol=1e-8)
 
 
-def compiled_for(unit):
-    "The compiled loops of one kind of processors; skips where they cannot be had."
-    if unit and not inference.has_unit(): pytest.skip("this processor does not multiply matrices")
-    made = native.compiled(inference.source(unit), "winograd", inference._right, "")
+def compiled_for(way):
+    "The compiled loops of one way to multiply; skips where they cannot be had."
+    if way == "3 x bf16" and not inference.has_unit(): pytest.skip("this processor does not multiply matrices")
+    made = native.compiled(inference.source(way), "winograd", inference._right, "")
     if made is None: pytest.skip("there is no C compiler that knows it")
-    assert made.unit() == unit
+    assert WAYS[made.way()] == way
     return made
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["vectors", "unit"])
+@pytest.fixture(scope="module", params=WAYS)
 def library(request): return compiled_for(request.param)
 
 
-def tolerance(fast): return TOLERANCE * (2 if fast.precision == "3 x bf16" else 1)
+def near(library): return NEAR[WAYS[library.way()]]
+
+
+def tolerance(fast): return NEAR[fast.precision]
 
 
 @pytest.mark.parametrize("m, r, fold", [(2, 3, 1), (4, 3, 1), (6, 3, 1), (2, 2, 2), (4, 2, 2), (4, 2, 1)])
 @pytest.mark.parametrize("side", [8, 13, 19])
 def test_the_compiled_layer_is_a_convolution_with_relu(library, m, r, fold, side):
-    if m == 6 and library.unit(): pytest.skip("its tiles are smaller")
+    if m == 6 and WAYS[library.way()] != "float32": pytest.skip("its tiles are smaller")
     C, K = 32 * fold if side == 13 else 64, 96
     x, weight, bias = torch.randn(3, side, side, C), torch.randn(K, C, r * fold, r * fold) / C, torch.randn(K)
     expected = F.conv2d(x.permute(0, 3, 1, 2).double(), weight.double(), bias.double(), fold).relu().permute(0, 2, 3, 1)
     layer = Winograd(unstrided(weight) if fold == 2 else weight, bias, side, fold, m, library)
     found = layer(x, [torch.full((n,), torch.nan) for n in layer.memory(3)], torch.full(expected.shape, torch.nan))
-    assert layer.out == expected.shape[1] and (found - expected).abs().max() < TOLERANCE * expected.std() and found.min() == 0
+    assert layer.out == expected.shape[1] and (found - expected).abs().max() < near(library) * expected.std() and found.min() == 0
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 15, 16, 17, 31, 32, 33, 49, 63, 64, 65, 81, 241])
@@ -97,7 +100,7 @@ def test_the_product_takes_any_number_of_rows(library, rows):
     V, U, bias, room = torch.randn(rows, 64), torch.randn(1, 64, 96), torch.randn(96), -(-rows // 16) * 16
     M = torch.full((room + 1, 96), torch.nan)
     native.call(library.product, V, inference._packed(U, library), bias, 1, rows, 64, 96, 0, 0, 48, M)
-    assert torch.allclose(M[:rows], (V @ U[0] + bias).relu(), atol=1e-3) and M[-1].isnan().all()
+    assert torch.allclose(M[:rows], (V @ U[0] + bias).relu(), atol=near(library)) and M[-1].isnan().all()
 
 
 def tiles(V):
@@ -108,59 +111,136 @@ def tiles(V):
     return parts.permute(0, 2, 4, 1, 3, 5).contiguous().view(torch.float32).reshape(len(V), -1, V.shape[2])
 
 
+def whole(V):
+    "(N, T, C) as pairs of integers are read: every 32 numbers scaled to a length of 32760 and rounded, then all scales."
+    scale = V.unflatten(2, (-1, 32)).norm(dim=3).clamp_min(1e-20) / 32760
+    integers = (V / scale.repeat_interleave(32, 2)).round().short().contiguous().view(torch.float32)
+    return torch.cat([integers.flatten(1), scale.flatten(1)], 1)
+
+
+def as_read(V, library): return {"3 x bf16": tiles, "int16": whole, "float32": torch.clone}[WAYS[library.way()]](V)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 16, 49, 241, 300])
 def test_several_products_at_once(library, rows):
     V, U, apart = torch.randn(3, rows, 64), torch.randn(3, 64, 96), 16
-    seen = tiles(V) if library.unit() else V
-    seen = F.pad(seen.flatten(1), (0, apart))
+    seen = F.pad(as_read(V, library).flatten(1), (0, apart))
     made = torch.full((3, -(-rows // 16) * 16 * 96 + apart), torch.nan)
     native.call(library.product, seen, inference._packed(U, library), None, 3, rows, 64, 96, seen.shape[1], made.shape[1], 240, made)
-    assert torch.allclose(made[:, : rows * 96].view(3, rows, 96), V @ U, atol=1e-3) and made[:, -apart:].isnan().all()
+    assert torch.allclose(made[:, : rows * 96].view(3, rows, 96), V @ U, atol=near(library)) and made[:, -apart:].isnan().all()
 
 
-def test_two_halves_of_a_number_are_worth_sixteen_bits(library):
+def test_what_is_left_of_a_number(library):
+    "16 bits of each with the unit; with integers 16 bits of the largest, or fewer the more numbers share its scale."
     V, U, M = torch.rand(64, 32) + 1, torch.eye(32)[None], torch.empty(64, 32)
     native.call(library.product, V, inference._packed(U, library), torch.zeros(32), 1, 64, 32, 32, 0, 0, 48, M)
     worst = ((M - V) / V).abs().max()
-    assert (worst == 0 if not library.unit() else 0 < worst <= 2**-16)
+    low, high = {"3 x bf16": (1e-9, 2**-16), "int16": (1e-9, 2**-12), "float32": (-1, 0)}[WAYS[library.way()]]
+    assert low < worst <= high
 
 
-def test_a_unit_can_be_declined(monkeypatch):
-    monkeypatch.setenv("GRAD_NB_AMX", "0")
-    assert not inference.has_unit()
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), C=st.sampled_from([32, 64, 256]), kind=st.sampled_from(["aligned", "opposite", "one", "spread", "flat"]), scale=st.sampled_from([1e-12, 1e-3, 1, 1e6]))
+def test_a_sum_of_integers_never_overflows(seed, C, kind, scale):
+    "Rows that are multiples of the columns reach the bound of Cauchy and Schwarz; an overflow would be wrong by the whole sum."
+    library, drawn = compiled_for("int16"), torch.Generator().manual_seed(seed)
+    u = torch.randn(C, generator=drawn)
+    if kind == "one": u *= torch.arange(C) % 32 == seed % 32
+    if kind == "spread": u *= torch.logspace(-6, 0, C)
+    if kind == "flat": u = torch.ones(C)
+    V, U = u.repeat(13, 1) * (-scale if kind == "opposite" else scale), u[None, :, None].repeat(1, 1, 32)
+    made = torch.empty(13 * 32)
+    native.call(library.product, whole(V[None]).flatten(), inference._packed(U, library), None, 1, 13, C, 32, 0, 0, 240, made)
+    assert torch.allclose(made.view(13, 32), V @ U[0], rtol=1e-3, atol=0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 30), scale=st.sampled_from([1e-8, 1.0, 1e12]), dark=st.booleans())
+def test_every_row_has_scales_of_its_own(rows, scale, dark):
+    library = compiled_for("int16")
+    V, U = torch.randn(rows, 64) * torch.logspace(0, -6, rows)[:, None] * scale, torch.randn(1, 64, 32)
+    if dark: V[rows // 2] = 0
+    M = torch.empty(rows, 32)
+    native.call(library.product, V, inference._packed(U, library), torch.zeros(32), 1, rows, 64, 32, 0, 0, 48, M)
+    expected = (V.double() @ U[0].double()).relu()
+    assert ((M - expected).abs() <= 1e-3 * V.norm(dim=1, keepdim=True) * 8).all()
+
+
+def test_a_filter_of_zeros_gives_zeros(library):
+    V, M = torch.randn(5, 32), torch.empty(16, 32)
+    native.call(library.product, V, inference._packed(torch.zeros(1, 32, 32), library), torch.zeros(32), 1, 5, 32, 32, 0, 0, 48, M)
+    assert M[:5].eq(0).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_numbers_that_are_none_stay_none(library, bad):
+    V, M = torch.randn(5, 64), torch.empty(16, 32)
+    V[2, 40] = bad
+    native.call(library.product, V, inference._packed(torch.ones(1, 64, 32), library), torch.zeros(32), 1, 5, 64, 32, 0, 0, 48, M)
+    assert not M[2].isfinite().any() and M[[0, 1, 3, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("first, there", [("float32", ("float32",)), ("int16", ("int16", "float32"))])
+def test_a_way_can_be_named(monkeypatch, first, there):
+    monkeypatch.setenv("GRAD_NB_PRODUCTS", first)
+    assert inference.ways() == there
     loops.cache_clear()
-    try: assert loops() is None or not loops().unit()
+    try: assert loops() is None or WAYS[loops().way()] in there
     finally: loops.cache_clear()
 
 
+def test_by_default_the_best_way_that_is_there_comes_first(monkeypatch):
+    monkeypatch.delenv("GRAD_NB_PRODUCTS", raising=False)
+    for unit, pairs in ((True, True), (True, False), (False, True), (False, False)):
+        monkeypatch.setattr(inference, "has_unit", lambda unit=unit: unit)
+        monkeypatch.setattr(inference, "has_pairs", lambda pairs=pairs: pairs)
+        assert inference.ways() == ("3 x bf16",) * unit + ("int16",) * pairs + ("float32",)
+
+
+@pytest.mark.parametrize("flags, pairs", [("fpu avx2 avx_vnni", True), ("fpu avx512f avx512_vnni", True), ("fpu avx2 avx512f", False), ("", False)])
+def test_pairs_are_known_by_the_flags(monkeypatch, flags, pairs):
+    monkeypatch.setattr(native, "_processor", lambda: ["model name : one with avx_vnni", f"flags\t\t: {flags}"])
+    assert inference.has_pairs() == pairs
+
+
+def test_an_unknown_way_is_an_error(monkeypatch):
+    monkeypatch.setenv("GRAD_NB_PRODUCTS", "int8")
+    with pytest.raises(ValueError, match="GRAD_NB_PRODUCTS must be one of '3 x bf16', 'int16', 'float32', not 'int8'"): inference.ways()
+
+
 WRONG = [("UNIT", "#include <immintrin.h>", "#error no"), ("BY_UNIT", "FILTERS_AT(b + 512) MULTIPLY", ""), ("PRODUCT_BY_UNIT", "else by_unit(0, C, a, b, next, share, y, K);", "else ;"),
-         ("PRODUCT_BY_UNIT", "split(V + n * sv + t * C + c", "split(V + n * sv + c"), ("PRODUCT_BY_UNIT", "+ bias[k + q]", "- bias[k + q]"), ("PRODUCT_BY_UNIT", "(first + t) * K", "t * K")]
+         ("PRODUCT_BY_UNIT", "split(V + n * sv + t * C + c", "split(V + n * sv + c"), ("PRODUCT_BY_UNIT", "+ bias[k + q]", "- bias[k + q]"), ("PRODUCT_BY_UNIT", "(first + t) * K", "t * K"),
+         ("PAIRS", "#include <immintrin.h>", "#error no"), ("PAIRS", "12582912.0f", "12582913.0f"), ("BY_PAIRS", "if (c > CH / 2) z += *to;", ""), ("BY_PAIRS", "size[i * parts]", "size[0]"),
+         ("BY_PAIRS", "column + k * W", "column"), ("BY_PAIRS", "(last - first) * C / 2}", "0}")]
 
 
-@pytest.mark.skipif(not inference.has_unit() or loops() is None, reason="this processor does not multiply matrices")
-@pytest.mark.parametrize("name, right, wrong", WRONG, ids=["unknown", "two products", "a row block", "first rows", "bias", "parts"])
-def test_a_unit_whose_loops_are_wrong_is_not_used(monkeypatch, caplog, tmp_path, name, right, wrong):
+@pytest.mark.parametrize("name, right, wrong", WRONG, ids=["unknown unit", "two products", "a row block", "first rows", "bias", "parts",
+                                                           "unknown pairs", "rounding", "the sum so far", "scales of rows", "scales of columns", "where scales are"])
+def test_loops_that_are_wrong_are_not_used(monkeypatch, caplog, tmp_path, name, right, wrong):
+    way = "int16" if "PAIRS" in name else "3 x bf16"
+    compiled_for(way)
+    monkeypatch.setenv("GRAD_NB_PRODUCTS", way)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert getattr(inference, name).count(right) == 1
     monkeypatch.setattr(inference, name, getattr(inference, name).replace(right, wrong))
     loops.cache_clear()
     try:
-        with caplog.at_level("INFO"): assert not loops().unit()
-        assert "vectors multiply" in caplog.text
+        with caplog.at_level("INFO"): assert WAYS.index(way) < loops().way()
+        assert "vectors of floats multiply" in caplog.text
     finally: loops.cache_clear()
 
 
 @pytest.mark.parametrize("width, size", [(1.0, 64), (1.0, 75), (0.5, 100), (0.25, 64), (0.25, 256), (0.1, 50), (0.25, 34)])
-@pytest.mark.parametrize("way", ["unit", "vectors", "torch"])
+@pytest.mark.parametrize("way", [*WAYS, "torch"])
 def test_fast_is_plain(width, size, way, monkeypatch):
-    made = None if way == "torch" else compiled_for(way == "unit")
+    made = None if way == "torch" else compiled_for(way)
     monkeypatch.setattr(inference, "loops", lambda: made)
     d = detector(width)
     fast, seen = FastDetector(d, size), pictures(5 if size < 256 else 1, size)
     expected = plain(d, seen)
     assert (fast(torch.from_numpy(seen)) - expected).abs().max() < tolerance(fast) * (expected.std() if size > 34 else 1)
     assert way == "torch" or width < 0.25 or size == 34 or any(isinstance(layer, Winograd) for layer in fast.layers)
-    assert fast.precision == ("3 x bf16" if way == "unit" and width >= 0.25 else "float32")
+    assert fast.precision == (way if way != "torch" and width >= 0.25 else "float32")
 
 
 @pytest.mark.skipif(loops() is None, reason="there is no C compiler")
@@ -210,9 +290,9 @@ def test_other_networks_take_the_plain_way():
     assert torch.allclose(score_map(net, x), net(with_coords(x.permute(0, 3, 1, 2).float() / 127.5 - 1))[:, 0], atol=1e-5)
 
 
-def test_the_rule_takes_the_shape_and_the_unit():
+def test_the_rule_takes_the_shape_and_the_way():
     assert best_tile(58, 3) == 6 and best_tile(8, 3) == 2 and best_tile(62, 2) == 4
-    assert {(best_tile(side, r, unit=True), r) for side in range(1, 80) for r in (2, 3)} <= {(0, 2), (0, 3), *inference.TILES_OF_UNIT}
+    assert {(best_tile(side, r, way), r) for side in range(1, 80) for r in (2, 3) for way in ("3 x bf16", "int16")} <= {(0, 2), (0, 3), *TILES}
     assert all(best_tile(side, r) in (0, 2, 4, 6) for side in range(1, 80) for r in (2, 3))
 
 
@@ -245,7 +325,7 @@ def test_levels_are_the_detectors_one_by_one():
     together = score_levels(nets, seen, sizes, batch=2)
     for net, size, maps in zip(nets, sizes, together):
         expected = plain(net, resize_pictures(seen, size)).numpy()
-        assert np.abs(maps - expected).max() < TOLERANCE * expected.std()
+        assert np.abs(maps - expected).max() < tolerance(prepared(net, size)) * expected.std()
 
 
 def fitted(levels="mvtec_loco"):
@@ -318,13 +398,14 @@ def test_the_plain_way_leaves_the_pictures_to_the_next_level(sizes):
     assert (seen == kept).all() and torch.equal(floats, torch.from_numpy(kept).float())
 
 
-@pytest.mark.parametrize("bf16, tolerance", [(False, TOLERANCE), (True, 0.1)])
+@pytest.mark.parametrize("bf16, off", [(False, TOLERANCE), (True, 0.1)])
 @pytest.mark.parametrize("side", [96, 80])
-def test_what_a_gpu_would_record_is_the_same_function(bf16, tolerance, side):
+def test_what_a_gpu_would_record_is_the_same_function(bf16, off, side):
     nets, sizes, seen = [detector(0.25, k) for k in range(3)], (96, 64, 48), pictures(2, side)
     judge = Captured(nets, sizes, 2, side, "cpu", bf16)
-    for (scores, maps), expected in zip(judge(torch.from_numpy(seen)), score_levels(nets, seen, sizes)):
-        assert np.abs(maps.numpy() - expected).max() < tolerance * expected.std() and torch.equal(scores, maps.amax((1, 2)))
+    for net, size, (scores, maps) in zip(nets, sizes, judge(torch.from_numpy(seen))):
+        expected = plain(net, resize_pictures(seen, size)).numpy()
+        assert np.abs(maps.numpy() - expected).max() < off * expected.std() and torch.equal(scores, maps.amax((1, 2)))
     assert judge.precision == ("bf16" if bf16 else "float32")
 
 
@@ -334,7 +415,7 @@ def test_a_stream_of_batches_is_every_picture_once_and_in_order(n):
     batches = list(Captured(nets, sizes, 4, 64, "cpu").stream(seen))
     assert [len(large) for large, _ in batches] == [4] * (n // 4) + [n % 4] * (n % 4 > 0)
     for k, expected in enumerate(score_levels(nets, seen, sizes)):
-        assert np.allclose(np.concatenate([maps[k] for maps in batches]), expected, atol=1e-4)
+        assert np.allclose(np.concatenate([maps[k] for maps in batches]), expected, atol=tolerance(prepared(nets[k], sizes[k])) * expected.std())
 
 
 class Recorded:
