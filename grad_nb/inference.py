@@ -120,6 +120,7 @@ static const shapes all = {.palette = 1, .bytes = {64, 64, 64, 64, 64, 64, 64, 6
 /* CH numbers of a row of V from channel c on: the larger parts, and a tile further the smaller */
 INLINE void split(const float *x, float *V, long t, long c, long C, long T) {
   float *y = V + (t / 16 * C + c) * 16 + t % 16 * 16;
+  __builtin_prefetch(y + 16 * CH, 1, 3); __builtin_prefetch(y + 16 * CH + 256, 1, 3);
   for (int k = 0; k < CH; k += 16) {
     __m512 v = _mm512_loadu_ps(x + k);
     __m256i large = (__m256i)_mm512_cvtneps_pbh(v);
@@ -206,6 +207,7 @@ INLINE void split(const float *x, float *V, long t, long c, long C, long T) {
   for (int k = 0; k < CH; k += W) { vec z = *(const vec *)(x + k); q += z * z; }
   float size = sqrtf(total(q) + 1e-30f), scale = 32760 / size;
   short *whole = (short *)(V + (t * C + c) / 2);
+  __builtin_prefetch(whole + CH, 1, 3);
   /* 1.5 * 2^23 more, and the last 16 bits are the nearest integer */
   for (int k = 0; k < CH; k++) { union { float f; int i; } u = {x[k] * scale + 12582912.0f}; whole[k] = (short)u.i; }
   V[T * C / 2 + (t * C + c) / CH] = size * (1 / 32760.0f);

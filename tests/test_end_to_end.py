@@ -13,6 +13,7 @@ from conftest import TINY
 
 from grad_nb.cli import check_parameters, plan, template, template_parameters
 from grad_nb.config import override, preset
+from grad_nb.inference import WAYS
 from grad_nb.pipeline import Run, detect_stage, evaluate_stage, generate_stage, open_run, split_normals
 
 
@@ -54,6 +55,7 @@ def test_result_says_how_it_was_made(demo):
     result = json.loads((demo[1] / "demo/trays/trays/seed0/result.json").read_text())
     want = {"image_auroc", "pixel_auroc", "by_type", "trivial", "preset", "dataset", "category", "seed", "seconds", "device", "versions", "data_sha256", "config"}
     assert want <= set(result) and result["config"]["detector"]["steps"] == 6 and result["dataset"] == "trays"
+    assert result["stages"]["detect-034"]["products"] in WAYS and "products" not in result["stages"]["generate-03"], "the precision of the scores"
     assert all(0 <= v <= 1 for v in (result["image_auroc"], result["pixel_auroc"], *result["by_type"].values()))
 
 

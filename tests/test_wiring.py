@@ -61,7 +61,8 @@ def test_a_detector_learns_from_its_own_sets_and_from_no_held_out_picture(run, m
         normals=normals, sets=sets, augmentation=augmentation) or ({"parts": {}}, ["detector"]))
     monkeypatch.setattr(room, "load_detector", lambda path: (None, {}))
     monkeypatch.setattr(room, "_score", lambda run, detector, row, samples: scored.append(samples) or np.zeros((0, 1, 1)))
-    room.detect_stage(run, 64)
+    monkeypatch.setattr(room, "arithmetic", lambda detectors, sizes: "int16")
+    assert room.detect_stage(run, 64)["products"] == "int16"
     assert seen["sets"] == [5, 9] and seen["augmentation"] == augmentation("bottle") != Augmentation() and scored == [held, run.category.test]
     assert np.array_equal(seen["normals"], load_images(train, 64)) and held and len(train) + len(held) == len(run.category.train)
 
