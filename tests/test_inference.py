@@ -1,7 +1,11 @@
 """The fast way to a score map is the plain way: same function, same scores, fewer multiplications."""
 import copy
+import ctypes
 import subprocess
 import sys
+import tempfile
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,13 +68,26 @@ def test_the_reference_is_a_convolution(m, r, h, w, c, k):
     assert torch.allclose(winograd(x, weight, bias, m), expected, atol=1e-8)
 
 
-def compiled_for(way):
-    "The compiled loops of one way to multiply; skips where they cannot be had."
-    if way == "3 x bf16" and not inference.has_unit(): pytest.skip("this processor does not multiply matrices")
-    made = native.compiled(inference.source(way), "winograd", inference._right, "")
-    if made is None: pytest.skip("there is no C compiler that knows it")
-    assert WAYS[made.way()] == way
+@pytest.fixture(autouse=True)
+def the_same_numbers_each_time():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@lru_cache(maxsize=None)
+def library_for(way):
+    "The compiled loops of one way to multiply, or None where the compiler or the processor does not know it. Loops that compile have to be right."
+    if way == "3 x bf16" and not inference.has_unit(): return None
+    try: made = ctypes.CDLL(str(native.compile_c(inference.source(way), "winograd", Path(tempfile.mkdtemp()))))
+    except (OSError, subprocess.SubprocessError): return None
+    assert WAYS[made.way()] == way and inference._right(made)
     return made
+
+
+def compiled_for(way):
+    "The same; skips where they cannot be had."
+    return library_for(way) or pytest.skip("the compiler or the processor does not know it")
 
 
 @pytest.fixture(scope="module", params=WAYS)
@@ -149,9 +166,10 @@ def test_a_sum_of_integers_never_overflows(seed, C, kind, scale):
     if kind == "spread": u *= torch.logspace(-6, 0, C)
     if kind == "flat": u = torch.ones(C)
     V, U = u.repeat(13, 1) * (-scale if kind == "opposite" else scale), u[None, :, None].repeat(1, 1, 32)
-    made = torch.empty(13 * 32)
+    made, rectified = torch.full((13, 32), torch.nan), torch.full((13, 32), torch.nan)
     native.call(library.product, whole(V[None]).flatten(), inference._packed(U, library), None, 1, 13, C, 32, 0, 0, 240, made)
-    assert torch.allclose(made.view(13, 32), V @ U[0], rtol=1e-3, atol=0)
+    native.call(library.product, V, inference._packed(U, library), torch.zeros(32), 1, 13, C, 32, 0, 0, 48, rectified)
+    assert torch.allclose(made, V @ U[0], rtol=1e-3, atol=0) and torch.allclose(rectified, (V @ U[0]).relu(), rtol=1e-3, atol=0)
 
 
 @settings(max_examples=20, deadline=None)
@@ -184,9 +202,33 @@ def test_numbers_that_are_none_stay_none(library, bad):
 def test_a_way_can_be_named(monkeypatch, first, there):
     monkeypatch.setenv("GRAD_NB_PRODUCTS", first)
     assert inference.ways() == there
+    compiled_for(first)
     loops.cache_clear()
-    try: assert loops() is None or WAYS[loops().way()] in there
+    try: assert WAYS[loops().way()] == first
     finally: loops.cache_clear()
+
+
+def test_a_named_way_that_is_not_there_is_reported(monkeypatch, caplog):
+    monkeypatch.setenv("GRAD_NB_PRODUCTS", "3 x bf16")
+    monkeypatch.setattr(inference, "has_unit", lambda: False)
+    monkeypatch.setattr(inference, "has_pairs", lambda: False)
+    loops.cache_clear()
+    try: loops()
+    finally: loops.cache_clear()
+    assert "cannot multiply as GRAD_NB_PRODUCTS says (3 x bf16); it does so by float32" in caplog.text
+
+
+def test_what_is_not_wanted_is_not_asked_for(monkeypatch):
+    monkeypatch.setenv("GRAD_NB_PRODUCTS", "float32")
+    monkeypatch.setattr(inference, "has_unit", lambda: pytest.fail("the unit was asked for"))
+    assert inference.ways() == ("float32",)
+
+
+def test_vectors_of_floats_are_not_taken_for_integers(monkeypatch):
+    "A compiler that does not know the processor's instruction would make a slower way of it."
+    monkeypatch.setattr(inference, "has_pairs", lambda: True)
+    program = inference.source("int16").replace("defined __AVX512VNNI__", "0").replace("defined __AVXVNNI__", "0")
+    with pytest.raises(subprocess.CalledProcessError): native.compile_c(program, "without", Path(tempfile.mkdtemp()))
 
 
 def test_by_default_the_best_way_that_is_there_comes_first(monkeypatch):
@@ -203,21 +245,22 @@ def test_pairs_are_known_by_the_flags(monkeypatch, flags, pairs):
     assert inference.has_pairs() == pairs
 
 
-def test_an_unknown_way_is_an_error(monkeypatch):
+def test_an_unknown_way_is_an_error_before_any_work(monkeypatch, tmp_path):
     monkeypatch.setenv("GRAD_NB_PRODUCTS", "int8")
-    with pytest.raises(ValueError, match="GRAD_NB_PRODUCTS must be one of '3 x bf16', 'int16', 'float32', not 'int8'"): inference.ways()
+    for work in (inference.ways, lambda: GRAD("demo").fit(tmp_path), lambda: GRAD.load(tmp_path / "part.grad")):
+        with pytest.raises(ValueError, match="GRAD_NB_PRODUCTS must be one of '3 x bf16', 'int16', 'float32', not 'int8'"): work()
 
 
 WRONG = [("UNIT", "#include <immintrin.h>", "#error no"), ("BY_UNIT", "FILTERS_AT(b + 512) MULTIPLY", ""), ("PRODUCT_BY_UNIT", "else by_unit(0, C, a, b, next, share, y, K);", "else ;"),
          ("PRODUCT_BY_UNIT", "split(V + n * sv + t * C + c", "split(V + n * sv + c"), ("PRODUCT_BY_UNIT", "+ bias[k + q]", "- bias[k + q]"), ("PRODUCT_BY_UNIT", "(first + t) * K", "t * K"),
-         ("PAIRS", "#include <immintrin.h>", "#error no"), ("PAIRS", "12582912.0f", "12582913.0f"), ("BY_PAIRS", "if (c > CH / 2) z += *to;", ""), ("BY_PAIRS", "size[i * parts]", "size[0]"),
+         ("PAIRS", "#include <immintrin.h>", "#error no"), ("SPLIT", "12582912.0f", "12582913.0f"), ("SPLIT", "scale = 32760 / size", "scale = 36000 / size"), ("BY_PAIRS", "if (c > CH / 2) z += *to;", ""), ("BY_PAIRS", "size[i * parts]", "size[0]"),
          ("BY_PAIRS", "column + k * W", "column"), ("BY_PAIRS", "(last - first) * C / 2}", "0}")]
 
 
 @pytest.mark.parametrize("name, right, wrong", WRONG, ids=["unknown unit", "two products", "a row block", "first rows", "bias", "parts",
-                                                           "unknown pairs", "rounding", "the sum so far", "scales of rows", "scales of columns", "where scales are"])
+                                                           "unknown pairs", "rounding", "too long", "the sum so far", "scales of rows", "scales of columns", "where scales are"])
 def test_loops_that_are_wrong_are_not_used(monkeypatch, caplog, tmp_path, name, right, wrong):
-    way = "int16" if "PAIRS" in name else "3 x bf16"
+    way = "3 x bf16" if "UNIT" in name else "int16"
     compiled_for(way)
     monkeypatch.setenv("GRAD_NB_PRODUCTS", way)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -225,8 +268,9 @@ def test_loops_that_are_wrong_are_not_used(monkeypatch, caplog, tmp_path, name, 
     monkeypatch.setattr(inference, name, getattr(inference, name).replace(right, wrong))
     loops.cache_clear()
     try:
-        with caplog.at_level("INFO"): assert WAYS.index(way) < loops().way()
-        assert "vectors of floats multiply" in caplog.text
+        following = inference.ways()[1]
+        with caplog.at_level("INFO"): assert WAYS[loops().way()] == following
+        assert f"products by {following} do the work" in caplog.text
     finally: loops.cache_clear()
 
 
@@ -407,6 +451,7 @@ def test_what_a_gpu_would_record_is_the_same_function(bf16, off, side):
         expected = plain(net, resize_pictures(seen, size)).numpy()
         assert np.abs(maps.numpy() - expected).max() < off * expected.std() and torch.equal(scores, maps.amax((1, 2)))
     assert judge.precision == ("bf16" if bf16 else "float32")
+    assert Captured(nets, sizes, 2, side, "cpu").precision == inference.arithmetic(nets, sizes)
 
 
 @pytest.mark.parametrize("n", [1, 4, 5, 8, 9, 17])
