@@ -212,7 +212,7 @@ INLINE float total(vec v) {
 #endif
 """
 
-
+# %% ../nbs/10d_inference.ipynb #_infi006
 SPLIT = """
 /* CH numbers of row t of V, of T rows, from channel c on: as integers, and after all rows the scales; beyond 10^18 their squares are too large */
 INLINE void split(const float *x, float *V, long t, long c, long C, long T) {
@@ -714,7 +714,7 @@ def arithmetic(
     found = (prepared(detector, size).precision for detector, size in zip(detectors, sizes) if _fast(detector))
     return next((precision for precision in found if precision != "float32"), "float32")
 
-
+# %% ../nbs/10d_inference.ipynb #_inf0042b
 def score_map(
     detector: nn.Module,  # (B, 5, size, size) → (B, 1, h, w) logits
     pictures: Tensor,  # (B, size, size, 3), values 0..255, on the detector's device
