@@ -447,6 +447,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'grad_nb.inference.has_pairs': ('inference.html#has_pairs', 'grad_nb/inference.py'),
                                    'grad_nb.inference.has_unit': ('inference.html#has_unit', 'grad_nb/inference.py'),
                                    'grad_nb.inference.loops': ('inference.html#loops', 'grad_nb/inference.py'),
+                                   'grad_nb.inference.named_way': ('inference.html#named_way', 'grad_nb/inference.py'),
                                    'grad_nb.inference.prepared': ('inference.html#prepared', 'grad_nb/inference.py'),
                                    'grad_nb.inference.resized': ('inference.html#resized', 'grad_nb/inference.py'),
                                    'grad_nb.inference.roomy_batch': ('inference.html#roomy_batch', 'grad_nb/inference.py'),

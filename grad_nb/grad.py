@@ -27,7 +27,7 @@ from .data import MIN_SIDE, DataError, hold_out, picture_files, read_image, resi
 from .detector import Detector, load_detector
 from .evaluation import MapStats, fuse, score_levels
 from .explain import Explanation, PatchBank, evidence, make_bank
-from .inference import ways
+from .inference import named_way
 from .patches import PATCH
 from .pipeline import make_contrastive, make_detector, run_stage, with_reconstructed
 from .store import alone, array_sha256, fingerprint, pick_device, read_array, read_tensors, stage_generator, versions, write_tensors
@@ -201,7 +201,7 @@ def _learn(self: GRAD, X: Input) -> None:
 # %% ../nbs/12_grad.ipynb #grad0009
 def _check_parameters(model: GRAD) -> None:
     "`ValueError` for a parameter of the constructor, or a name in the environment, that cannot be meant."
-    ways()
+    named_way()
     chosen = _preset_of(model)
     if not isinstance(chosen, Preset): raise ValueError(f"preset is a Preset or the name of one, such as 'fast', not {chosen!r}")
     chosen.levels(model.layout)
@@ -458,7 +458,7 @@ def load_grad(
     device: str = "auto",  # "auto", "cpu", "cuda"
 ) -> GRAD:  # fitted
     "Read a model; `ValueError` names a file that is damaged, changed, not a model, or newer than this version."
-    pick_device(device); ways()  # what is wrong with them is said before any work
+    pick_device(device); named_way()  # what is wrong with them is said before any work
     tensors, meta = read_tensors(path)
     if not isinstance(meta, dict) or meta.get("kind") != "GRAD": raise ValueError(f"{path} does not hold a GRAD model")
     found, made = meta.get("format"), meta.get("versions")

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['log', 'HEAD', 'FLOATS', 'PRODUCT', 'UNIT', 'BY_UNIT', 'PRODUCT_BY_UNIT', 'PAIRS', 'SPLIT', 'BY_PAIRS', 'INPUT', 'PUT',
            'PUT_SPLIT', 'OUTPUT', 'CHANNELS', 'WAYS', 'NEAR', 'TILES', 'TILES_OF_FLOATS', 'FETCH', 'FETCH_OF_FLOATS',
-           'APART', 'STRIP', 'HALF_DOWN', 'LARGEST', 'source', 'has_unit', 'has_pairs', 'ways', 'loops', 'best_tile',
-           'Winograd', 'FastDetector', 'resized', 'prepared', 'arithmetic', 'score_map', 'Captured', 'roomy_batch',
-           'captured']
+           'APART', 'STRIP', 'HALF_DOWN', 'LARGEST', 'source', 'has_unit', 'has_pairs', 'named_way', 'ways', 'loops',
+           'best_tile', 'Winograd', 'FastDetector', 'resized', 'prepared', 'arithmetic', 'score_map', 'Captured',
+           'roomy_batch', 'captured']
 
 # %% ../nbs/10d_inference.ipynb #_inf0003
 import copy
@@ -398,18 +398,24 @@ def has_pairs() -> bool:
     return bool({"avx512_vnni", "avx_vnni"} & features())
 
 
+def named_way() -> str | None:
+    "What `GRAD_NB_PRODUCTS` says, one of `WAYS`, or None. `ValueError` for a name that is none."
+    name = os.environ.get("GRAD_NB_PRODUCTS")
+    if name and name not in WAYS: raise ValueError(f"GRAD_NB_PRODUCTS must be one of {', '.join(map(repr, WAYS))}, not {name!r}")
+    return name or None
+
+
 def ways() -> tuple[str, ...]:
-    "How products may be computed here, the best first. `GRAD_NB_PRODUCTS` names the first of `WAYS` to try; integers are then taken without VNNI too. `ValueError` for a name that is none."
-    first = os.environ.get("GRAD_NB_PRODUCTS") or WAYS[0]
-    if first not in WAYS: raise ValueError(f"GRAD_NB_PRODUCTS must be one of {', '.join(map(repr, WAYS))}, not {first!r}")
-    there = {"3 x bf16": has_unit, "int16": lambda: first == "int16" or has_pairs(), "float32": lambda: True}
-    return tuple(way for way in WAYS[WAYS.index(first) :] if there[way]())
+    "How products may be computed here, the best first: from `named_way` on, if there is one; integers that are named are taken without VNNI too."
+    named = named_way()
+    there = {"3 x bf16": has_unit, "int16": lambda: named == "int16" or has_pairs(), "float32": lambda: True}
+    return tuple(way for way in WAYS[WAYS.index(named or WAYS[0]) :] if there[way]())
 
 
 @lru_cache(maxsize=1)
 def loops() -> ctypes.CDLL | None:
     "The compiled loops, or None where they cannot be had or do not do what they should."
-    named, chosen = os.environ.get("GRAD_NB_PRODUCTS"), ways()
+    named, chosen = named_way(), ways()
     if named and named not in chosen: log.warning("this processor cannot multiply as GRAD_NB_PRODUCTS says (%s); it does so by %s", named, chosen[0])
     for way, following in zip(chosen, (*chosen[1:], None)):
         instead = f"products by {following} do the work, which takes longer" if following else "torch computes the detectors, in about three times the time"
@@ -445,7 +451,8 @@ class Winograd:
     ):
         (self.K, self.C, r, _), self.side, self.fold, self.m, self.library = weight.shape, side, fold, m, library
         self.out, self.n2 = side // fold - r + 1, (m + r - 1) ** 2
-        self.tiles, self.row = -(-self.out // m), self.C // 2 + self.C // CHANNELS if _way(library) == "int16" else self.C  # numbers of four bytes in a row of V
+        self.tiles = -(-self.out // m)
+        self.row = self.C // 2 + self.C // CHANNELS if _way(library) == "int16" else self.C  # numbers of four bytes in a row of V
         self.strip = max(1, min(self.tiles, STRIP // self.tiles))
         self.U, self.bias = _packed(transformed(weight, m), library), bias.detach().clone()
         self.input, self.output = (getattr(library, f"{name}_{m}_{r}") for name in ("input", "output"))
@@ -739,10 +746,10 @@ class Captured:
     ):
         self.device, self.sizes, cuda = torch.device(device), tuple(sizes), torch.device(device).type == "cuda"
         self.plain, self.dtype = cuda or bf16 is not None, torch.bfloat16 if (cuda if bf16 is None else bf16) else torch.float32
-        self.way, full = "one graph" if cuda else "level by level", float32_name(self.device) if self.plain else arithmetic(detectors, sizes)
-        self.precision = "bf16" if self.dtype == torch.bfloat16 else full
+        self.way = "one graph" if cuda else "level by level"
         self.nets = [copy.deepcopy(d).eval().requires_grad_(False).to(self.device, self.dtype, memory_format=torch.channels_last) for d in detectors]
         self.pictures = torch.zeros(batch, side, side, 3, dtype=torch.uint8, device=self.device)
+        self.precision = arithmetic(self.nets, sizes) if not self.plain else "bf16" if self.dtype == torch.bfloat16 else float32_name(self.device)
         if self.plain: self.nets = [_widen(net) for net in self.nets]
         self.inputs = [_room(batch, size, self.device, self.dtype) if self.plain else None for size in self.sizes]
         self.streams = [torch.cuda.Stream(self.device) for _ in self.sizes] if cuda else []

@@ -26,7 +26,7 @@ from .config import Augmentation, DetectorConfig, GeneratorConfig, Level, Preset
 from .data import Category, Sample, data_sha256, hold_out, load_defects, load_images, load_masks, manifest, read_category
 from .detector import Detector, load_detector, save_detector
 from .evaluation import MapStats, fuse, image_scores, resize_pictures, score_maps, summary, trivial
-from .inference import arithmetic, ways
+from .inference import arithmetic, named_way
 from .metrics import OnDemand, area_to, au_pro, auroc_interval, average_precision, f1_max, pixel_auroc_ap, resize_map, spro_curve, write_tiff_maps
 from .patchdiff import generate, reconstruct_normals, save_patchdiff, train_patchdiff
 from .store import (TimeUp, alone, atomic_path, device_name, file_sha256, fingerprint, float32_name, git_state, pick_device, read_array, read_json,
@@ -94,7 +94,7 @@ def open_run(
     progress: bool = True,  # show progress bars
 ) -> Run:
     "Check the data and the settings, and name the folder of the run."
-    ways()  # a wrong name in the environment is an error before any work
+    named_way()  # a wrong name in the environment is an error before any work
     found, where = read_category(data, category), str(pick_device(device))
     settings = override(preset(preset_name, found.layout), parse_overrides(overrides))
     folder = Path(runs) / settings.name / dataset_name(found) / found.name / f"seed{seed}"

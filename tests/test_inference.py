@@ -5,7 +5,6 @@ import subprocess
 import sys
 import tempfile
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,8 +78,9 @@ def the_same_numbers_each_time():
 def library_for(way):
     "The compiled loops of one way to multiply, or None where the compiler or the processor does not know it. Loops that compile have to be right."
     if way == "3 x bf16" and not inference.has_unit(): return None
-    try: made = ctypes.CDLL(str(native.compile_c(inference.source(way), "winograd", Path(tempfile.mkdtemp()))))
-    except (OSError, subprocess.SubprocessError): return None
+    with tempfile.TemporaryDirectory() as folder:
+        try: made = ctypes.CDLL(str(native.compile_c(inference.source(way), "winograd", folder)))
+        except (OSError, subprocess.SubprocessError): return None
     assert WAYS[made.way()] == way and inference._right(made)
     return made
 
@@ -98,6 +98,9 @@ def near(library): return NEAR[WAYS[library.way()]]
 
 
 def tolerance(fast): return NEAR[fast.precision]
+
+
+def same(fast, maps): return 1e-4 if fast.precision != "int16" else tolerance(fast) * maps.std()  # the last bit of a first layer may become the last of sixteen
 
 
 @pytest.mark.parametrize("m, r, fold", [(2, 3, 1), (4, 3, 1), (6, 3, 1), (2, 2, 2), (4, 2, 2), (4, 2, 1)])
@@ -224,11 +227,11 @@ def test_what_is_not_wanted_is_not_asked_for(monkeypatch):
     assert inference.ways() == ("float32",)
 
 
-def test_vectors_of_floats_are_not_taken_for_integers(monkeypatch):
+def test_vectors_of_floats_are_not_taken_for_integers(monkeypatch, tmp_path):
     "A compiler that does not know the processor's instruction would make a slower way of it."
     monkeypatch.setattr(inference, "has_pairs", lambda: True)
     program = inference.source("int16").replace("defined __AVX512VNNI__", "0").replace("defined __AVXVNNI__", "0")
-    with pytest.raises(subprocess.CalledProcessError): native.compile_c(program, "without", Path(tempfile.mkdtemp()))
+    with pytest.raises(subprocess.CalledProcessError): native.compile_c(program, "without", tmp_path)
 
 
 def test_by_default_the_best_way_that_is_there_comes_first(monkeypatch):
@@ -247,7 +250,7 @@ def test_pairs_are_known_by_the_flags(monkeypatch, flags, pairs):
 
 def test_an_unknown_way_is_an_error_before_any_work(monkeypatch, tmp_path):
     monkeypatch.setenv("GRAD_NB_PRODUCTS", "int8")
-    for work in (inference.ways, lambda: GRAD("demo").fit(tmp_path), lambda: GRAD.load(tmp_path / "part.grad")):
+    for work in (inference.named_way, inference.ways, lambda: GRAD("demo").fit(tmp_path), lambda: GRAD.load(tmp_path / "part.grad")):
         with pytest.raises(ValueError, match="GRAD_NB_PRODUCTS must be one of '3 x bf16', 'int16', 'float32', not 'int8'"): work()
 
 
@@ -451,7 +454,9 @@ def test_what_a_gpu_would_record_is_the_same_function(bf16, off, side):
         expected = plain(net, resize_pictures(seen, size)).numpy()
         assert np.abs(maps.numpy() - expected).max() < off * expected.std() and torch.equal(scores, maps.amax((1, 2)))
     assert judge.precision == ("bf16" if bf16 else "float32")
-    assert Captured(nets, sizes, 2, side, "cpu").precision == inference.arithmetic(nets, sizes)
+    known = Captured(nets, sizes, 2, side, "cpu").precision
+    assert not any(net in inference._prepared for net in nets), "only its own copies are prepared"
+    assert known == inference.arithmetic(nets, sizes)
 
 
 @pytest.mark.parametrize("n", [1, 4, 5, 8, 9, 17])
@@ -460,7 +465,7 @@ def test_a_stream_of_batches_is_every_picture_once_and_in_order(n):
     batches = list(Captured(nets, sizes, 4, 64, "cpu").stream(seen))
     assert [len(large) for large, _ in batches] == [4] * (n // 4) + [n % 4] * (n % 4 > 0)
     for k, expected in enumerate(score_levels(nets, seen, sizes)):
-        assert np.allclose(np.concatenate([maps[k] for maps in batches]), expected, atol=tolerance(prepared(nets[k], sizes[k])) * expected.std())
+        assert np.allclose(np.concatenate([maps[k] for maps in batches]), expected, atol=same(prepared(nets[k], sizes[k]), expected))
 
 
 class Recorded:
