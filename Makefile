@@ -8,6 +8,7 @@ DATA ?=
 CATEGORY ?=
 SET ?=
 BIN := .venv/bin
+GPU_TESTS = $(shell grep -rl "mark.gpu" tests)
 
 .PHONY: demo test gpu install export collect clean
 
@@ -22,26 +23,28 @@ install: .venv/installed
 demo: install  ## the whole method on one category: make demo SEED=1, make demo DATA=folder CATEGORY=bottle
 	$(BIN)/grad_demo --data "$(DATA)" --category "$(CATEGORY)" --preset "$(PRESET)" --seed $(SEED) --runs "$(RUNS)" --device "$(DEVICE)" --overrides "$(SET)"
 
-test: install  ## notebooks clean and in sync, notebook tests, pytest
+test: install  ## notebooks clean and in sync, lines, imports, types, notebook tests, pytest
 	$(BIN)/python tests/check_sync.py
-	$(BIN)/nbdev_test --n-workers 2
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy grad_nb
+	$(BIN)/nbdev_test --n-workers 2
 	$(BIN)/python -m pytest -q
 
-gpu: install  ## on a machine with a CUDA device: its tests, then how fast it is, into gpu.json
-	$(BIN)/python -m pytest -q -m gpu
-	$(BIN)/grad_bench --device cuda --quick --protocol --json-file gpu.json
-	$(BIN)/grad_bench --device cuda --preset paper --json-file gpu-steps.json
+gpu: $(if $(filter .venv/bin,$(BIN)),install)  ## on a machine with a CUDA device: its tests and its speed, into results/gpu; BIN=folder takes the Python there and installs nothing
+	$(BIN)/python -m pytest -q -m gpu $(GPU_TESTS)
+	mkdir -p results/gpu
+	$(BIN)/python -m grad_nb.bench.command --device cuda --quick --protocol --json-file results/gpu/gpu.json
+	$(BIN)/python -m grad_nb.bench.command --device cuda --preset paper --json-file results/gpu/gpu-steps.json
 
 export: install  ## after editing a notebook: clean the notebooks, write grad_nb/ and README.md
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
 	$(BIN)/python tests/check_sync.py --write-readme
 
-collect:  ## the records of finished runs and ablations, without pictures, into results/
-	mkdir -p results/runs
-	cd "$(RUNS)" && find . -mindepth 5 -name result.json -exec cp --parents {} "$(CURDIR)/results/runs/" \;
-	for set in ablation sensitivity regularizers regularizers-more generators generators-more batch batch-more table4-more; do if [ -d $$set ]; then $(BIN)/grad_ablate --folder $$set --collect results/$$set || exit 1; fi; done
+collect:  ## the records of finished runs and ablations, without pictures, into results/: the sets of results/sets.json
+	$(BIN)/python -m grad_nb.study.results --runs "$(RUNS)"
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -1,4 +1,5 @@
 """Build grad_nb: metadata from settings.ini, notebooks of the reproduction packed into the wheel."""
+
 import shutil
 from configparser import ConfigParser
 from pathlib import Path
@@ -11,11 +12,12 @@ TEMPLATES = ROOT / "nbs" / "reproduce"
 
 
 class BuildWithTemplates(build_py):
-    "Copy nbs/reproduce into the package as it is built, so that a wheel carries the templates, the Snakefile and the paper's figures."
+    "Copy nbs/reproduce into the package as it is built: a wheel carries templates, Snakefile and the paper's figures."
 
     def run(self):
         super().run()
-        if self.editable_mode: return
+        if self.editable_mode:
+            return
         target = Path(self.build_lib) / "grad_nb" / "reproduce"
         target.mkdir(parents=True, exist_ok=True)
         shutil.copytree(TEMPLATES, target, ignore=shutil.ignore_patterns(".*", "__pycache__"), dirs_exist_ok=True)
@@ -25,7 +27,10 @@ config = ConfigParser(delimiters=["="])
 config.read(ROOT / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("run", "batch", "export", "show", "compare", "openvino", "dev")}
+extras = {
+    name: cfg[f"{name}_requirements"].split()
+    for name in ("run", "batch", "export", "show", "compare", "openvino", "dev")
+}
 extras["batch"] += extras["run"]
 extras["dev"] += extras["batch"] + extras["export"]
 

@@ -4,10 +4,11 @@
     python onnx_only.py part.onnx incoming/*.png            # anywhere: path,score,anomalous on stdout
     python onnx_only.py part.onnx incoming/*.png --maps out # and the map of each picture as a 16-bit PNG
 
-The model takes bytes and does all the rest itself; what is left to do here is to make any picture a square of RGB, as it was done for
-training: turned upright, 16 bits made 8, transparent pixels over black, resized with Lanczos. A picture that cannot be read is named on
-stderr and passed over; the exit status is then 3.
+The model takes bytes and does all the rest itself. What is left to do here is to make any picture a square of RGB, as
+it was done for training: turned upright, 16 bits made 8, transparent pixels over black, resized with Lanczos. A picture
+that cannot be read is named on stderr and passed over; the exit status is then 3.
 """
+
 import argparse
 import csv
 import sys
@@ -24,31 +25,42 @@ MIN_SIDE = 34  # pixels: one patch of the detector
 def grey(im: Image.Image) -> Image.Image:
     "A picture of mode I or I;16 as 8-bit grey."
     values = np.asarray(im).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535: raise ValueError("its values are neither 8 nor 16 bits")
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("its values are neither 8 nor 16 bits")
     transparent = values == im.info.get("transparency", -1)
-    if im.mode != "I" or im.format == "PNG" or values.max() > 255: values = (values + 128) // 257
+    if im.mode != "I" or im.format == "PNG" or values.max() > 255:
+        values = (values + 128) // 257
     return Image.fromarray(np.where(transparent, 0, values).astype(np.uint8))
 
 
 def read(path: str, size: int) -> np.ndarray:  # (size, size, 3) uint8
     "A picture as the model wants it; errors of many kinds if it is damaged."
-    with Image.open(path, formats=FORMATS) as im: im = ImageOps.exif_transpose(im)
-    if min(im.size) < MIN_SIDE: raise ValueError(f"it has {im.width}x{im.height} pixels; {MIN_SIDE}x{MIN_SIDE} are needed")
-    if im.mode == "F": raise ValueError("it holds floating-point values; convert it to 8 or 16 bits")
-    if im.mode.startswith("I"): im = grey(im)
+    with Image.open(path, formats=FORMATS) as im:
+        im = ImageOps.exif_transpose(im)
+    if min(im.size) < MIN_SIDE:
+        raise ValueError(f"it has {im.width}x{im.height} pixels; {MIN_SIDE}x{MIN_SIDE} are needed")
+    if im.mode == "F":
+        raise ValueError("it holds floating-point values; convert it to 8 or 16 bits")
+    if im.mode.startswith("I"):
+        im = grey(im)
     elif im.has_transparency_data:
-        rgba, im = im.convert("RGBA"), Image.new("RGB", im.size)
+        rgba = im.convert("RGBA")
+        im = Image.new("RGB", im.size)
         im.paste(rgba, mask=rgba.getchannel("A"))
     return np.asarray(im.convert("RGB").resize((size, size), Image.Resampling.LANCZOS))
 
 
 def read_all(paths: list[str], size: int) -> tuple[list[str], list[np.ndarray]]:
     "Those of the pictures that can be read; the others are named on stderr."
-    found, pictures = [], []
+    found = []
+    pictures = []
     for path in paths:
-        try: pictures.append(read(path, size))
-        except Exception as e: print(f"{path} cannot be judged ({type(e).__name__}: {e})", file=sys.stderr)  # decoders raise anything
-        else: found.append(path)
+        try:
+            pictures.append(read(path, size))
+        except Exception as e:
+            print(f"{path} cannot be judged ({type(e).__name__}: {e})", file=sys.stderr)  # decoders raise anything
+        else:
+            found.append(path)
     return found, pictures
 
 
@@ -65,22 +77,32 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=8, help="pictures judged together (default: 8)")
     parser.add_argument("--maps", type=Path, help="folder for the maps, as 16-bit PNG: 0 = -32.768, 65535 = 32.767")
     given = parser.parse_args()
-    if given.batch < 1: parser.error("--batch must be 1 or more")
-    if given.maps and len({Path(p).name for p in given.pictures}) < len(given.pictures): parser.error("with --maps, no two pictures may have the same name")
-    try: session = onnxruntime.InferenceSession(given.model, providers=["CPUExecutionProvider"])
-    except Exception as e: parser.error(f"{given.model} cannot be run ({e})")  # the runtime's errors share no class
+    if given.batch < 1:
+        parser.error("--batch must be 1 or more")
+    if given.maps and len({Path(p).name for p in given.pictures}) < len(given.pictures):
+        parser.error("with --maps, no two pictures may have the same name")
+    try:
+        session = onnxruntime.InferenceSession(given.model, providers=["CPUExecutionProvider"])
+    except Exception as e:
+        parser.error(f"{given.model} cannot be run ({e})")  # the runtime's errors share no class
     about = session.get_modelmeta().custom_metadata_map
-    if about.get("kind") != "grad_nb.Scorer": parser.error(f"{given.model} was not made by grad_export")
-    rows, judged = csv.writer(sys.stdout, lineterminator="\n"), 0
+    if about.get("kind") != "grad_nb.Scorer":
+        parser.error(f"{given.model} was not made by grad_export")
+    rows = csv.writer(sys.stdout, lineterminator="\n")
+    judged = 0
     rows.writerow(["path", "score", "anomalous"])
     for i in range(0, len(given.pictures), given.batch):
         paths, pictures = read_all(given.pictures[i : i + given.batch], int(about["size"]))
-        if not paths: continue
-        for path, score, label, heat in zip(paths, *session.run(["scores", "labels", "maps"], {"pictures": np.stack(pictures)})):
+        if not paths:
+            continue
+        scores, labels, maps = session.run(["scores", "labels", "maps"], {"pictures": np.stack(pictures)})
+        for path, score, label, heat in zip(paths, scores, labels, maps):
             rows.writerow([path, f"{score:.6f}", bool(label)])
-            if given.maps: write_map(heat, given.maps / f"{Path(path).name}.png")
+            if given.maps:
+                write_map(heat, given.maps / f"{Path(path).name}.png")
         judged += len(paths)
     return 0 if judged == len(given.pictures) else 3
 
 
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,21 +1,30 @@
 """Fixtures that several test files share."""
+
 import os
 import signal
 from pathlib import Path
 
+import torch
+
+if not torch.cuda.is_available():  # the kernels for a GPU are interpreted; said before anything imports Triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# ruff: noqa: E402
 import pytest
 from hypothesis import settings
+from shared import ROOT, TINY
 
-from grad_nb.trays import make_trays
+from grad_nb.datasets.trays import make_trays
 
-TINY = ("generator.size=64 generator.width=8 generator.steps=6 generator.batch=2 generator.n_samples=4 generator.sample_steps=3 "
-        "detector.width=0.1 detector.steps=6 evaluation.map_size=64")  # settings of a run that takes seconds
+__all__ = ["TINY", "data", "real_data"]
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job ignores Ctrl-C, and so would every command started here
+# A shell's background job ignores Ctrl-C, and so would every command started here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-settings.register_profile("same", derandomize=True, database=None)  # the same examples in each run: a red run is a change's fault
-settings.register_profile("new", print_blob=True)  # HYPOTHESIS_PROFILE=new looks for others
+# The same examples in each run: a red run is a change's fault. HYPOTHESIS_PROFILE=new looks for others.
+settings.register_profile("same", derandomize=True, database=None)
+settings.register_profile("new", print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
@@ -30,7 +39,8 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     "The folder that holds mvtec_ad/ and mvtec_loco/; the test is skipped where it is absent."
-    default = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
+    default = ROOT / ".." / "shared" / "data"
     folder = Path(os.environ.get("GRAD_NB_DATA") or default).resolve()
-    if not folder.is_dir(): pytest.skip("the MVTec pictures are not here; set GRAD_NB_DATA to their folder to run this test")
+    if not folder.is_dir():
+        pytest.skip("the MVTec pictures are not here; set GRAD_NB_DATA to their folder to run this test")
     return folder

@@ -1,4 +1,5 @@
 """Tries to break the readers: damaged files, odd modes, wrong layouts, missing masks."""
+
 import io
 import json
 import os
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from grad_nb.data import (
+from grad_nb.datasets.readers import (
     OFFICIAL,
     Category,
     DataError,
@@ -50,11 +51,13 @@ def save(array, path, mode=None, **options):
 
 def refused(function, *arguments):
     "The message of the DataError that a call must raise."
-    with pytest.raises(DataError) as caught: function(*arguments)
+    with pytest.raises(DataError) as caught:
+        function(*arguments)
     return str(caught.value)
 
 
 # ---- modes ----------------------------------------------------------------------------------------------------------
+
 
 def test_rgb_is_exact(tmp_path):
     x = noise()
@@ -71,7 +74,8 @@ def test_grey_and_one_bit(tmp_path):
 
 def test_transparent_pixels_are_black(tmp_path):
     x, alpha = noise(), noise(channels=1, seed=1)
-    alpha[:10] = 0; alpha[10:20] = 255
+    alpha[:10] = 0
+    alpha[10:20] = 255
     got = read_image(save(np.dstack([x, alpha]), tmp_path / "rgba.png")).astype(float)
     assert (got[:10] == 0).all() and (got[10:20] == x[10:20]).all()
     assert abs(got - x * (alpha[..., None] / 255)).max() <= 1
@@ -80,14 +84,17 @@ def test_transparent_pixels_are_black(tmp_path):
 
 
 def test_transparent_edges_do_not_bleed_when_resized(tmp_path):
-    x = np.full((64, 64, 4), 255, np.uint8); x[:, 32:, 3] = 0  # the right half is hidden white
+    x = np.full((64, 64, 4), 255, np.uint8)
+    x[:, 32:, 3] = 0  # the right half is hidden white
     got = read_image(save(x, tmp_path / "a.png"), 32)
     assert (got[:, 24:] == 0).all() and (got[:, :8] == 255).all()
 
 
 def test_palette_with_and_without_transparency(tmp_path):
-    indices = np.zeros((40, 40), np.uint8); indices[:, 20:] = 1
-    im = Image.fromarray(indices).convert("P"); im.putpalette([200, 10, 20, 30, 40, 250])
+    indices = np.zeros((40, 40), np.uint8)
+    indices[:, 20:] = 1
+    im = Image.fromarray(indices).convert("P")
+    im.putpalette([200, 10, 20, 30, 40, 250])
     opaque = read_image(save(im, tmp_path / "p.png"))
     assert (opaque[:, :20] == (200, 10, 20)).all() and (opaque[:, 20:] == (30, 40, 250)).all()
     hidden = read_image(save(im, tmp_path / "pt.png", transparency=0))
@@ -95,15 +102,18 @@ def test_palette_with_and_without_transparency(tmp_path):
 
 
 def test_colour_key_transparency(tmp_path):
-    x = noise(); x[:5] = (1, 2, 3)
+    x = noise()
+    x[:5] = (1, 2, 3)
     assert (read_image(save(x, tmp_path / "rgb.png", transparency=(1, 2, 3)))[:5] == 0).all()
-    g = noise(channels=1) // 2; g[:5] = 200
+    g = noise(channels=1) // 2
+    g[:5] = 200
     got = read_image(save(g, tmp_path / "l.png", transparency=200))
     assert (got[:5] == 0).all() and (got[5:] == g[5:, :, None]).all()
 
 
 def test_colour_key_of_sixteen_bits(tmp_path):
-    x = np.full((40, 40), 40_000, np.uint16); x[:5] = 50_000
+    x = np.full((40, 40), 40_000, np.uint16)
+    x[:5] = 50_000
     got = read_image(save(x, tmp_path / "a.png", transparency=50_000))
     assert (got[:5] == 0).all() and (got[5:] == 156).all()
 
@@ -132,7 +142,8 @@ def test_mode_i_is_sixteen_bit_only_above_255(tmp_path):
 
 
 def test_cmyk(tmp_path):
-    x = np.zeros((40, 40, 4), np.uint8); x[:, :20, 0] = 255  # cyan left, white right
+    x = np.zeros((40, 40, 4), np.uint8)
+    x[:, :20, 0] = 255  # cyan left, white right
     im = Image.frombytes("CMYK", (40, 40), x.tobytes())
     got = read_image(save(im, tmp_path / "a.tif"))
     assert (got[:, :20] == (0, 255, 255)).all() and (got[:, 20:] == 255).all()
@@ -145,8 +156,16 @@ def test_exif_orientation(tmp_path, orientation):
     "Orientation says where the stored row 0 and column 0 lie in the upright picture (EXIF 2.3)."
     x, exif = noise(40, 60), Image.Exif()
     exif[0x0112] = orientation
-    upright = {1: x, 2: x[:, ::-1], 3: x[::-1, ::-1], 4: x[::-1], 5: x.transpose(1, 0, 2),
-               6: np.rot90(x, -1), 7: x[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(x, 1)}[orientation]
+    upright = {
+        1: x,
+        2: x[:, ::-1],
+        3: x[::-1, ::-1],
+        4: x[::-1],
+        5: x.transpose(1, 0, 2),
+        6: np.rot90(x, -1),
+        7: x[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(x, 1),
+    }[orientation]
     got = read_image(save(x, tmp_path / "a.png", exif=exif))
     assert got.shape == upright.shape and (got == upright).all()
 
@@ -158,12 +177,14 @@ def test_float_says_convert(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".PNG", ".JPG"])
 def test_every_suffix_is_listed_and_read(tmp_path, suffix):
-    for i in range(4): save(noise(), tmp_path / "c" / f"{i}{suffix}")
+    for i in range(4):
+        save(noise(), tmp_path / "c" / f"{i}{suffix}")
     category = read_category(tmp_path / "c")
     assert len(category.train) == 4 and load_images(category.train, 34).shape == (4, 34, 34, 3)
 
 
 # ---- size -----------------------------------------------------------------------------------------------------------
+
 
 def test_smallest_side(tmp_path):
     assert read_image(save(noise(34, 34), tmp_path / "ok.png")).shape == (34, 34, 3)
@@ -176,7 +197,8 @@ def test_resize_is_square_lanczos_and_antialiased(tmp_path):
     x = noise(128, 256)
     got = read_image(save(x, tmp_path / "a.png"), 64)
     assert (got == np.asarray(Image.fromarray(x).resize((64, 64), Image.Resampling.LANCZOS))).all()
-    stripes = np.zeros((128, 128, 3), np.uint8); stripes[:, ::2] = 255  # must become grey, not stripes or black
+    stripes = np.zeros((128, 128, 3), np.uint8)
+    stripes[:, ::2] = 255  # must become grey, not stripes or black
     fine = read_image(save(stripes, tmp_path / "s.png"), 32)[:, 4:-4].astype(int)
     assert abs(fine - 127).max() < 12
 
@@ -188,17 +210,24 @@ def test_own_size_is_untouched(tmp_path):
 
 # ---- damaged files --------------------------------------------------------------------------------------------------
 
+
 def test_files_that_are_no_pictures(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("hello, I am a text file\n" * 50)
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "link.png").symlink_to(tmp_path / "nothing.png")
-    says = {"empty.png": "0 bytes", "text.png": "is not a", "folder.png": "is a folder", "link.png": "a link to nothing",
-            "absent.png": "does not exist"}
+    says = {
+        "empty.png": "0 bytes",
+        "text.png": "is not a",
+        "folder.png": "is a folder",
+        "link.png": "a link to nothing",
+        "absent.png": "does not exist",
+    }
     for name, word in says.items():
         message = refused(read_image, tmp_path / name)
         assert str(tmp_path / name) in message and word in message, message
-    for name in ("a\0b.png", "x" * 300 + ".png"): assert name in refused(read_image, tmp_path / name)  # impossible names
+    for name in ("a\0b.png", "x" * 300 + ".png"):
+        assert name in refused(read_image, tmp_path / name)  # impossible names
 
 
 def test_a_pipe_does_not_hang(tmp_path):
@@ -210,7 +239,8 @@ def test_other_formats_are_refused(tmp_path):
     "Only the named decoders run: a PostScript file called .png must never reach an interpreter."
     (tmp_path / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n%%EndComments\nshowpage\n")
     save(noise(), tmp_path / "gif.png", format="GIF")
-    for name in ("eps.png", "gif.png"): assert "is not a PNG" in refused(read_image, tmp_path / name)
+    for name in ("eps.png", "gif.png"):
+        assert "is not a PNG" in refused(read_image, tmp_path / name)
 
 
 @pytest.mark.filterwarnings("ignore:Truncated File Read")
@@ -218,44 +248,76 @@ def test_other_formats_are_refused(tmp_path):
 def test_truncated(tmp_path, suffix):
     whole = save(noise(), tmp_path / f"whole{suffix}").read_bytes()
     for share in (0.01, 0.1, 0.5, 0.8):
-        path = tmp_path / f"cut{suffix}"; path.write_bytes(whole[:max(1, int(len(whole) * share))])
+        path = tmp_path / f"cut{suffix}"
+        path.write_bytes(whole[: max(1, int(len(whole) * share))])
         assert str(path) in refused(read_image, path)
 
 
 def test_decompression_bomb(tmp_path):
-    def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
     head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"0"))
-                                        + chunk(b"IEND", b""))
+    (tmp_path / "bomb.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
+    )
     message = refused(read_image, tmp_path / "bomb.png")
     assert "bomb.png" in message and "too large" in message
 
 
 def test_unreadable_file_and_folder(tmp_path, monkeypatch):
     "Done by a stub, because an administrator may read everything."
-    for i in range(4): save(noise(), tmp_path / "c/train/good" / f"{i}.png")
-    def denied(*_, **__): raise PermissionError(13, "Permission denied")
+    for i in range(4):
+        save(noise(), tmp_path / "c/train/good" / f"{i}.png")
+
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
     monkeypatch.setattr(Image, "open", denied)
     assert "0.png may not be read" in refused(read_image, tmp_path / "c/train/good/0.png")
     monkeypatch.setattr(Path, "iterdir", denied)
     assert "good cannot be listed" in refused(read_category, tmp_path / "c")
 
 
-MODES = {"1": ".png", "L": ".png", "LA": ".png", "P": ".png", "RGB": ".jpg", "RGBA": ".webp", "CMYK": ".jpg", "I": ".tif",
-         "I;16": ".png", "YCbCr": ".tif", "LAB": ".tif", "RGBX": ".tif"}
+MODES = {
+    "1": ".png",
+    "L": ".png",
+    "LA": ".png",
+    "P": ".png",
+    "RGB": ".jpg",
+    "RGBA": ".webp",
+    "CMYK": ".jpg",
+    "I": ".tif",
+    "I;16": ".png",
+    "YCbCr": ".tif",
+    "LAB": ".tif",
+    "RGBX": ".tif",
+}
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(mode=st.sampled_from(sorted(MODES)), height=st.integers(1, 90), width=st.integers(1, 90),
-       size=st.none() | st.integers(1, 80), seed=st.integers(0, 99))
+@given(
+    mode=st.sampled_from(sorted(MODES)),
+    height=st.integers(1, 90),
+    width=st.integers(1, 90),
+    size=st.none() | st.integers(1, 80),
+    seed=st.integers(0, 99),
+)
 def test_any_mode_any_size(tmp_path, mode, height, width, size, seed):
     x = noise(height, width, seed=seed)
-    if mode == "I;16": im = Image.fromarray(np.ascontiguousarray(x[..., 0]).astype(np.uint16) * 200)
-    elif mode == "LAB": im = Image.frombytes("LAB", (width, height), x.tobytes())
-    elif mode == "RGBX": im = Image.frombytes("RGBX", (width, height), noise(height, width, 4, seed).tobytes())
-    else: im = Image.fromarray(x).convert(mode)
-    path = tmp_path / f"a{MODES[mode]}"; im.save(path)
-    if min(height, width) < 34: assert "34" in refused(read_image, path, size); return
+    if mode == "I;16":
+        im = Image.fromarray(np.ascontiguousarray(x[..., 0]).astype(np.uint16) * 200)
+    elif mode == "LAB":
+        im = Image.frombytes("LAB", (width, height), x.tobytes())
+    elif mode == "RGBX":
+        im = Image.frombytes("RGBX", (width, height), noise(height, width, 4, seed).tobytes())
+    else:
+        im = Image.fromarray(x).convert(mode)
+    path = tmp_path / f"a{MODES[mode]}"
+    im.save(path)
+    if min(height, width) < 34:
+        assert "34" in refused(read_image, path, size)
+        return
     got = read_image(path, size)
     assert got.dtype == np.uint8 and got.shape == ((height, width, 3) if size is None else (size, size, 3))
 
@@ -264,52 +326,78 @@ def test_any_mode_any_size(tmp_path, mode, height, width, size, seed):
 def test_fuzz(tmp_path):
     "200 damaged files: an array of the right form, or a DataError that names the file; nothing else."
     rng = np.random.default_rng(5)
-    exif = Image.Exif(); exif[0x0112] = 6
+    exif = Image.Exif()
+    exif[0x0112] = 6
     smooth = Image.fromarray(noise(5, 6)).resize((60, 50))
     sources = []
-    for options in (dict(format="PNG", exif=exif), dict(format="JPEG", exif=exif), dict(format="JPEG", progressive=True)):
-        stream = io.BytesIO(); smooth.save(stream, **options); sources.append(stream.getvalue())
-    stream = io.BytesIO(); smooth.quantize(9).save(stream, "PNG", transparency=1); sources.append(stream.getvalue())
+    for options in (
+        dict(format="PNG", exif=exif),
+        dict(format="JPEG", exif=exif),
+        dict(format="JPEG", progressive=True),
+    ):
+        stream = io.BytesIO()
+        smooth.save(stream, **options)
+        sources.append(stream.getvalue())
+    stream = io.BytesIO()
+    smooth.quantize(9).save(stream, "PNG", transparency=1)
+    sources.append(stream.getvalue())
     path, outcomes = tmp_path / "fuzz.img", {"read": 0, "refused": 0}
     for i in range(200):
         data = bytearray(sources[i % len(sources)])
         area = len(data) if i % 3 else min(len(data), 120)  # a third of them only in the header
-        for _ in range(rng.integers(1, 8)): data[rng.integers(area)] = rng.integers(256)
-        if i % 5 == 0: data = data[:rng.integers(1, len(data))]
+        for _ in range(rng.integers(1, 8)):
+            data[rng.integers(area)] = rng.integers(256)
+        if i % 5 == 0:
+            data = data[: rng.integers(1, len(data))]
         path.write_bytes(data)
-        try: x = read_image(path, 40)
-        except DataError as e: outcomes["refused"] += 1; assert str(path) in str(e)
-        else: outcomes["read"] += 1; assert x.shape == (40, 40, 3) and x.dtype == np.uint8
+        try:
+            x = read_image(path, 40)
+        except DataError as e:
+            outcomes["refused"] += 1
+            assert str(path) in str(e)
+        else:
+            outcomes["read"] += 1
+            assert x.shape == (40, 40, 3) and x.dtype == np.uint8
     assert min(outcomes.values()) >= 20, outcomes  # both ways were taken
 
 
 # ---- layouts --------------------------------------------------------------------------------------------------------
 
+
 def make_ad(root, n=5):
     "A small MVTec AD category: n normals, 2 good and 3 broken test pictures."
-    for i in range(n): save(noise(seed=i), root / f"train/good/{i:03}.png")
-    for i in range(2): save(noise(seed=50 + i), root / f"test/good/{i:03}.png")
+    for i in range(n):
+        save(noise(seed=i), root / f"train/good/{i:03}.png")
+    for i in range(2):
+        save(noise(seed=50 + i), root / f"test/good/{i:03}.png")
     for i in range(3):
         save(noise(seed=60 + i), root / f"test/broken/{i:03}.png")
-        mask = np.zeros((40, 50), np.uint8); mask[5:15, 5:10 + i] = 255
+        mask = np.zeros((40, 50), np.uint8)
+        mask[5:15, 5 : 10 + i] = 255
         save(mask, root / f"ground_truth/broken/{i:03}_mask.png")
     return root
 
 
-CONFIG = [dict(defect_name="missing", pixel_value=255, saturation_threshold=30, relative_saturation=False),
-          dict(defect_name="bent", pixel_value=249, saturation_threshold=0.5, relative_saturation=True),
-          dict(defect_name="huge", pixel_value=248, saturation_threshold=99999, relative_saturation=False)]
+CONFIG = [
+    dict(defect_name="missing", pixel_value=255, saturation_threshold=30, relative_saturation=False),
+    dict(defect_name="bent", pixel_value=249, saturation_threshold=0.5, relative_saturation=True),
+    dict(defect_name="huge", pixel_value=248, saturation_threshold=99999, relative_saturation=False),
+]
 
 
 def make_loco(root, good=2, values=((255,), (249, 248))):
     "A small LOCO category; `values` gives, per logical anomaly, the value of each of its masks (each 10 x 8 pixels)."
-    for i in range(4): save(noise(seed=i), root / f"train/good/{i:03}.png")
-    for i in range(3): save(noise(seed=20 + i), root / f"validation/good/{i:03}.png")
-    for i in range(good): save(noise(seed=40 + i), root / f"test/good/{i:03}.png")
+    for i in range(4):
+        save(noise(seed=i), root / f"train/good/{i:03}.png")
+    for i in range(3):
+        save(noise(seed=20 + i), root / f"validation/good/{i:03}.png")
+    for i in range(good):
+        save(noise(seed=40 + i), root / f"test/good/{i:03}.png")
     for i, marks in enumerate(values):
         save(noise(seed=60 + i), root / f"test/logical_anomalies/{i:03}.png")
         for j, value in enumerate(marks):
-            mask = np.zeros((40, 50), np.uint8); mask[20 * j:20 * j + 10, :8] = value
+            mask = np.zeros((40, 50), np.uint8)
+            mask[20 * j : 20 * j + 10, :8] = value
             save(mask, root / f"ground_truth/logical_anomalies/{i:03}/{j:03}.png")
     (root / "defects_config.json").write_text(json.dumps(CONFIG))
     return root
@@ -321,8 +409,12 @@ def test_ad_layout(tmp_path):
     assert [s.path.name for s in c.train] == [f"{i:03}.png" for i in range(5)] and c.validation == ()
     assert {(s.label, s.type) for s in c.train} == {(0, "good")}
     assert [(s.type, s.label, s.path.name) for s in c.test] == [
-        ("broken", 1, "000.png"), ("broken", 1, "001.png"), ("broken", 1, "002.png"),
-        ("good", 0, "000.png"), ("good", 0, "001.png")]
+        ("broken", 1, "000.png"),
+        ("broken", 1, "001.png"),
+        ("broken", 1, "002.png"),
+        ("good", 0, "000.png"),
+        ("good", 0, "001.png"),
+    ]
     assert c.test[1].masks == (tmp_path / "part/ground_truth/broken/001_mask.png",) and c.test[3].masks == ()
     assert c.counts == dict(train=5, validation=0, test=5, normal=2, anomalous=3, masks=3) and c.has_masks
     assert "part (mvtec_ad): 5 train" in str(c)
@@ -342,12 +434,17 @@ def test_ad_without_test(tmp_path):
     assert c.layout == "mvtec_ad" and len(c.train) == 5 and c.test == () and not c.has_masks
 
 
-@pytest.mark.parametrize("mark", ["validation/good", "defects_config.json", "test/logical_anomalies", "test/structural_anomalies"])
+@pytest.mark.parametrize(
+    "mark", ["validation/good", "defects_config.json", "test/logical_anomalies", "test/structural_anomalies"]
+)
 def test_each_mark_of_loco(tmp_path, mark):
-    for i in range(4): save(noise(seed=i), tmp_path / f"train/good/{i}.png")
+    for i in range(4):
+        save(noise(seed=i), tmp_path / f"train/good/{i}.png")
     assert read_category(tmp_path).layout == "mvtec_ad"
-    if mark.endswith("json"): (tmp_path / mark).write_text("[]")
-    else: (tmp_path / mark).mkdir(parents=True)
+    if mark.endswith("json"):
+        (tmp_path / mark).write_text("[]")
+    else:
+        (tmp_path / mark).mkdir(parents=True)
     assert read_category(tmp_path).layout == "mvtec_loco"
 
 
@@ -372,14 +469,16 @@ def test_nothing_stands_in_when_there_are_no_anomalies(tmp_path):
 
 
 def test_plain_folder(tmp_path):
-    for i in range(4): save(noise(seed=i), tmp_path / "mine" / f"{i}.jpg")
+    for i in range(4):
+        save(noise(seed=i), tmp_path / "mine" / f"{i}.jpg")
     c = read_category(tmp_path, "mine")
     assert (c.layout, c.name, len(c.train), c.validation, c.test) == ("folder", "mine", 4, (), ())
 
 
 def test_other_files_and_deeper_folders_are_ignored(tmp_path):
     root = make_ad(tmp_path / "part")
-    for name in ("Thumbs.db", ".DS_Store", "notes.txt", "._000.png", ".hidden.png"): (root / "train/good" / name).write_text("x")
+    for name in ("Thumbs.db", ".DS_Store", "notes.txt", "._000.png", ".hidden.png"):
+        (root / "train/good" / name).write_text("x")
     save(noise(), root / "train/good/deeper/x.png")
     (root / "train/good/looks_like.png").mkdir()
     save(noise(), root / "test/.cache/000.png")
@@ -402,12 +501,15 @@ def test_a_dead_link_is_not_dropped_in_silence(tmp_path):
 
 
 def test_order_is_by_name_not_by_disk(tmp_path):
-    for name in "dbca": save(noise(), tmp_path / f"{name}.png")
+    for name in "dbca":
+        save(noise(), tmp_path / f"{name}.png")
     assert [s.path.stem for s in read_category(tmp_path).train] == list("abcd")
 
 
 def test_missing_category_lists_the_others(tmp_path):
-    make_ad(tmp_path / "bolt"); make_loco(tmp_path / "box"); (tmp_path / "empty").mkdir()
+    make_ad(tmp_path / "bolt")
+    make_loco(tmp_path / "box")
+    (tmp_path / "empty").mkdir()
     message = refused(read_category, tmp_path, "blot")
     assert "blot does not exist" in message and "bolt, box" in message and "empty" not in message
     assert "bolt, box" in refused(read_category, tmp_path / "blot")
@@ -420,11 +522,13 @@ def test_missing_category_lists_the_others(tmp_path):
 
 @pytest.mark.parametrize("n", [0, 1, 3])
 def test_too_few_normals(tmp_path, n):
-    for i in range(n): save(noise(), tmp_path / f"train/good/{i}.png")
+    for i in range(n):
+        save(noise(), tmp_path / f"train/good/{i}.png")
     (tmp_path / "train/good").mkdir(parents=True, exist_ok=True)
     message = refused(read_category, tmp_path)
     assert str(tmp_path / "train" / "good") in message and f"holds {n} normal" in message and "4" in message
-    for i in range(n, 4): save(noise(), tmp_path / f"train/good/{i}.png")
+    for i in range(n, 4):
+        save(noise(), tmp_path / f"train/good/{i}.png")
     assert len(read_category(tmp_path).train) == 4
 
 
@@ -447,21 +551,44 @@ def test_some_masks_missing(tmp_path):
     root = make_loco(tmp_path / "b")
     (root / "ground_truth/logical_anomalies/000/000.png").unlink()
     message = refused(read_category, root)
-    assert str(root / "test/logical_anomalies/000.png") in message and str(root / "ground_truth/logical_anomalies/000") in message
+    assert (
+        str(root / "test/logical_anomalies/000.png") in message
+        and str(root / "ground_truth/logical_anomalies/000") in message
+    )
 
 
-def row(**changes): return dict(CONFIG[0]) | changes
+def row(**changes):
+    return dict(CONFIG[0]) | changes
 
 
-@pytest.mark.parametrize("text", [
-    "", "{", "3", '"text"', "[1]", '[{"defect_name": "a"}]', '{"defect_name": "a"}', "\xff", "[" * 100_000,
-    json.dumps([row(pixel_value=0)]), json.dumps([row(pixel_value=256)]), json.dumps([row(pixel_value="x")]),
-    json.dumps([row(pixel_value=1.5)]), json.dumps([row(pixel_value=None)]), json.dumps([row(pixel_value=[])]),
-    json.dumps([row(saturation_threshold=0)]), json.dumps([row(saturation_threshold=float("nan"))]),
-    json.dumps([row(saturation_threshold=float("inf"))]), json.dumps([row(saturation_threshold=None)]),
-    json.dumps([row(saturation_threshold=10**400)]),
-    json.dumps([row(relative_saturation="false")]), json.dumps([row(relative_saturation=None)]), json.dumps([row(), row()]),
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "3",
+        '"text"',
+        "[1]",
+        '[{"defect_name": "a"}]',
+        '{"defect_name": "a"}',
+        "\xff",
+        "[" * 100_000,
+        json.dumps([row(pixel_value=0)]),
+        json.dumps([row(pixel_value=256)]),
+        json.dumps([row(pixel_value="x")]),
+        json.dumps([row(pixel_value=1.5)]),
+        json.dumps([row(pixel_value=None)]),
+        json.dumps([row(pixel_value=[])]),
+        json.dumps([row(saturation_threshold=0)]),
+        json.dumps([row(saturation_threshold=float("nan"))]),
+        json.dumps([row(saturation_threshold=float("inf"))]),
+        json.dumps([row(saturation_threshold=None)]),
+        json.dumps([row(saturation_threshold=10**400)]),
+        json.dumps([row(relative_saturation="false")]),
+        json.dumps([row(relative_saturation=None)]),
+        json.dumps([row(), row()]),
+    ],
+)
 def test_broken_defects_config(tmp_path, text):
     root = make_loco(tmp_path / "box")
     (root / "defects_config.json").write_bytes(text.encode("latin-1"))
@@ -470,11 +597,13 @@ def test_broken_defects_config(tmp_path, text):
 
 # ---- pictures and masks ---------------------------------------------------------------------------------------------
 
+
 def test_load_images(tmp_path):
     c = read_category(make_ad(tmp_path / "part"))
     x = load_images(c.train, 34)
     assert x.shape == (5, 34, 34, 3) and x.dtype == np.uint8
-    for i, s in enumerate(c.train): assert (x[i] == read_image(s.path, 34)).all()
+    for i, s in enumerate(c.train):
+        assert (x[i] == read_image(s.path, 34)).all()
     assert (load_images([str(s.path) for s in c.train], 34) == x).all() and load_images([], 34).shape == (0, 34, 34, 3)
     c.train[2].path.write_bytes(b"")
     assert str(c.train[2].path) in refused(load_images, c.train, 34)
@@ -482,15 +611,19 @@ def test_load_images(tmp_path):
 
 def test_progress_is_shown_only_when_asked(tmp_path, capsys):
     c = read_category(make_ad(tmp_path / "part"))
-    load_images(c.train, 34); assert capsys.readouterr().err == ""
-    load_images(c.train, 34, progress=True); assert "reading pictures" in capsys.readouterr().err
-    check_category(c, progress=False); assert capsys.readouterr().err == ""
+    load_images(c.train, 34)
+    assert capsys.readouterr().err == ""
+    load_images(c.train, 34, progress=True)
+    assert "reading pictures" in capsys.readouterr().err
+    check_category(c, progress=False)
+    assert capsys.readouterr().err == ""
 
 
 def test_mask_is_the_union_of_any_value(tmp_path):
     c = read_category(make_loco(tmp_path / "box", values=((249, 1),)))
     s = c.test[-1]
-    union = np.zeros((40, 50), bool); union[:10, :8] = union[20:30, :8] = True
+    union = np.zeros((40, 50), bool)
+    union[:10, :8] = union[20:30, :8] = True
     want = np.asarray(Image.fromarray(union.astype(np.uint8)).resize((64, 64), Image.Resampling.NEAREST)) > 0
     got = load_mask(s, 64)
     assert got.dtype == bool and got.shape == (64, 64) and (got == want).all() and 0 < got.sum() < got.size
@@ -517,7 +650,11 @@ def test_a_one_bit_mask_counts_as_255(tmp_path):
 def test_masks_of_other_modes(tmp_path, mode):
     c = read_category(make_ad(tmp_path / "part"))
     where = np.asarray(Image.open(c.test[0].masks[0])) > 0
-    im = Image.fromarray(where.astype(np.uint16) * 300) if mode == "I;16" else Image.fromarray(np.uint8(255 * where)).convert(mode)
+    im = (
+        Image.fromarray(where.astype(np.uint16) * 300)
+        if mode == "I;16"
+        else Image.fromarray(np.uint8(255 * where)).convert(mode)
+    )
     im.save(c.test[0].masks[0])
     ((mask, saturation),) = load_defects(c.test[0], c)
     assert (mask == where).all() and saturation == where.sum()
@@ -546,10 +683,12 @@ def test_broken_masks(tmp_path):
     c.test[0].masks[0].write_bytes(c.test[0].masks[0].read_bytes()[:60])
     c.test[1].masks[0].unlink()
     save(np.ones((40, 50), np.float32), c.test[2].masks[0], format="TIFF")
-    for s in c.test[:3]: assert str(s.masks[0]) in refused(load_mask, s, 40)
+    for s in c.test[:3]:
+        assert str(s.masks[0]) in refused(load_mask, s, 40)
 
 
 # ---- defects --------------------------------------------------------------------------------------------------------
+
 
 def test_saturation(tmp_path):
     c = read_category(make_loco(tmp_path / "box"))
@@ -577,7 +716,9 @@ def test_unknown_mask_value(tmp_path):
 
 def test_two_values_in_one_mask_and_no_value(tmp_path):
     c = read_category(make_loco(tmp_path / "box"))
-    mask = np.zeros((40, 50), np.uint8); mask[0, 0] = 255; mask[1, 1] = 249
+    mask = np.zeros((40, 50), np.uint8)
+    mask[0, 0] = 255
+    mask[1, 1] = 249
     save(mask, c.test[2].masks[0])
     assert "249, 255" in refused(load_defects, c.test[2], c)
     save(0 * mask, c.test[2].masks[0])
@@ -585,6 +726,7 @@ def test_two_values_in_one_mask_and_no_value(tmp_path):
 
 
 # ---- hash and check -------------------------------------------------------------------------------------------------
+
 
 def test_hash_does_not_depend_on_the_place(tmp_path, monkeypatch):
     root = make_loco(tmp_path / "a" / "box")
@@ -597,12 +739,22 @@ def test_hash_does_not_depend_on_the_place(tmp_path, monkeypatch):
     assert data_sha256(read_category(root)) == want
 
 
-@pytest.mark.parametrize("name", ["train/good/000.png", "validation/good/001.png", "test/good/000.png", "defects_config.json",
-                                  "test/logical_anomalies/001.png", "ground_truth/logical_anomalies/001/001.png"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train/good/000.png",
+        "validation/good/001.png",
+        "test/good/000.png",
+        "defects_config.json",
+        "test/logical_anomalies/001.png",
+        "ground_truth/logical_anomalies/001/001.png",
+    ],
+)
 def test_hash_changes_with_any_byte(tmp_path, name):
     root = make_loco(tmp_path / "box")
     before = data_sha256(read_category(root))
-    with open(root / name, "ab") as f: f.write(b" ")
+    with open(root / name, "ab") as f:
+        f.write(b" ")
     assert data_sha256(read_category(root)) != before
 
 
@@ -611,7 +763,8 @@ def test_hash_changes_with_any_name_and_swap(tmp_path):
     hashes = {data_sha256(read_category(root))}
     (root / "train/good/000.png").rename(root / "train/good/00.png")
     hashes.add(data_sha256(read_category(root)))
-    (root / "train/good/00.png").rename(root / "t"); (root / "train/good/001.png").rename(root / "train/good/00.png")
+    (root / "train/good/00.png").rename(root / "t")
+    (root / "train/good/001.png").rename(root / "train/good/00.png")
     (root / "t").rename(root / "train/good/001.png")
     hashes.add(data_sha256(read_category(root)))
     (root / "train/good/004.png").unlink()
@@ -633,26 +786,38 @@ def test_check_lists_all_problems(tmp_path):
     save(noise(20, 20), c.validation[0].path)
     c.test[0].path.write_text("text")
     save(np.full((41, 50), 255, np.uint8), c.test[3].masks[1])
-    c.test[5].path.write_bytes(b"x"); c.test[5].masks[0].write_bytes(b"y")  # both are reported
+    c.test[5].path.write_bytes(b"x")
+    c.test[5].masks[0].write_bytes(b"y")  # both are reported
     save(np.zeros((40, 50), np.uint8), c.test[6].masks[0])
     problems = check_category(c, progress=False)
-    assert [p for p, _ in problems] == [c.train[1].path, c.validation[0].path, c.test[0].path, c.test[3].masks[1],
-                                        c.test[4].masks[0], c.test[5].path, c.test[5].masks[0], c.test[6].masks[0]]
+    assert [p for p, _ in problems] == [
+        c.train[1].path,
+        c.validation[0].path,
+        c.test[0].path,
+        c.test[3].masks[1],
+        c.test[4].masks[0],
+        c.test[5].path,
+        c.test[5].masks[0],
+        c.test[6].masks[0],
+    ]
     assert all(str(path) in text for path, text in problems)
 
 
 def test_records_are_frozen(tmp_path):
     c = read_category(make_ad(tmp_path / "part"))
     for record, field in ((c, "train"), (c.train[0], "label"), (Defect("a", 1, 1.0, True), "name")):
-        with pytest.raises(AttributeError): setattr(record, field, None)
+        with pytest.raises(AttributeError):
+            setattr(record, field, None)
     assert isinstance(c, Category) and hash(c) == hash(replace(c)) and Sample(Path("a"), 0, "good").masks == ()
 
 
 # ---- the real data --------------------------------------------------------------------------------------------------
 
+
 def real(folder, *names):
     "A real category, or a skip."
-    if not folder.joinpath(*names).is_dir(): pytest.skip(f"{'/'.join(names)} is not among the real data")
+    if not folder.joinpath(*names).is_dir():
+        pytest.skip(f"{'/'.join(names)} is not among the real data")
     return read_category(folder.joinpath(*names[:-1]), names[-1])
 
 
@@ -667,12 +832,14 @@ def test_bottle(real_data):
 
 def test_juice_bottle(real_data):
     c = real(real_data, "mvtec_loco", "juice_bottle")
-    if (c.root / "test/good").is_dir(): pytest.skip("this is the whole juice_bottle, the test is for the part without test/good")
+    if (c.root / "test/good").is_dir():
+        pytest.skip("this is the whole juice_bottle, the test is for the part without test/good")
     assert c.layout == "mvtec_loco" and len(c.train) == 335 and len(c.validation) == 0 and len(c.defects) == 18
     assert [s.type for s in c.test] == ["good"] * 54 + ["logical_anomalies"] * 142
     assert c.notes == ("validation/good stands in for test/good, which is absent",)
     for s in c.test[54:60]:
-        for mask, saturation in load_defects(s, c): assert 0 < saturation <= mask.sum() == load_mask(s, mask.shape[0]).sum()
+        for mask, saturation in load_defects(s, c):
+            assert 0 < saturation <= mask.sum() == load_mask(s, mask.shape[0]).sum()
 
 
 @pytest.mark.slow
@@ -683,38 +850,75 @@ def test_real_data_have_no_problems(real_data, names):
 
 # ---- a data set against the official counts --------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def toothbrush(tmp_path_factory):
     "The smallest official category, with noise for pictures."
     root = tmp_path_factory.mktemp("ad") / "toothbrush"
     for folder, n in OFFICIAL["toothbrush"].pictures.items():
-        for i in range(n): save(noise(34, 36, seed=i), root / folder / f"{i:03}.png")
-    for i in range(30): save(noise(34, 36, 1), root / f"ground_truth/defective/{i:03}_mask.png")
+        for i in range(n):
+            save(noise(34, 36, seed=i), root / folder / f"{i:03}.png")
+    for i in range(30):
+        save(noise(34, 36, 1), root / f"ground_truth/defective/{i:03}_mask.png")
     return root
 
 
 def test_a_whole_category_has_no_problems(toothbrush):
     found = survey(toothbrush)
-    assert found.problems == [] and found.pictures == {"train/good": 60, "test/good": 12, "test/defective": 30} and found.masks == {"defective": 30}
-    assert "102 of 102 pictures, 30 of 30 anomalous ones with masks, 36x34 pixels (official: 1024x1024)\n  complete" in str(found)
+    assert (
+        found.problems == []
+        and found.pictures == {"train/good": 60, "test/good": 12, "test/defective": 30}
+        and found.masks == {"defective": 30}
+    )
+    assert (
+        "102 of 102 pictures, 30 of 30 anomalous ones with masks, 36x34 pixels (official: 1024x1024)\n  complete"
+        in str(found)
+    )
 
 
-@pytest.mark.parametrize("damage, said", [
-    (lambda r: (r / "train/good/007.png").unlink(), ["train/good: 59 of 60 pictures; missing 007"]),
-    (lambda r: (r / "test/good/011.png").unlink(), ["test/good: 11 of 12 pictures; missing 011"]),
-    (lambda r: shutil.rmtree(r / "test/good"), ["test/good: absent; it should hold 12 pictures"]),
-    (lambda r: shutil.copy(r / "test/good/000.png", r / "test/good/copy.png"), ["test/good: not of the official set: copy"]),
-    (lambda r: shutil.copy(r / "test/good/000.png", r / "test/good/000.jpg"), ["test/good: twice, with two endings: 000"]),
-    (lambda r: save(noise(), r / "test/odd/000.png"), ["test/odd: 1 pictures in a folder that the official set does not have", "ground_truth/odd: 1 of 1 pictures have no mask: 000"]),
-    (lambda r: (r / "ground_truth/defective/003_mask.png").unlink(), ["ground_truth/defective: 1 of 30 pictures have no mask: 003"]),
-    (lambda r: (r / "test/defective/029.png").unlink(), ["test/defective: 29 of 30 pictures; missing 029", "ground_truth/defective: masks without a picture: 029"]),
-    (lambda r: save(noise(50, 50, 1), r / "ground_truth/defective/004_mask.png"), ["has 50x50 pixels but its picture 36x34"]),
-    (lambda r: (r / "train/good/001.png").write_bytes(b""), ["001.png is empty"]),
-    (lambda r: (r / "train/good/001.png").write_bytes(b"no picture"), ["001.png is not a picture"]),
-    (lambda r: (r / "train/good/001.png").write_bytes((r / "train/good/001.png").read_bytes()[:-7]), ["001.png is cut off"]),
-    (lambda r: (r / "ground_truth/defective/000_mask.png").write_bytes(b""), ["000_mask.png is empty"]),
-    (lambda r: shutil.rmtree(r / "train"), ["train/good: absent; it should hold 60 pictures"]),
-])
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda r: (r / "train/good/007.png").unlink(), ["train/good: 59 of 60 pictures; missing 007"]),
+        (lambda r: (r / "test/good/011.png").unlink(), ["test/good: 11 of 12 pictures; missing 011"]),
+        (lambda r: shutil.rmtree(r / "test/good"), ["test/good: absent; it should hold 12 pictures"]),
+        (
+            lambda r: shutil.copy(r / "test/good/000.png", r / "test/good/copy.png"),
+            ["test/good: not of the official set: copy"],
+        ),
+        (
+            lambda r: shutil.copy(r / "test/good/000.png", r / "test/good/000.jpg"),
+            ["test/good: twice, with two endings: 000"],
+        ),
+        (
+            lambda r: save(noise(), r / "test/odd/000.png"),
+            [
+                "test/odd: 1 pictures in a folder that the official set does not have",
+                "ground_truth/odd: 1 of 1 pictures have no mask: 000",
+            ],
+        ),
+        (
+            lambda r: (r / "ground_truth/defective/003_mask.png").unlink(),
+            ["ground_truth/defective: 1 of 30 pictures have no mask: 003"],
+        ),
+        (
+            lambda r: (r / "test/defective/029.png").unlink(),
+            ["test/defective: 29 of 30 pictures; missing 029", "ground_truth/defective: masks without a picture: 029"],
+        ),
+        (
+            lambda r: save(noise(50, 50, 1), r / "ground_truth/defective/004_mask.png"),
+            ["has 50x50 pixels but its picture 36x34"],
+        ),
+        (lambda r: (r / "train/good/001.png").write_bytes(b""), ["001.png is empty"]),
+        (lambda r: (r / "train/good/001.png").write_bytes(b"no picture"), ["001.png is not a picture"]),
+        (
+            lambda r: (r / "train/good/001.png").write_bytes((r / "train/good/001.png").read_bytes()[:-7]),
+            ["001.png is cut off"],
+        ),
+        (lambda r: (r / "ground_truth/defective/000_mask.png").write_bytes(b""), ["000_mask.png is empty"]),
+        (lambda r: shutil.rmtree(r / "train"), ["train/good: absent; it should hold 60 pictures"]),
+    ],
+)
 def test_what_is_missing_extra_or_damaged_is_named(toothbrush, tmp_path, damage, said):
     root = shutil.copytree(toothbrush, tmp_path / "toothbrush")
     damage(root)
@@ -725,8 +929,12 @@ def test_what_is_missing_extra_or_damaged_is_named(toothbrush, tmp_path, damage,
 
 def test_other_files_do_not_count_and_the_survey_opens_no_pixels(toothbrush, tmp_path, monkeypatch):
     root = shutil.copytree(toothbrush, tmp_path / "toothbrush")
-    for name in ("Thumbs.db", ".DS_Store", "license.txt"): (root / "train/good" / name).write_bytes(b"x")
-    def decoded(*_): raise AssertionError("decoded")
+    for name in ("Thumbs.db", ".DS_Store", "license.txt"):
+        (root / "train/good" / name).write_bytes(b"x")
+
+    def decoded(*_):
+        raise AssertionError("decoded")
+
     monkeypatch.setattr(Image.Image, "load", decoded)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decoded)
     assert survey(root).problems == []
@@ -734,18 +942,32 @@ def test_other_files_do_not_count_and_the_survey_opens_no_pixels(toothbrush, tmp
 
 def test_a_category_of_loco_needs_its_table_of_defects_and_a_mask_folder(tmp_path):
     root = tmp_path / "mvtec_loco/mine"
-    for i in range(4): save(noise(), root / f"train/good/{i}.png")
-    save(noise(), root / "validation/good/0.png"); save(noise(), root / "test/logical_anomalies/000.png")
+    for i in range(4):
+        save(noise(), root / f"train/good/{i}.png")
+    save(noise(), root / "validation/good/0.png")
+    save(noise(), root / "test/logical_anomalies/000.png")
     (root / "ground_truth/logical_anomalies/000").mkdir(parents=True)
-    assert survey(root).problems == ["ground_truth/logical_anomalies: 1 of 1 pictures have no mask: 000", "defects_config.json is missing"]
-    save(noise(channels=1), root / "ground_truth/logical_anomalies/000/000.png"); (root / "defects_config.json").write_text("[]")
+    assert survey(root).problems == [
+        "ground_truth/logical_anomalies: 1 of 1 pictures have no mask: 000",
+        "defects_config.json is missing",
+    ]
+    save(noise(channels=1), root / "ground_truth/logical_anomalies/000/000.png")
+    (root / "defects_config.json").write_text("[]")
     assert survey(root).problems == [] and "official counts are not known" in str(survey(root))
-    assert category_folders(tmp_path) == [root] and "plain folder" in refused(category_folders, root / "train/good") and "does not exist" in refused(category_folders, tmp_path / "no")
+    assert (
+        category_folders(tmp_path) == [root]
+        and "plain folder" in refused(category_folders, root / "train/good")
+        and "does not exist" in refused(category_folders, tmp_path / "no")
+    )
 
 
 def test_the_real_categories_are_recognised(real_data):
     bottle = survey(real_data / "mvtec_ad/bottle")
-    assert bottle.problems == [] and sum(bottle.pictures.values()) == 292 and bottle.masks == {"broken_large": 20, "broken_small": 22, "contamination": 21}
+    assert (
+        bottle.problems == []
+        and sum(bottle.pictures.values()) == 292
+        and bottle.masks == {"broken_large": 20, "broken_small": 22, "contamination": 21}
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")

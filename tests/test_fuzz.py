@@ -1,7 +1,8 @@
-"""Every reader against damaged files: what was written comes back, or an error of the known kind that names the file; in bounded time and memory.
+"""Every reader against damaged files: what was written comes back, or an error of the known kind names the file.
 
-A hundred or so of each in the fast suite, thousands with `pytest -m slow`.
+It takes bounded time and memory. A hundred or so of each in the fast suite, thousands with `pytest -m slow`.
 """
+
 import io
 import json
 import resource
@@ -16,43 +17,58 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_faults import rewritten, small
 
-from grad_nb.data import DataError, _read_defects, read_image
+from grad_nb.core.files import read_array, read_json, write_array
+from grad_nb.core.stages import stage_done
+from grad_nb.core.tensors import load_checkpoint, save_checkpoint
+from grad_nb.datasets.readers import DataError, _read_defects, read_image
 from grad_nb.detector import Detector, load_detector, save_detector
 from grad_nb.grad import GRAD
 from grad_nb.patchdiff import PatchDiff, load_patchdiff, save_patchdiff
-from grad_nb.pipeline import stage_done, write_json
-from grad_nb.store import load_checkpoint, read_array, read_json, save_checkpoint, write_array
-from grad_nb.watch import Journal
+from grad_nb.runs.stages import write_json
+from grad_nb.use.watch import Journal
 
 FAST = pytest.param(1, id="some")
 SLOW = pytest.param(40, id="thousands", marks=pytest.mark.slow)
 
 
 def damaged(whole: bytes, rng: np.random.Generator) -> bytes:
-    "A file with bytes changed, cut off, doubled, left out, or with a number in it made extreme; a third of the damage is in its head."
+    "A file with bytes changed, cut off, doubled, left out, or a number made extreme; a third of it hits the head."
     data = bytearray(whole)
     for _ in range(rng.integers(1, 6)):
         end = max(1, len(data) if rng.random() < 0.6 else min(len(data), 200))
         at = int(rng.integers(end))
         match rng.integers(7):
-            case 0 | 1: data[at:at + 1] = bytes([rng.integers(256)])
-            case 2: data[at:at + 1] = bytes([data[at] ^ (1 << int(rng.integers(8)))]) if data else b"x"
-            case 3: data = data[:at + 1]
-            case 4: data[at:at] = data[at:at + int(rng.integers(1, 60))]
-            case 5: del data[at:at + int(rng.integers(1, 60))]
-            case 6: data[at:at + 4] = [b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\0\0\xff\xff"][rng.integers(4)]
-        if not data: data = bytearray(b"\0")
+            case 0 | 1:
+                data[at : at + 1] = bytes([rng.integers(256)])
+            case 2:
+                data[at : at + 1] = bytes([data[at] ^ (1 << int(rng.integers(8)))]) if data else b"x"
+            case 3:
+                data = data[: at + 1]
+            case 4:
+                data[at:at] = data[at : at + int(rng.integers(1, 60))]
+            case 5:
+                del data[at : at + int(rng.integers(1, 60))]
+            case 6:
+                data[at : at + 4] = [b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\0\0\xff\xff"][
+                    rng.integers(4)
+                ]
+        if not data:
+            data = bytearray(b"\0")
     return bytes(data)
 
 
 class Watch:
     "Time and memory of single readings."
 
-    def __init__(self): self.slowest, self.start = 0.0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    def __init__(self):
+        self.slowest, self.start = 0.0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    def __enter__(self): self.began = time.process_time(); return self
+    def __enter__(self):
+        self.began = time.process_time()
+        return self
 
-    def __exit__(self, *_): self.slowest = max(self.slowest, time.process_time() - self.began)
+    def __exit__(self, *_):
+        self.slowest = max(self.slowest, time.process_time() - self.began)
 
     def check(self, seconds: float = 10, gigabytes: float = 2.5):
         more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self.start) * 1024
@@ -61,18 +77,32 @@ class Watch:
 
 def pictures() -> dict[str, bytes]:
     "Whole pictures of many kinds, small so that damage hits what matters."
-    exif = Image.Exif(); exif[0x0112] = 6
+    exif = Image.Exif()
+    exif[0x0112] = 6
     smooth = Image.fromarray(np.random.default_rng(5).integers(0, 256, (5, 6, 3), np.uint8)).resize((60, 50))
     deep = Image.fromarray(np.asarray(smooth.convert("L")).astype(np.uint16) * 200)
-    kinds = {"png": (smooth, dict(format="PNG", exif=exif)), "palette": (smooth.quantize(9), dict(format="PNG", transparency=1)), "rgba": (smooth.convert("RGBA"), dict(format="PNG")),
-             "png16": (deep, dict(format="PNG")), "one bit": (smooth.convert("1"), dict(format="PNG")), "jpeg": (smooth, dict(format="JPEG", exif=exif)),
-             "progressive": (smooth, dict(format="JPEG", progressive=True)), "cmyk": (smooth.convert("CMYK"), dict(format="JPEG")), "bmp": (smooth, dict(format="BMP")),
-             "bmp palette": (smooth.quantize(9), dict(format="BMP")), "tiff": (smooth, dict(format="TIFF")), "lzw": (smooth, dict(format="TIFF", compression="tiff_lzw")),
-             "deflate": (deep, dict(format="TIFF", compression="tiff_adobe_deflate")), "tiff jpeg": (smooth, dict(format="TIFF", compression="jpeg")),
-             "webp": (smooth, dict(format="WEBP", exif=exif)), "webp lossless": (smooth.convert("RGBA"), dict(format="WEBP", lossless=True))}
+    kinds = {
+        "png": (smooth, dict(format="PNG", exif=exif)),
+        "palette": (smooth.quantize(9), dict(format="PNG", transparency=1)),
+        "rgba": (smooth.convert("RGBA"), dict(format="PNG")),
+        "png16": (deep, dict(format="PNG")),
+        "one bit": (smooth.convert("1"), dict(format="PNG")),
+        "jpeg": (smooth, dict(format="JPEG", exif=exif)),
+        "progressive": (smooth, dict(format="JPEG", progressive=True)),
+        "cmyk": (smooth.convert("CMYK"), dict(format="JPEG")),
+        "bmp": (smooth, dict(format="BMP")),
+        "bmp palette": (smooth.quantize(9), dict(format="BMP")),
+        "tiff": (smooth, dict(format="TIFF")),
+        "lzw": (smooth, dict(format="TIFF", compression="tiff_lzw")),
+        "deflate": (deep, dict(format="TIFF", compression="tiff_adobe_deflate")),
+        "tiff jpeg": (smooth, dict(format="TIFF", compression="jpeg")),
+        "webp": (smooth, dict(format="WEBP", exif=exif)),
+        "webp lossless": (smooth.convert("RGBA"), dict(format="WEBP", lossless=True)),
+    }
     made = {}
     for name, (picture, options) in kinds.items():
-        stream = io.BytesIO(); picture.save(stream, **options)
+        stream = io.BytesIO()
+        picture.save(stream, **options)
         made[name] = stream.getvalue()
     return made
 
@@ -87,9 +117,14 @@ def test_pictures(tmp_path, times):
         for _ in range(10 * times):
             path.write_bytes(damaged(whole, rng))
             with watch:
-                try: x = read_image(path, 40)
-                except DataError as e: outcomes["refused"] += 1; assert str(path) in str(e)
-                else: outcomes["read"] += 1; assert x.shape == (40, 40, 3) and x.dtype == np.uint8
+                try:
+                    x = read_image(path, 40)
+                except DataError as e:
+                    outcomes["refused"] += 1
+                    assert str(path) in str(e)
+                else:
+                    outcomes["read"] += 1
+                    assert x.shape == (40, 40, 3) and x.dtype == np.uint8
     assert min(outcomes.values()) >= 10 * times, outcomes
     watch.check()
 
@@ -98,62 +133,131 @@ def test_pictures(tmp_path, times):
 def saved(tmp_path_factory) -> tuple[Path, GRAD]:
     "A fitted model and its file."
     path, rng = tmp_path_factory.mktemp("model") / "m.grad", np.random.default_rng(0)
-    model = small(detector__width=0.03).set_params(explain_patches=2).fit(rng.integers(0, 256, (6, 64, 64, 3), np.uint8))
+    model = (
+        small(detector__width=0.03).set_params(explain_patches=2).fit(rng.integers(0, 256, (6, 64, 64, 3), np.uint8))
+    )
     model.save(path)
     return path, model
 
 
-def equal(first: dict, second: dict) -> bool: return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+def equal(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 @pytest.mark.parametrize("times", [FAST, SLOW])
 def test_models(saved, tmp_path, times):
     "A damaged model is refused, or it is the model: its checksum lets nothing else pass."
-    whole, path, rng, watch, refused = saved[0].read_bytes(), tmp_path / "fuzz.grad", np.random.default_rng(times), Watch(), 0
+    whole, path, rng, watch, refused = (
+        saved[0].read_bytes(),
+        tmp_path / "fuzz.grad",
+        np.random.default_rng(times),
+        Watch(),
+        0,
+    )
     for _ in range(60 * times):
         path.write_bytes(damaged(whole, rng))
         with watch:
-            try: found = GRAD.load(path, "cpu")
-            except ValueError as e: refused += 1; assert str(path) in str(e); continue
-        assert equal(found.detectors_[0].state_dict(), saved[1].detectors_[0].state_dict()) and found.offset_ == saved[1].offset_
+            try:
+                found = GRAD.load(path, "cpu")
+            except ValueError as e:
+                refused += 1
+                assert str(path) in str(e)
+                continue
+        assert (
+            equal(found.detectors_[0].state_dict(), saved[1].detectors_[0].state_dict())
+            and found.offset_ == saved[1].offset_
+        )
     assert refused >= 40 * times
     watch.check()
 
 
 @pytest.mark.parametrize("times", [FAST, SLOW])
-@pytest.mark.parametrize("kind", ["detector", "patchdiff", "checkpoint", "array", "json", "record", "defects", "journal"])
+@pytest.mark.parametrize(
+    "kind", ["detector", "patchdiff", "checkpoint", "array", "json", "record", "defects", "journal"]
+)
 def test_files_of_a_run(tmp_path, kind, times):
     "The same for every file that a run or a watch leaves behind, and for LOCO's table of defects."
-    path, detector, generator = tmp_path / f"fuzz.{'npy' if kind == 'array' else 'json' if kind in ('json', 'record', 'defects') else 'x'}", Detector(0.03), PatchDiff(3, 2)
-    state, rows = {"a": torch.arange(5.0), "deep": [{"n": 3}, None]}, [dict(defect_name="hole", pixel_value=255, saturation_threshold=30, relative_saturation=False)]
+    path, detector, generator = (
+        tmp_path / f"fuzz.{'npy' if kind == 'array' else 'json' if kind in ('json', 'record', 'defects') else 'x'}",
+        Detector(0.03),
+        PatchDiff(3, 2),
+    )
+    state, rows = (
+        {"a": torch.arange(5.0), "deep": [{"n": 3}, None]},
+        [dict(defect_name="hole", pixel_value=255, saturation_threshold=30, relative_saturation=False)],
+    )
     record = {"fingerprint": "k", "outputs": {}, "seconds": 1.5}
+
     def journal():
-        with Journal(path, "model") as j: return j.done
+        with Journal(path, "model") as j:
+            return j.done
+
     def add():
-        with Journal(path, "model") as j: j.add(Path("a.png"), (3, 4), score=1.0); j.add(Path("b.png"), (5, 6), error="broken")
+        with Journal(path, "model") as j:
+            j.add(Path("a.png"), (3, 4), score=1.0)
+            j.add(Path("b.png"), (5, 6), error="broken")
+
     write, read, fits = {
-        "detector": (lambda: save_detector(path, detector, 64, 34), lambda: load_detector(path)[0], lambda found: equal(found.state_dict(), detector.state_dict())),
-        "patchdiff": (lambda: save_patchdiff(path, generator), lambda: load_patchdiff(path), lambda found: equal(found.state_dict(), generator.state_dict())),
-        "checkpoint": (lambda: save_checkpoint(path, "f", **state), lambda: load_checkpoint(path, "f"), lambda found: found is None or torch.equal(found["a"], state["a"]) and found["deep"] == state["deep"]),
-        "array": (lambda: write_array(path, np.arange(24).reshape(4, 6)), lambda: read_array(path), lambda found: isinstance(found, np.ndarray)),
-        "json": (lambda: write_json(path, {"a": [1, 2.5, "ü"], "b": None}), lambda: read_json(path), lambda found: True),
-        "record": (lambda: write_json(path, record), lambda: stage_done(tmp_path, "fuzz", "k"), lambda found: found is None or found["fingerprint"] == "k"),
-        "defects": (lambda: write_json(path, rows), lambda: _read_defects(path), lambda found: all(0 < d.pixel_value < 256 and d.saturation_threshold > 0 for d in found)),
-        "journal": (add, journal, lambda found: all(len(row) == 3 for row in found))}[kind]
+        "detector": (
+            lambda: save_detector(path, detector, 64, 34),
+            lambda: load_detector(path)[0],
+            lambda found: equal(found.state_dict(), detector.state_dict()),
+        ),
+        "patchdiff": (
+            lambda: save_patchdiff(path, generator),
+            lambda: load_patchdiff(path),
+            lambda found: equal(found.state_dict(), generator.state_dict()),
+        ),
+        "checkpoint": (
+            lambda: save_checkpoint(path, "f", **state),
+            lambda: load_checkpoint(path, "f"),
+            lambda found: found is None or torch.equal(found["a"], state["a"]) and found["deep"] == state["deep"],
+        ),
+        "array": (
+            lambda: write_array(path, np.arange(24).reshape(4, 6)),
+            lambda: read_array(path),
+            lambda found: isinstance(found, np.ndarray),
+        ),
+        "json": (
+            lambda: write_json(path, {"a": [1, 2.5, "ü"], "b": None}),
+            lambda: read_json(path),
+            lambda found: True,
+        ),
+        "record": (
+            lambda: write_json(path, record),
+            lambda: stage_done(tmp_path, "fuzz", "k"),
+            lambda found: found is None or found["fingerprint"] == "k",
+        ),
+        "defects": (
+            lambda: write_json(path, rows),
+            lambda: _read_defects(path),
+            lambda found: all(0 < d.pixel_value < 256 and d.saturation_threshold > 0 for d in found),
+        ),
+        "journal": (add, journal, lambda found: all(len(row) == 3 for row in found)),
+    }[kind]
     write()
     assert fits(read()) and read() is not None
     whole, rng, watch, refused = path.read_bytes(), np.random.default_rng(times), Watch(), 0
     for _ in range(40 * times):
         path.write_bytes(damaged(whole, rng))
         with watch:
-            try: found = read()
-            except ValueError as e: refused += 1; assert str(path) in str(e), e
-            else: assert fits(found); refused += found is None
+            try:
+                found = read()
+            except ValueError as e:
+                refused += 1
+                assert str(path) in str(e), e
+            else:
+                assert fits(found)
+                refused += found is None
     assert refused >= 10 * times
     watch.check(seconds=5, gigabytes=1)
 
 
-anything = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x, max_size=2), max_leaves=5)
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x, max_size=2),
+    max_leaves=5,
+)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -166,15 +270,22 @@ def test_no_claim_of_a_file_is_believed_unseen(saved, tmp_path, data):
     value = data.draw(anything)
     if key in ("preset", "augmentation") and data.draw(st.booleans()):  # or deep inside
         value = json.loads(json.dumps(meta[key]))
-        inside = value[data.draw(st.sampled_from(["generator", "detector", "evaluation"]))] if key == "preset" else value
+        inside = (
+            value[data.draw(st.sampled_from(["generator", "detector", "evaluation"]))] if key == "preset" else value
+        )
         inside[data.draw(st.sampled_from(sorted(inside)))] = data.draw(anything)
     changed = rewritten(path, tmp_path / "changed.grad", **{key: value})
-    try: model = GRAD.load(changed, "cpu")
-    except ValueError as e: assert "changed.grad" in str(e); return
+    try:
+        model = GRAD.load(changed, "cpu")
+    except ValueError as e:
+        assert "changed.grad" in str(e)
+        return
     assert isinstance(model.card(), str) and np.isfinite(model.offset_)
     model.get_params()
 
 
 def read_meta(path: Path) -> str:
     from safetensors import safe_open
-    with safe_open(str(path), framework="np") as f: return f.metadata()["json"]
+
+    with safe_open(str(path), framework="np") as f:
+        return f.metadata()["json"]

@@ -1,4 +1,5 @@
 """The estimator as a user meets it: any form of input, interruptions, another process, bad settings."""
+
 import json
 import os
 import signal
@@ -9,16 +10,32 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from make_files import pictures
 from PIL import Image
 from sklearn.base import clone
 
 from grad_nb.config import override, preset
-from grad_nb.data import DataError, hold_out
+from grad_nb.core import stages
+from grad_nb.core.files import read_json
+from grad_nb.core.tensors import checked_format, read_tensors
+from grad_nb.datasets.readers import DataError, hold_out
+from grad_nb.datasets.trays import make_trays
+from grad_nb.detector import load_detector
 from grad_nb.grad import GRAD
-from grad_nb.trays import make_trays
+from grad_nb.patchdiff import load_patchdiff
 
-TINY = {"generator.width": 8, "generator.steps": 5, "generator.batch": 2, "generator.n_samples": 4, "generator.sample_steps": 2,
-        "detector.width": 0.1, "detector.steps": 5, "evaluation.map_size": 64}
+FILES = Path(__file__).parent / "files"  # one file of each version, see make_files.py
+
+TINY = {
+    "generator.width": 8,
+    "generator.steps": 5,
+    "generator.batch": 2,
+    "generator.n_samples": 4,
+    "generator.sample_steps": 2,
+    "detector.width": 0.1,
+    "detector.steps": 5,
+    "evaluation.map_size": 64,
+}
 
 
 def tiny(**changes) -> GRAD:
@@ -28,7 +45,17 @@ def tiny(**changes) -> GRAD:
 
 @pytest.fixture(scope="module")
 def trays(tmp_path_factory) -> Path:
-    return make_trays(tmp_path_factory.mktemp("data"), seed=11, size=64, train=20, validation=0, good=7, logical=0, structural=0, progress=False)
+    return make_trays(
+        tmp_path_factory.mktemp("data"),
+        seed=11,
+        size=64,
+        train=20,
+        validation=0,
+        good=7,
+        logical=0,
+        structural=0,
+        progress=False,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,22 +69,28 @@ def test_every_form_of_input_scores_alike(model, trays):
     array = np.stack([np.asarray(Image.open(p)) for p in files])
     want = model.score_samples(folder)
     forms = (str(folder), files, [str(p) for p in files], array, (p for p in files), (a for a in array), list(array))
-    for form in forms: assert (model.score_samples(form) == want).all()
+    for form in forms:
+        assert (model.score_samples(form) == want).all()
     assert model.score_samples(files[0])[0] == pytest.approx(want[0], abs=1e-6)
 
 
 def test_a_stream_is_judged_in_flat_memory(model, trays):
     picture = np.asarray(Image.open(next((trays / "test/good").glob("*.png"))))
+
     def endless():
-        while True: yield picture
+        while True:
+            yield picture
+
     for i, part in enumerate(model.stream(endless())):
         assert len(part.scores) == model.preset.evaluation.batch and part.maps.shape[1:] == (64, 64)
-        if i == 3: break
+        if i == 3:
+            break
 
 
 def test_scores_do_not_depend_on_the_batch(model, trays):
     other = clone(model)
-    for name in ("levels_", "detectors_", "stats_", "offset_"): setattr(other, name, getattr(model, name))
+    for name in ("levels_", "detectors_", "stats_", "offset_"):
+        setattr(other, name, getattr(model, name))
     want = model.score_samples(trays / "train/good")
     for batch in (1, 3, 7):
         other.made_with_ = model.settings_ | {"preset": override(model.preset, {"evaluation.batch": batch})}
@@ -66,24 +99,37 @@ def test_scores_do_not_depend_on_the_batch(model, trays):
 
 def test_maps_are_kept_only_if_asked_for(model, trays):
     whole, bare = model.predict(trays / "test/good"), model.predict(trays / "test/good", maps=False)
-    assert whole.maps.shape == (7, 64, 64) and bare.maps is None and (whole.scores == bare.scores).all() and whole.paths == bare.paths
+    assert (
+        whole.maps.shape == (7, 64, 64)
+        and bare.maps is None
+        and (whole.scores == bare.scores).all()
+        and whole.paths == bare.paths
+    )
 
 
 def test_nothing_to_judge_or_to_learn_from_is_said(model, trays, tmp_path):
     for nothing in ([], np.empty((0, 64, 64, 3), np.uint8), iter(())):
-        with pytest.raises(DataError, match="no pictures"): model.score_samples(nothing)
-    with pytest.raises(DataError, match="holds no pictures"): model.predict(tmp_path)
-    with pytest.raises(DataError, match="too few"): tiny().fit(sorted((trays / "train/good").glob("*.png"))[:4])
+        with pytest.raises(DataError, match="no pictures"):
+            model.score_samples(nothing)
+    with pytest.raises(DataError, match="holds no pictures"):
+        model.predict(tmp_path)
+    with pytest.raises(DataError, match="too few"):
+        tiny().fit(sorted((trays / "train/good").glob("*.png"))[:4])
     (tmp_path / "bad.png").write_bytes(b"nonsense")
-    with pytest.raises(DataError, match="bad.png"): model.predict(tmp_path)
+    with pytest.raises(DataError, match="bad.png"):
+        model.predict(tmp_path)
     for wrong in (np.zeros((3, 64, 64), np.uint8), np.zeros((3, 64, 64, 3)), np.zeros((64, 64, 3), np.uint8)):
-        with pytest.raises(ValueError, match="uint8"): model.predict(wrong)
+        with pytest.raises(ValueError, match="uint8"):
+            model.predict(wrong)
     for rate in (0, 1, -1, 5):
-        with pytest.raises(ValueError, match="false_alarm_rate"): tiny().set_params(false_alarm_rate=rate).fit(trays / "train/good")
+        with pytest.raises(ValueError, match="false_alarm_rate"):
+            tiny().set_params(false_alarm_rate=rate).fit(trays / "train/good")
 
 
 def test_the_threshold_is_a_quantile_of_held_out_normals(trays):
-    strict, loose = (tiny().set_params(false_alarm_rate=r, validation=0.4).fit(trays / "train/good") for r in (0.01, 0.5))
+    strict, loose = (
+        tiny().set_params(false_alarm_rate=r, validation=0.4).fit(trays / "train/good") for r in (0.01, 0.5)
+    )
     assert strict.offset_ > loose.offset_
     files = np.array(sorted((trays / "train/good").iterdir()))
     for fitted, rate in ((strict, 0.01), (loose, 0.5)):
@@ -93,36 +139,33 @@ def test_the_threshold_is_a_quantile_of_held_out_normals(trays):
 
 def test_a_fit_without_work_dir_leaves_nothing_behind(trays, tmp_path, monkeypatch):
     import tempfile
+
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     tiny().fit(trays / "train/good")
     assert not list(tmp_path.iterdir())
 
 
-def test_reconstructed_normals_are_learnt_beside_the_pictures_and_kept_nowhere_else(trays, tmp_path, monkeypatch):
-    import grad_nb.pipeline as room
-    learnt, real = [], room.train_detector
-    monkeypatch.setattr(room, "train_detector", lambda normal, *rest: learnt.append(normal) or real(normal, *rest))
-    fitted = tiny(generator__reconstruct=0.1).set_params(work_dir=tmp_path).fit(trays / "train/good")
-    made = {n: np.load(tmp_path / f"contrastive/normal-{n:02d}.npy") for n in (3, 5, 17)}
-    n = fitted.n_pictures_[0]
-    assert [len(x) for x in learnt] == [4 * n] and all(m.shape == (n, 64, 64, 3) for m in made.values())
-    assert not np.array_equal(made[3], made[17]) and not list(tmp_path.rglob("*.part"))
-    assert fitted.preset.generator.reconstruct == 0.1 and "reconstruct" in fitted.card()
-
-
-@pytest.mark.parametrize("error, change", [(ValueError, {"detector.lr": 1e38}), (KeyboardInterrupt, {"detector.steps": 6})])
+@pytest.mark.parametrize(
+    "error, change", [(ValueError, {"detector.lr": 1e38}), (KeyboardInterrupt, {"detector.steps": 6})]
+)
 def test_a_fit_that_fails_leaves_the_model_as_it_was(trays, tmp_path, monkeypatch, error, change):
     fitted, pictures = tiny().fit(trays / "train/good"), trays / "test/good"
     want, card = fitted.score_samples(pictures), fitted.card()
-    if error is KeyboardInterrupt: monkeypatch.setattr(GRAD, "_keep_patches", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(error): fitted.set_params(preset=override(fitted.preset, change), layout="mvtec_loco").fit(trays / "train/good")
+    if error is KeyboardInterrupt:
+        monkeypatch.setattr(GRAD, "_keep_patches", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(error):
+        fitted.set_params(preset=override(fitted.preset, change), layout="mvtec_loco").fit(trays / "train/good")
     assert (fitted.score_samples(pictures) == want).all() and fitted.card() == card
 
 
 def test_settings_that_are_changed_after_the_fit_wait_for_the_next_one(trays, tmp_path):
     fitted, pictures = tiny().fit(trays / "train/good"), trays / "test/good"
     want = fitted.score_samples(pictures)
-    fitted.set_params(preset=override(fitted.preset, {"generator.size": 128, "detector.width": 0.2, "evaluation.blur_kernel": 1}), random_state=9, explain_patches=3)
+    fitted.set_params(
+        preset=override(fitted.preset, {"generator.size": 128, "detector.width": 0.2, "evaluation.blur_kernel": 1}),
+        random_state=9,
+        explain_patches=3,
+    )
     fitted.save(tmp_path / "m.grad")
     again = GRAD.load(tmp_path / "m.grad", "cpu")
     assert (fitted.score_samples(pictures) == want).all() and (again.score_samples(pictures) == want).all()
@@ -133,9 +176,10 @@ CHILD = """
 import sys
 from grad_nb.config import override, preset
 from grad_nb.grad import GRAD
-import grad_nb.training, grad_nb.patchdiff, grad_nb.store, json
+import grad_nb.training, grad_nb.patchdiff, grad_nb.core.files, json
 settings, pictures, folder = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
-GRAD(override(preset("demo"), settings), device="cpu", progress=False, work_dir=folder).fit(pictures).save(folder + "/m.grad")
+model = GRAD(override(preset("demo"), settings), device="cpu", progress=False, work_dir=folder)
+model.fit(pictures).save(folder + "/m.grad")
 """
 
 
@@ -143,14 +187,20 @@ GRAD(override(preset("demo"), settings), device="cpu", progress=False, work_dir=
 @pytest.mark.parametrize("stage", ["generator-05.checkpoint", "detector-034.checkpoint"])
 def test_a_killed_fit_continues_bit_for_bit(trays, tmp_path, stage):
     settings = TINY | {"generator.steps": 450, "detector.steps": 450}
-    start = lambda folder: subprocess.Popen([sys.executable, "-c", CHILD, json.dumps(settings), str(trays / "train/good"), str(folder)])
+
+    def start(folder):
+        command = [sys.executable, "-c", CHILD, json.dumps(settings), str(trays / "train/good"), str(folder)]
+        return subprocess.Popen(command)
+
     first = start(tmp_path / "killed")
     while not (tmp_path / "killed" / stage).exists():
         assert first.poll() is None, "it ended before it could be killed"
         time.sleep(0.02)
-    os.kill(first.pid, signal.SIGKILL); first.wait()
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
     assert not (tmp_path / "killed/m.grad").exists()
-    for folder in ("killed", "whole"): assert start(tmp_path / folder).wait() == 0
+    for folder in ("killed", "whole"):
+        assert start(tmp_path / folder).wait() == 0
     killed, whole = (GRAD.load(tmp_path / folder / "m.grad", "cpu") for folder in ("killed", "whole"))
     assert killed.offset_ == whole.offset_
     assert (killed.score_samples(trays / "test/good") == whole.score_samples(trays / "test/good")).all()
@@ -159,7 +209,11 @@ def test_a_killed_fit_continues_bit_for_bit(trays, tmp_path, stage):
 
 def test_other_settings_do_not_take_the_old_stages(trays, tmp_path):
     first = tiny().set_params(work_dir=tmp_path).fit(trays / "train/good").score_samples(trays / "test/good")
-    for other in (tiny(detector__lr=0.01), tiny(generator__lr=0.05), tiny(generator__reconstruct=0.1), tiny().set_params(random_state=1)):
+    for other in (
+        tiny(detector__lr=0.01),
+        tiny(generator__lr=0.05),
+        tiny().set_params(random_state=1),
+    ):
         fresh = clone(other).fit(trays / "train/good").score_samples(trays / "test/good")
         kept = other.set_params(work_dir=tmp_path).fit(trays / "train/good").score_samples(trays / "test/good")
         assert (fresh == kept).all() and not (fresh == first).all()
@@ -167,28 +221,95 @@ def test_other_settings_do_not_take_the_old_stages(trays, tmp_path):
 
 def test_a_saved_model_scores_the_same_in_another_process(model, trays, tmp_path):
     model.save(tmp_path / "m.grad")
-    code = ("import sys, json; from grad_nb.grad import GRAD; m = GRAD.load(sys.argv[1], 'cpu').set_params(progress=False); "
-            "print(json.dumps(m.score_samples(sys.argv[2]).tolist()))")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.grad"), str(trays / "test/good")], capture_output=True, text=True, check=True)
+    code = (
+        "import sys, json; from grad_nb.grad import GRAD; "
+        "m = GRAD.load(sys.argv[1], 'cpu').set_params(progress=False); "
+        "print(json.dumps(m.score_samples(sys.argv[2]).tolist()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "m.grad"), str(trays / "test/good")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert json.loads(done.stdout) == model.score_samples(trays / "test/good").tolist()
 
 
 def test_a_model_that_was_changed_or_lost_its_checksum_is_refused(model, tmp_path):
     from safetensors import safe_open
     from safetensors.torch import save_file
+
     model.save(tmp_path / "m.grad")
     with safe_open(str(tmp_path / "m.grad"), framework="pt") as f:
         tensors, about = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()
-    other = {"changed": about | {"json": about["json"].replace('"offset": ', '"offset": 1')}, "bare": {"json": about["json"]}}
+    other = {
+        "changed": about | {"json": about["json"].replace('"offset": ', '"offset": 1')},
+        "bare": {"json": about["json"]},
+    }
     said = {"changed": "was changed after it was written", "bare": "has no checksum"}
     for name, metadata in other.items():
         save_file(tensors, str(tmp_path / f"{name}.grad"), metadata=metadata)
-        with pytest.raises(ValueError, match=f"{name}.grad {said[name]}"): GRAD.load(tmp_path / f"{name}.grad", "cpu")
+        with pytest.raises(ValueError, match=f"{name}.grad {said[name]}"):
+            GRAD.load(tmp_path / f"{name}.grad", "cpu")
     save_file(tensors, str(tmp_path / "same.grad"), metadata=about)
     assert GRAD.load(tmp_path / "same.grad", "cpu").offset_ == model.offset_
 
 
+@pytest.mark.parametrize("version", sorted(p.name for p in FILES.iterdir() if p.is_dir() and p.name != "0.1.0"))
+def test_a_model_of_an_older_version_still_loads_and_judges_as_it_did(version):
+    old = GRAD.load(FILES / version / "model.grad", "cpu").set_params(progress=False)
+    assert old.score_samples(pictures()) == pytest.approx(read_json(FILES / version / "scores.json"), abs=1e-5)
+    assert old.explain(pictures()[0]).levels and "64 x 64" in old.card()
+
+
+@pytest.mark.parametrize("version", sorted(p.name for p in FILES.iterdir() if p.is_dir()))
+@pytest.mark.parametrize("name, kind", [("model.grad", "GRAD"), ("generator", "PatchDiff"), ("detector", "Detector")])
+def test_a_file_says_its_kind_and_one_of_the_first_version_is_refused(version, name, kind, tmp_path):
+    path = FILES / version / (name if "." in name else f"{name}.safetensors")
+    assert path.stat().st_size < 60_000
+    _, meta = read_tensors(path)
+    with pytest.raises(ValueError, match=f"{path.name} does not hold a Scorer"):
+        checked_format(meta, path, "Scorer", 9)
+    if version == "0.1.0":
+        with pytest.raises(ValueError, match=f"{path.name} was made by grad_nb 0.1.0, whose files .* fit again"):
+            checked_format(meta, path, kind, 9)
+
+
+@pytest.mark.parametrize("name, load", [("generator", load_patchdiff), ("detector", load_detector)])
+def test_generators_and_detectors_are_read_from_the_second_version_on(name, load):
+    load(FILES / "0.2.0" / f"{name}.safetensors")
+    with pytest.raises(ValueError, match=f"0.1.0/{name}.safetensors was made by grad_nb 0.1.0, .* fit again"):
+        load(FILES / "0.1.0" / f"{name}.safetensors")
+
+
+def test_a_model_of_the_first_version_is_refused_with_what_to_do():
+    with pytest.raises(ValueError, match="0.1.0/model.grad was made by grad_nb 0.1.0, whose files .* fit again"):
+        GRAD.load(FILES / "0.1.0" / "model.grad", "cpu")
+
+
+def test_a_fit_takes_no_stage_that_code_of_another_format_made(trays, tmp_path, monkeypatch):
+    fitted = tiny().set_params(work_dir=tmp_path).fit(trays / "train/good")
+    made = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*.safetensors")}
+    for kind, again in (("detect", {"detector-034"}), ("generate", {"detector-034", "generator-05"})):
+        monkeypatch.setattr(stages, "STAGE_FORMATS", stages.STAGE_FORMATS | {kind: 99})
+        fitted.fit(trays / "train/good")
+        now = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*.safetensors")}
+        changed = {name.removesuffix(".safetensors") for name in now if now[name] != made[name]}
+        assert again <= changed and (kind == "generate" or changed == again)
+        made = now
+
+
 def test_parameters_are_those_of_the_constructor(model):
     assert clone(model).get_params() == model.get_params()
-    assert set(model.get_params(deep=False)) == {"preset", "layout", "augmentation", "validation", "false_alarm_rate", "random_state",
-                                                 "device", "progress", "work_dir", "explain_patches"}
+    assert set(model.get_params(deep=False)) == {
+        "preset",
+        "layout",
+        "augmentation",
+        "validation",
+        "false_alarm_rate",
+        "random_state",
+        "device",
+        "progress",
+        "work_dir",
+        "explain_patches",
+    }

@@ -1,4 +1,5 @@
 "Tries to break the data set that draws itself."
+
 import hashlib
 import json
 import shutil
@@ -14,12 +15,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.ndimage import distance_transform_edt, label
 
-from grad_nb import trays
-from grad_nb.data import check_category, load_defects, load_images, load_mask, read_category
-from grad_nb.trays import (
+from grad_nb.datasets import trays
+from grad_nb.datasets.readers import check_category, load_defects, load_images, load_mask, read_category
+from grad_nb.datasets.trays import (
     DEFECTS,
-    KINDS,
     LOGICAL,
+    PARTS,
     STRUCTURAL,
     defects_config,
     draw_tray,
@@ -36,8 +37,11 @@ anomaly_and_seed = given(st.sampled_from(ANOMALIES), st.integers(0, 2**32 - 1))
 
 
 def files(folder):
-    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in Path(folder).rglob("*") if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in Path(folder).rglob("*")
+        if p.is_file()
+    }
 
 
 def twins(anomaly, seed):
@@ -67,11 +71,13 @@ def made(tmp_path_factory):
 @settings(max_examples=60, deadline=None)
 def test_rules_hold_and_all_is_in_the_picture(seed):
     scene = sample_scene(np.random.default_rng(seed))
-    assert tuple(p.kind for (p,) in scene.parts) == KINDS and not scene.marks
+    assert tuple(p.kind for (p,) in scene.parts) == PARTS and not scene.marks
     assert np.abs(scene.shift).max() <= 0.035 and abs(np.degrees(scene.angle)) <= 4
     x, y = trays._grid(96)
     u, v = trays._turn(x - scene.shift[0], y - scene.shift[1], scene.angle)
-    inside = np.any([trays._compartment_distance(c, u, v) <= 0 for c in range(4)], 0)  # the rim may touch the edge, a compartment never
+    inside = np.any(
+        [trays._compartment_distance(c, u, v) <= 0 for c in range(4)], 0
+    )  # the rim may touch the edge, a compartment never
     assert not (inside[0].any() or inside[-1].any() or inside[:, 0].any() or inside[:, -1].any())
     for c, (p,) in enumerate(scene.parts):
         shape = trays._part_distance(p, u, v) <= 0
@@ -122,39 +128,45 @@ def test_pictures_differ_only_in_the_masks(anomaly, seed):
     if anomaly in ("wrong_kind", "wrong_place"):  # the right part's place may be bare floor now
         gone = [p for a, b in zip(twin.parts, scene.parts) if a != b for p in a]
         assert not (differ & ~near(union | footprint(twin, 128, gone), 5)).any()
-    elif anomaly == "missing_part": assert not (differ & ~near(union, 3)).any()
-    else: assert not (differ & ~near(union, 6)).any()
+    elif anomaly == "missing_part":
+        assert not (differ & ~near(union, 3)).any()
+    else:
+        assert not (differ & ~near(union, 6)).any()
     if anomaly == "missing_part":
         (gone,) = (p for a, b in zip(twin.parts, scene.parts) if a != b for p in a)
         assert differ[footprint(twin, 128, [gone])].mean() > 0.97
     elif anomaly == "double_part":
         (extra,) = set().union(*scene.parts) - set().union(*twin.parts)
         assert differ[footprint(scene, 128, [extra])].mean() > 0.97
-    else: assert differ[union].mean() > 0.97
+    else:
+        assert differ[union].mean() > 0.97
 
 
 @anomaly_and_seed
 @settings(max_examples=150, deadline=None)
 def test_each_anomaly_is_what_its_name_says(anomaly, seed):
     twin, scene = twins(anomaly, seed)
-    assert tuple(p.kind for (p,) in twin.parts) == KINDS and not twin.marks  # a twin is normal
+    assert tuple(p.kind for (p,) in twin.parts) == PARTS and not twin.marks  # a twin is normal
     assert (twin.shift, twin.angle, twin.gain, twin.grain) == (scene.shift, scene.angle, scene.gain, scene.grain)
     counts, kinds = [len(c) for c in scene.parts], [p.kind for c in scene.parts for p in c]
     names = [n for n, _, _ in find_defects(twin, scene, 64)]
     if anomaly == "missing_part":
-        assert sorted(counts) == [0, 1, 1, 1] and names == [f"missing_{KINDS[counts.index(0)]}"]
+        assert sorted(counts) == [0, 1, 1, 1] and names == [f"missing_{PARTS[counts.index(0)]}"]
     elif anomaly == "double_part":
         c = counts.index(2)
         first, second = scene.parts[c]
-        assert sorted(counts) == [1, 1, 1, 2] and first.kind == second.kind == KINDS[c] and names == [f"double_{KINDS[c]}"]
+        assert (
+            sorted(counts) == [1, 1, 1, 2] and first.kind == second.kind == PARTS[c] and names == [f"double_{PARTS[c]}"]
+        )
         reach = trays.RADIUS * (first.scale + second.scale)
         assert np.hypot(first.x - second.x, first.y - second.y) > reach  # even their circles do not touch
     elif anomaly == "wrong_kind":
-        assert counts == [1] * 4 and sum(a != b for a, b in zip(kinds, KINDS)) == 1 and names == ["wrong_kind"]
+        assert counts == [1] * 4 and sum(a != b for a, b in zip(kinds, PARTS)) == 1 and names == ["wrong_kind"]
     elif anomaly == "wrong_place":
-        assert Counter(kinds) == Counter(KINDS) and sum(a != b for a, b in zip(kinds, KINDS)) == 2
+        assert Counter(kinds) == Counter(PARTS) and sum(a != b for a, b in zip(kinds, PARTS)) == 2
         assert names == ["wrong_place"] * 2
-    else: assert kinds == list(KINDS) and names == [anomaly]
+    else:
+        assert kinds == list(PARTS) and names == [anomaly]
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -187,12 +199,21 @@ def test_draw_tray_at_any_size(anomaly, seed, size):
     assert len(defects) == (2 if anomaly == "wrong_place" else 1)
     for (name, mask, area), (_, other, _) in zip(defects, same):
         assert name in DEFECTS and mask.any() and 0 < area <= mask.sum() and np.array_equal(mask, other)
-        if anomaly not in ("missing_part", "double_part"): assert area == mask.sum()
-        else: assert area < 0.7 * mask.sum()
+        if anomaly not in ("missing_part", "double_part"):
+            assert area == mask.sum()
+        else:
+            assert area < 0.7 * mask.sum()
 
 
-parts = st.builds(trays.Part, st.sampled_from(KINDS), st.floats(-0.75, 0.75), st.floats(-0.75, 0.75), st.floats(0, 7), st.just(1.06),
-                  st.none() | st.tuples(st.floats(0, 7), st.floats(-0.5, 0.5)))
+parts = st.builds(
+    trays.Part,
+    st.sampled_from(PARTS),
+    st.floats(-0.75, 0.75),
+    st.floats(-0.75, 0.75),
+    st.floats(0, 7),
+    st.just(1.06),
+    st.none() | st.tuples(st.floats(0, 7), st.floats(-0.5, 0.5)),
+)
 
 
 @given(parts, st.integers(0, 2**32 - 1), st.sampled_from([48, 64, 101, 128, 256]))
@@ -222,7 +243,8 @@ def test_unknown_anomaly_is_refused():
 def test_saturation_is_the_area_of_the_smallest_part():
     for e in defects_config(128):
         how, _, kind = e["defect_name"].partition("_")
-        if kind not in KINDS: continue
+        if kind not in PARTS:
+            continue
         part = trays.Part(kind, 0.0, 0.0, 0.3, 0.94)
         x, y = trays._grid(1024)
         area = (trays._part_distance(part, x, y) <= 0).sum() / 64  # pixels of a picture of 128
@@ -276,8 +298,10 @@ def test_files_are_what_draw_tray_gives(made):
 
 def test_anomalies_are_cycled_evenly(made):
     config = {e["pixel_value"]: e["defect_name"] for e in json.loads((made / "defects_config.json").read_text())}
-    names = [config[int(np.array(Image.open(p / "000.png")).max())].partition("_")[0]
-             for p in sorted((made / "ground_truth" / "logical_anomalies").iterdir())]
+    names = [
+        config[int(np.array(Image.open(p / "000.png")).max())].partition("_")[0]
+        for p in sorted((made / "ground_truth" / "logical_anomalies").iterdir())
+    ]
     assert names == ["missing", "double", "wrong", "wrong"] * 2
 
 
@@ -291,7 +315,8 @@ def test_an_identical_folder_is_returned_untouched(made, monkeypatch):
 @pytest.mark.parametrize("change", [dict(seed=1), dict(size=96), dict(train=7), dict(structural=7)])
 def test_a_folder_with_other_parameters_is_refused(made, change):
     before = files(made)
-    with pytest.raises(ValueError) as e: make_trays(made.parent, **SMALL | change)
+    with pytest.raises(ValueError) as e:
+        make_trays(made.parent, **SMALL | change)
     (name,) = change
     assert str(made) in str(e.value) and name in str(e.value) and "choose another root or delete" in str(e.value)
     assert files(made) == before
@@ -299,20 +324,28 @@ def test_a_folder_with_other_parameters_is_refused(made, change):
 
 def test_another_version_of_the_drawing_is_refused(made, monkeypatch):
     monkeypatch.setattr(trays, "VERSION", trays.VERSION + 1)
-    with pytest.raises(ValueError, match="version"): make_trays(made.parent, **SMALL)
+    with pytest.raises(ValueError, match="version"):
+        make_trays(made.parent, **SMALL)
 
 
 @pytest.mark.parametrize("harm", ["lost", "changed", "extra", "no stamp", "broken stamp", "foreign"])
 def test_a_folder_that_is_not_whole_is_refused(made, tmp_path, harm):
     folder = shutil.copytree(made, tmp_path / "trays")
-    if harm == "lost": (folder / "train/good/003.png").unlink()
-    if harm == "changed": (folder / "test/good/000.png").write_bytes((folder / "test/good/001.png").read_bytes())
-    if harm == "extra": (folder / "train/good/mine.png").write_bytes(b"x")
-    if harm == "no stamp": (folder / "trays.json").unlink()
-    if harm == "broken stamp": (folder / "trays.json").write_text("{")
-    if harm == "foreign": (folder / "trays.json").write_text("[1]")
+    if harm == "lost":
+        (folder / "train/good/003.png").unlink()
+    if harm == "changed":
+        (folder / "test/good/000.png").write_bytes((folder / "test/good/001.png").read_bytes())
+    if harm == "extra":
+        (folder / "train/good/mine.png").write_bytes(b"x")
+    if harm == "no stamp":
+        (folder / "trays.json").unlink()
+    if harm == "broken stamp":
+        (folder / "trays.json").write_text("{")
+    if harm == "foreign":
+        (folder / "trays.json").write_text("[1]")
     before = files(folder)
-    with pytest.raises(ValueError, match=str(folder)): make_trays(tmp_path, **SMALL)
+    with pytest.raises(ValueError, match=str(folder)):
+        make_trays(tmp_path, **SMALL)
     assert files(folder) == before
 
 
@@ -323,11 +356,13 @@ def test_a_kill_in_the_middle_leaves_nothing(tmp_path, monkeypatch, error, after
 
     def fails(path, pixels):
         calls.append(path)
-        if len(calls) > after: raise error
+        if len(calls) > after:
+            raise error
         save(path, pixels)
 
     monkeypatch.setattr(trays, "_save", fails)
-    with pytest.raises(type(error)): make_trays(tmp_path, **SMALL)
+    with pytest.raises(type(error)):
+        make_trays(tmp_path, **SMALL)
     assert len(calls) == after + 1 and list(tmp_path.iterdir()) == []
     monkeypatch.setattr(trays, "_save", save)
     assert read_category(make_trays(tmp_path, **SMALL)).counts["train"] == 6
@@ -339,18 +374,22 @@ def test_a_faster_process_wins(made, tmp_path, monkeypatch, same):
 
     def slow(path, data):  # another process finishes while this one writes its stamp
         write(path, data)
-        if Path(path).name == "trays.json": shutil.copytree(made, tmp_path / "trays")
+        if Path(path).name == "trays.json":
+            shutil.copytree(made, tmp_path / "trays")
 
     monkeypatch.setattr(trays, "write_json", slow)
-    if same: assert make_trays(tmp_path, **small) == tmp_path / "trays"
+    if same:
+        assert make_trays(tmp_path, **small) == tmp_path / "trays"
     else:
-        with pytest.raises(ValueError, match="train=6"): make_trays(tmp_path, **small)
+        with pytest.raises(ValueError, match="train=6"):
+            make_trays(tmp_path, **small)
     assert files(tmp_path / "trays") == files(made) and [p.name for p in tmp_path.iterdir()] == ["trays"]
 
 
 @pytest.mark.parametrize("wrong", [dict(size=47), dict(train=0), dict(good=-1), dict(seed=-1)])
 def test_impossible_numbers_are_refused(tmp_path, wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))): make_trays(tmp_path, **SMALL | wrong)
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        make_trays(tmp_path, **SMALL | wrong)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,8 @@
-"""Tries to break the unpacker: names that leave the folder, links, devices, duplicates, archives that were cut or changed."""
+"""Tries to break the unpacker.
+
+Names that leave the folder, links, devices, duplicates, archives that were cut or changed.
+"""
+
 import hashlib
 import io
 import os
@@ -11,9 +15,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import grad_nb.unpack
-from grad_nb.data import DataError
-from grad_nb.unpack import ARCHIVES, unpack
+import grad_nb.datasets.unpack
+from grad_nb.datasets.readers import DataError
+from grad_nb.datasets.unpack import ARCHIVES, unpack
 
 quickly = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -23,7 +27,9 @@ def archive(path, members, mode="w"):
     with tarfile.open(path, mode) as tar:
         for name, content, *kind in members:
             info = tarfile.TarInfo(name)
-            if kind: info.type = kind[0]; info.linkname = "../../secret" if kind[0] in (tarfile.SYMTYPE, tarfile.LNKTYPE) else ""
+            if kind:
+                info.type = kind[0]
+                info.linkname = "../../secret" if kind[0] in (tarfile.SYMTYPE, tarfile.LNKTYPE) else ""
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return path
@@ -37,20 +43,30 @@ def everything(folder):
 def refused(path, target, **options):
     "The message of the refusal; nothing may have been written but what was there."
     before = everything(target.parent)
-    with pytest.raises(DataError) as caught: unpack(path, target, progress=False, **({"any_archive": True} | options))
+    with pytest.raises(DataError) as caught:
+        unpack(path, target, progress=False, **({"any_archive": True} | options))
     assert everything(target.parent) == before
     return str(caught.value)
 
 
-names = st.lists(st.text("abcXY01_- é", min_size=1, max_size=6).filter(lambda s: s.strip(" .")), min_size=1, max_size=4).map("/".join)
+names = st.lists(
+    st.text("abcXY01_- é", min_size=1, max_size=6).filter(lambda s: s.strip(" .")), min_size=1, max_size=4
+).map("/".join)
 
 
 @quickly
-@given(members=st.dictionaries(names, st.binary(max_size=3000), min_size=1, max_size=8), mode=st.sampled_from(["w", "w:gz", "w:xz", "w:bz2"]))
+@given(
+    members=st.dictionaries(names, st.binary(max_size=3000), min_size=1, max_size=8),
+    mode=st.sampled_from(["w", "w:gz", "w:xz", "w:bz2"]),
+)
 def test_plain_archives_come_out_as_they_went_in(tmp_path_factory, members, mode):
     folder = tmp_path_factory.mktemp("plain")
-    known, parents = {n.casefold() for n in members}, {"/".join(n.casefold().split("/")[:k]) for n in members for k in range(1, n.count("/") + 1)}
-    if len(known) < len(members) or known & parents: return  # a duplicate, or a file that is also a folder: refused, see below
+    known, parents = (
+        {n.casefold() for n in members},
+        {"/".join(n.casefold().split("/")[:k]) for n in members for k in range(1, n.count("/") + 1)},
+    )
+    if len(known) < len(members) or known & parents:
+        return  # a duplicate, or a file that is also a folder: refused, see below
     path = archive(folder / "a", members.items(), mode)
     assert unpack(path, folder / "out", any_archive=True, progress=False) == len(members)
     assert {n: c for n, c in everything(folder / "out").items() if c is not None} == members
@@ -58,10 +74,22 @@ def test_plain_archives_come_out_as_they_went_in(tmp_path_factory, members, mode
 
 
 @quickly
-@given(before=st.lists(names, max_size=2), bad=st.one_of(
-    names.map(lambda n: ("/" + n, b"x")), names.map(lambda n: ("../" + n, b"x")), names.map(lambda n: (f"a/../../{n}", b"x")), names.map(lambda n: (n + "/..", b"x")),
-    st.tuples(names, st.just(b""), st.sampled_from([tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE])),
-    names.map(lambda n: ("C:\\" + n, b"x")), names.map(lambda n: (n + "\n", b"x"))))
+@given(
+    before=st.lists(names, max_size=2),
+    bad=st.one_of(
+        names.map(lambda n: ("/" + n, b"x")),
+        names.map(lambda n: ("../" + n, b"x")),
+        names.map(lambda n: (f"a/../../{n}", b"x")),
+        names.map(lambda n: (n + "/..", b"x")),
+        st.tuples(
+            names,
+            st.just(b""),
+            st.sampled_from([tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE]),
+        ),
+        names.map(lambda n: ("C:\\" + n, b"x")),
+        names.map(lambda n: (n + "\n", b"x")),
+    ),
+)
 def test_whatever_leaves_the_folder_or_is_no_file_is_refused(tmp_path_factory, before, bad):
     folder = tmp_path_factory.mktemp("bad") / "inner"
     folder.mkdir()
@@ -84,9 +112,11 @@ def test_a_link_and_a_file_through_it_write_nothing_outside(tmp_path):
     (tmp_path / "inner").mkdir()
     path = tmp_path / "inner/a.tar"
     with tarfile.open(path, "w") as tar:
-        link = tarfile.TarInfo("door"); link.type, link.linkname = tarfile.SYMTYPE, ".."
+        link = tarfile.TarInfo("door")
+        link.type, link.linkname = tarfile.SYMTYPE, ".."
         tar.addfile(link)
-        info = tarfile.TarInfo("door/planted"); info.size = 1
+        info = tarfile.TarInfo("door/planted")
+        info.size = 1
         tar.addfile(info, io.BytesIO(b"x"))
     assert "a link" in refused(path, tmp_path / "inner/out")
     assert [p.name for p in tmp_path.iterdir()] == ["inner"]
@@ -110,8 +140,12 @@ def test_an_archive_cut_between_two_members_is_refused(tmp_path):
 
 
 @quickly
-@given(where=st.integers(0, 499).filter(lambda b: b not in (154, 155)), change=st.integers(1, 255), which=st.integers(0, 3))
-def test_a_broken_header_anywhere_is_refused(tmp_path_factory, where, change, which):  # 154 and 155 only end the checksum
+@given(
+    where=st.integers(0, 499).filter(lambda b: b not in (154, 155)), change=st.integers(1, 255), which=st.integers(0, 3)
+)
+def test_a_broken_header_anywhere_is_refused(
+    tmp_path_factory, where, change, which
+):  # 154 and 155 only end the checksum
     folder = tmp_path_factory.mktemp("header")
     path = archive(folder / "a", [(f"p/{i}.png", os.urandom(9000)) for i in range(4)])
     content = bytearray(path.read_bytes())
@@ -133,7 +167,7 @@ def test_the_hash_decides(tmp_path, monkeypatch):
     sha = hashlib.sha256(path.read_bytes()).hexdigest()
     message = refused(path, tmp_path / "out", any_archive=False)
     assert sha in message and all(known in message for known in ARCHIVES)
-    monkeypatch.setattr(grad_nb.unpack, "ARCHIVES", {sha: "this very one"})
+    monkeypatch.setattr(grad_nb.datasets.unpack, "ARCHIVES", {sha: "this very one"})
     assert unpack(path, tmp_path / "out", progress=False) == 1
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     assert "SHA-256" in refused(path, tmp_path / "other", any_archive=False)
@@ -141,7 +175,8 @@ def test_the_hash_decides(tmp_path, monkeypatch):
 
 def test_a_folder_in_use_is_left_alone(tmp_path):
     path = archive(tmp_path / "a.tar", [("a.png", b"new")])
-    (tmp_path / "out").mkdir(); (tmp_path / "out/a.png").write_bytes(b"old")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a.png").write_bytes(b"old")
     assert "not empty" in refused(path, tmp_path / "out")
     (tmp_path / "empty").mkdir()
     assert unpack(path, tmp_path / "empty", any_archive=True, progress=False) == 1
@@ -151,9 +186,11 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
 def test_a_kill_leaves_nothing_that_looks_whole_and_the_next_attempt_cleans_up(tmp_path):
     path = archive(tmp_path / "a.tar", [(f"{i}.png", b"x" * 1000) for i in range(50)])
-    code = ("import os, sys, shutil, grad_nb.unpack as u\ncopy, done = shutil.copyfileobj, []\n"
-            "def dying(*a):\n    done.append(copy(*a))\n    if len(done) == 20: os.kill(os.getpid(), 9)\n"
-            "u.shutil.copyfileobj = dying\nu.unpack(sys.argv[1], sys.argv[2], True, False)")
+    code = (
+        "import os, sys, shutil, grad_nb.datasets.unpack as u\ncopy, done = shutil.copyfileobj, []\n"
+        "def dying(*a):\n    done.append(copy(*a))\n    if len(done) == 20: os.kill(os.getpid(), 9)\n"
+        "u.shutil.copyfileobj = dying\nu.unpack(sys.argv[1], sys.argv[2], True, False)"
+    )
     assert subprocess.run([sys.executable, "-c", code, path, tmp_path / "out"]).returncode == -9
     assert not (tmp_path / "out").exists() and len(list((tmp_path / ".out.unpacking").iterdir())) == 20
     assert unpack(path, tmp_path / "out", any_archive=True, progress=False) == 50
@@ -163,8 +200,10 @@ def test_a_kill_leaves_nothing_that_looks_whole_and_the_next_attempt_cleans_up(t
 @pytest.mark.skipif(os.name != "posix", reason="needs kernel locks")
 def test_two_at_a_time_are_refused(tmp_path):
     import fcntl
+
     path, work = archive(tmp_path / "a.tar", [("a.png", b"x")]), tmp_path / ".out.unpacking"
-    work.mkdir(); (work / "theirs").write_bytes(b"1")
+    work.mkdir()
+    (work / "theirs").write_bytes(b"1")
     handle = os.open(work, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     assert "another process" in refused(path, tmp_path / "out")
@@ -174,16 +213,24 @@ def test_two_at_a_time_are_refused(tmp_path):
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     path = archive(tmp_path / "a.tar", [("a.png", b"x"), ("b.png", b"y")])
-    def full(*_): raise OSError(28, "No space left on device")
-    monkeypatch.setattr(grad_nb.unpack.shutil, "copyfileobj", full)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(grad_nb.datasets.unpack.shutil, "copyfileobj", full)
     assert "No space left" in refused(path, tmp_path / "out")
 
 
 def test_command(tmp_path):
-    def command(*args): return subprocess.run([Path(sys.executable).parent / "grad_data", *map(str, args)], capture_output=True, text=True)
+    def command(*args):
+        return subprocess.run(
+            [Path(sys.executable).parent / "grad_data", *map(str, args)], capture_output=True, text=True
+        )
+
     made = command("trays", tmp_path / "data", "--size", "64", "--quiet")
     assert made.returncode == 0 and "740 pictures" in made.stdout, made.stderr
-    with tarfile.open(tmp_path / "t.tar.xz", "w:xz") as tar: tar.add(tmp_path / "data/trays", "trays")
+    with tarfile.open(tmp_path / "t.tar.xz", "w:xz") as tar:
+        tar.add(tmp_path / "data/trays", "trays")
     wrong = command("unpack", tmp_path / "t.tar.xz", tmp_path / "copy", "--quiet")
     assert wrong.returncode == 2 and "official" in wrong.stderr and not (tmp_path / "copy").exists()
     done = command("unpack", tmp_path / "t.tar.xz", tmp_path / "copy", "--any-archive", "--quiet")
@@ -191,11 +238,13 @@ def test_command(tmp_path):
     (tmp_path / "copy/trays/test/good/000.png").write_bytes(b"")
     checked = command("check", tmp_path / "copy", "--quiet")
     assert checked.returncode == 1 and "000.png is empty" in checked.stdout
-    for words in (("look",), ("unpack", "a"), ("check",), ("check", "a", "b")): assert command(*words).returncode == 2
+    for words in (("look",), ("unpack", "a"), ("check",), ("check", "a", "b")):
+        assert command(*words).returncode == 2
 
 
 def test_a_link_to_an_empty_folder_is_filled_where_it_leads(tmp_path):
-    (tmp_path / "disk").mkdir(); (tmp_path / "data").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "data").symlink_to(tmp_path / "disk")
     path = archive(tmp_path / "a.tar", [("part/x", b"1")])
     assert unpack(path, tmp_path / "data", any_archive=True, progress=False) == 1
     assert (tmp_path / "data").is_symlink() and (tmp_path / "disk/part/x").read_bytes() == b"1"

@@ -1,0 +1,380 @@
+"""The paper's figures as data, and our figures beside them: no cell is a guess, and no run is counted twice."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shared import ROOT
+
+from grad_nb.config import PRESETS, to_dict
+from grad_nb.core.files import read_json, write_json
+from grad_nb.study.tables import (
+    HERE,
+    VARIANTS,
+    WHOLE,
+    all_tables,
+    cell,
+    collect,
+    published,
+    published_grid,
+    table_1,
+    table_2,
+    table_3,
+    table_4,
+    table_10,
+    to_latex,
+    to_markdown,
+    values,
+    variant,
+    write_tables,
+)
+
+AD = (
+    "carpet grid leather tile wood bottle cable capsule hazelnut metal_nut pill screw toothbrush transistor zipper"
+).split()
+LOCO = "breakfast_box juice_bottle pushpins screw_bag splicing_connectors".split()
+
+
+def result(
+    folder,
+    dataset,
+    category,
+    seed,
+    image,
+    pixel=None,
+    mean=None,
+    preset="paper",
+    by_level=None,
+    trivial=(0.5, 0.6),
+    notes=(),
+    **detector,
+):
+    "Write a result.json as the evaluate stage does."
+    figures = lambda pooled, mean=None: {
+        "image_auroc": pooled,
+        "image_auroc_mean": pooled if mean is None else mean,
+        "by_type": {},
+    }
+    config = to_dict(PRESETS[preset])
+    config["detector"] |= detector
+    made = figures(image, mean) | {
+        "pixel_auroc": pixel,
+        "preset": preset,
+        "dataset": dataset,
+        "category": category,
+        "seed": seed,
+        "config": config,
+        "trivial": dict(zip(("gaussian", "nearest"), map(figures, trivial))),
+        "device": "cpu (1 threads)",
+        "notes": list(notes),
+    }
+    if by_level:
+        made["by_level"] = {str(n): figures(x) for n, x in by_level.items()}
+    path = folder / preset / dataset / category / f"seed{seed}" / "result.json"
+    write_json(path, made)
+    return path
+
+
+# what the paper says
+
+
+def test_published_is_whole():
+    figures = published()
+    assert dict(figures.groupby("table").size()) == {1: 48, 2: 15, 3: 12, 4: 12, 10: 225}
+    assert not figures.duplicated(["table", "method", "category", "metric"]).any() and figures.value.notna().all()
+    assert figures[figures.unit == "%"].value.between(50, 100).all() and set(figures.unit) == {"%", "ms", "pictures/s"}
+    for table, row in ((n, f) for n, f in figures.groupby("table")):
+        assert set(row.source) == {f"Dai et al., AAAI 2024, Table {table}"}
+    assert set(published(10).category) == {*AD, "average"} and set(published(1).category) == {*LOCO, "average"}
+    per_column = published(10).groupby(["method", "metric"]).size()
+    assert (
+        per_column.drop([("FCDD", "image_auroc")]).eq(16).all()
+        and per_column["FCDD", "image_auroc"] == 1
+        and ("DSR", "pixel_auroc") not in per_column
+    )
+
+
+@pytest.mark.parametrize(
+    "table, metric, deviating",
+    [
+        (1, "image_auroc", {"SINBAD": -1.82, "GRAD": -0.6}),
+        (10, "image_auroc", {"PSVDD": -2.84}),
+        (10, "pixel_auroc", {"PSVDD": 0.43, "FCDD": 0.5, "GRAD": 0.21}),
+    ],
+)
+def test_averages_are_the_means_of_the_rows_but_for_those_of_the_paper_that_are_not(table, metric, deviating):
+    grid = published_grid(table, metric)
+    difference = (grid.loc["average"] - grid.drop(index="average").mean()).dropna()
+    off = difference[difference.abs() > 0.1 + 1e-9]
+    assert off.round(2).to_dict() == deviating
+
+
+def test_tables_2_and_3_agree_with_others():
+    for metric in ("image_auroc", "pixel_auroc"):
+        assert (
+            published_grid(2, metric, "method")["average"].dropna().to_dict()
+            == published_grid(10, metric).loc["average"].dropna().to_dict()
+        )
+    latency, fps = (published_grid(3, m, "method").iloc[:, 0] for m in ("latency", "throughput"))
+    assert np.allclose(1000 / latency, fps, atol=0.1) and 16 < fps["GRAD"] / fps["GCAD"] < 17
+
+
+def test_table_4_has_the_gains_that_the_text_names():
+    grid = published_grid(4, "image_auroc", "method")
+    assert list(grid.index) == list(VARIANTS.values()) and list(grid.columns) == ["level 34", "level 68", "level 136"]
+    assert grid.diff().iloc[1:].round(1).to_numpy().tolist() == [[3.4, 3.1, 0.9], [0.9, 1.6, 6.9], [2.7, 2.9, 3.0]]
+
+
+@pytest.mark.parametrize(
+    "table, method, category, metric, value",
+    [
+        (1, "GRAD", "pushpins", "image_auroc", 99.7),
+        (1, "SPADE", "screw_bag", "image_auroc", 53.2),
+        (2, "DRAEM", "average", "pixel_auroc", 97.3),
+        (3, "GRAD", "", "latency", 0.799),
+        (4, "baseline", "level 136", "image_auroc", 64.3),
+        (10, "DSR", "wood", "image_auroc", 96.3),
+        (10, "GRAD", "wood", "pixel_auroc", 87.2),
+        (10, "GRAD", "carpet", "image_auroc", 98.2),
+        (10, "IGD", "tile", "pixel_auroc", 78.0),
+        (10, "GRAD", "zipper", "image_auroc", 99.7),
+        (10, "NSA", "wood", "image_auroc", 97.5),
+        (10, "PSVDD", "capsule", "pixel_auroc", 76.7),
+    ],
+)
+def test_single_figures(table, method, category, metric, value):
+    row = published(table).query("method == @method and category == @category and metric == @metric")
+    assert list(row.value) == [value]
+
+
+# the paper's own text, where it is at hand
+
+
+@pytest.fixture(scope="module")
+def paper() -> list[str]:
+    "The lines of the paper's text; the tests are skipped where it is absent."
+    path = Path(os.environ.get("GRAD_NB_PAPER") or ROOT / "../shared/paper.md")
+    if not path.is_file():
+        pytest.skip("the paper's text is not here; set GRAD_NB_PAPER to a file of it to run this test")
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def rows_above(lines: list[str], table: int) -> list[list[str]]:
+    "The cells of a table, which stands above its caption, without the citations."
+    end = next(i for i, line in enumerate(lines) if line.startswith(f"Table {table}:")) - 1
+    while not lines[end].strip():
+        end -= 1
+    start = end
+    while lines[start - 1].strip():
+        start -= 1
+    return [[cell.replace("(?)", "").strip() for cell in line.split("\t")] for line in lines[start : end + 1]]
+
+
+def figures_in(text: str) -> list[float]:
+    "The figures of a row in their order; nan for a dash."
+    return [float("nan") if x == "-" else float(x) for x in re.findall(r"(?<![\w-])(?:\d+\.?\d*|-)(?![\w-])", text)]
+
+
+@pytest.mark.parametrize(
+    "table, metrics, rows",
+    [
+        (1, ["image_auroc"], "category"),
+        (2, ["pixel_auroc", "image_auroc"], "method"),
+        (3, ["latency", "throughput"], "method"),
+        (4, ["image_auroc"], "method"),
+    ],
+)
+def test_published_is_what_the_text_prints(paper, table, metrics, rows):
+    printed = [values for row in rows_above(paper, table) if len(values := figures_in(" ".join(row[1:]))) >= 2]
+    grids = [published_grid(table, metric, rows) for metric in metrics]
+    ours = np.stack(grids, -1).reshape(len(grids[0]), -1) if len(grids) > 1 else grids[0].to_numpy()
+    assert np.array_equal(np.array(printed), ours, equal_nan=True), (printed, ours)
+
+
+def test_published_is_what_the_text_of_table_10_prints(paper):
+    pairs = [re.findall(r"\(\s*(-|[\d.]+)\s*,\s*(-|[\d.]+)\s*\)", " ".join(row)) for row in rows_above(paper, 10)]
+    number = lambda x: float("nan") if x == "-" else float(x)
+    printed = np.array([[[number(x) for x in pair] for pair in row] for row in pairs if row])
+    ours = np.stack([published_grid(10, metric) for metric in ("pixel_auroc", "image_auroc")], -1)
+    assert printed.shape == (16, 8, 2) and np.array_equal(printed, ours, equal_nan=True)
+
+
+def test_no_such_table():
+    with pytest.raises(ValueError, match="no table 5"):
+        published(5)
+
+
+# what was measured
+
+
+def test_nothing_run_is_all_dashes(tmp_path):
+    tables = all_tables(collect(tmp_path))
+    for table in tables.values():
+        ours = [table[c] for c in table if "here" in c or c in HERE.values()] + [
+            table.loc[r] for r in table.index if r in HERE.values() and "(paper)" not in r
+        ]
+        assert ours and all(set("".join(c)) <= set("-/ ") for c in ours), table
+
+
+def test_cells_over_seeds(tmp_path):
+    for seed, x in enumerate((0.95, 0.96, 0.97)):
+        result(tmp_path, "mvtec_loco", "juice_bottle", seed, 0.5, mean=x)
+    result(tmp_path, "mvtec_ad", "bottle", 0, 0.999, pixel=0.968, mean=0.5)
+    found = collect(tmp_path)
+    one, ten = table_1(found), table_10(found)
+    assert one.loc["juice_bottle", "GRAD here"] == "96.0 ± 1.0", "LOCO's figure is the mean over the kinds of anomalies"
+    assert one.loc["juice_bottle", "per-pixel Gaussian"] == "50.0 ± 0.0" and one.loc["average", "GRAD here"] == "-"
+    assert ten.loc["bottle", "GRAD here"] == "96.8 / 99.9" and ten.loc["bottle", "nearest picture"] == "- / 60.0"
+    assert any("not run: breakfast_box" in note for note in one.attrs["notes"]) and any(
+        "seeds 0, 1, 2" in note for note in one.attrs["notes"]
+    )
+
+
+def test_an_average_needs_every_category_with_the_same_seed(tmp_path):
+    for i, name in enumerate(AD):
+        for seed in (0, 1):
+            result(tmp_path, "mvtec_ad", name, seed, 0.9 + 0.001 * i + 0.02 * seed, pixel=0.8 + 0.001 * i)
+    whole = table_2(collect(tmp_path))
+    assert list(whole.loc["GRAD here"]) == ["80.7 ± 0.0", "91.7 ± 1.4"]
+    assert table_10(collect(tmp_path)).loc["average", "GRAD here"] == "80.7 ± 0.0 / 91.7 ± 1.4"
+    (tmp_path / "paper/mvtec_ad/pill/seed1/result.json").unlink()
+    assert list(table_2(collect(tmp_path)).loc["GRAD here"]) == ["80.7", "90.7"], "seed 1 is not whole any more"
+    (tmp_path / "paper/mvtec_ad/wood/seed0/result.json").unlink()
+    assert list(table_2(collect(tmp_path)).loc["GRAD here"]) == ["-", "-"]
+
+
+def test_undefined_is_not_a_number_and_spoils_the_average(tmp_path):
+    for name in AD:
+        result(tmp_path, "mvtec_ad", name, 0, 0.9, pixel=None if name == "pill" else 0.8)
+    found = collect(tmp_path)
+    assert table_10(found).loc["pill", "GRAD here"] == "n/a / 90.0" and list(table_2(found).loc["GRAD here"]) == [
+        "n/a",
+        "90.0",
+    ]
+
+
+def test_ablation_by_level_and_by_settings_not_by_folder(tmp_path):
+    off = dict(alpha_1=0, alpha_2=0, noisy_reweighting=False, tail_reweighting=False)
+    for name in LOCO:
+        result(tmp_path / "x", "mvtec_loco", name, 0, 0.8, by_level={34: 0.7, 68: 0.6, 136: 0.5}, **off)
+        result(tmp_path / "y", "mvtec_loco", name, 0, 0.9, by_level={34: 0.8, 68: 0.75, 136: 0.55})
+        result(tmp_path / "z", "mvtec_loco", name, 0, 0.9, by_level={34: 0.1}, alpha_1=0)
+    found = collect(tmp_path)
+    four = table_4(found)
+    assert list(four["level 68 here"]) == ["60.0", "-", "-", "75.0", "50.0", "60.0"]
+    assert list(four["level 68 (paper)"]) == ["77.8", "80.9", "82.5", "85.4", "-", "-"]
+    assert table_1(found).loc["pushpins", "GRAD here"] == "90.0", "the main tables show the whole method"
+    assert set(found.variant) == {"baseline", WHOLE, "other"}
+
+
+def test_a_preset_without_regularisers_fills_the_main_tables(tmp_path):
+    result(tmp_path, "mvtec_ad", "bottle", 0, 0.91, preset="demo")
+    result(tmp_path / "x", "mvtec_ad", "bottle", 0, 0.5, preset="demo", alpha_1=1.0, alpha_2=1e-3)
+    assert table_10(collect(tmp_path)).loc["bottle", "GRAD here"].endswith("91.0")
+
+
+def test_variants():
+    on = dict(alpha_1=1, alpha_2=1e-3, noisy_reweighting=True, tail_reweighting=True)
+    assert variant(on) == WHOLE and variant(on | {"tail_reweighting": False}) == "+ Noisy Reweighting"
+    assert variant(on | {"noisy_reweighting": False}) == variant(on | {"alpha_2": 0}) == "other"
+
+
+def test_several_presets_and_doubles_are_refused(tmp_path):
+    result(tmp_path, "mvtec_ad", "bottle", 0, 0.9, preset="paper")
+    result(tmp_path, "mvtec_ad", "bottle", 0, 0.8, preset="fast")
+    with pytest.raises(ValueError, match="several presets"):
+        table_10(collect(tmp_path))
+    assert table_10(collect(tmp_path), "fast").loc["bottle", "GRAD here"].endswith("80.0")
+    result(tmp_path / "again", "mvtec_ad", "bottle", 0, 0.7, preset="fast")
+    with pytest.raises(ValueError, match="are both fast mvtec_ad bottle 0"):
+        collect(tmp_path)
+
+
+def test_seeds_that_were_not_run_alike_are_told_of(tmp_path):
+    for seed in (0, 1):
+        result(tmp_path, "mvtec_ad", "bottle", seed, 0.9)
+    old = result(tmp_path, "mvtec_ad", "carpet", 0, 0.9)
+    made = read_json(old)
+    del made["config"]["generator"]["spacing"]
+    made["config"]["detector"]["same_jitter"] = False
+    write_json(old, made)  # of a version without the one setting, and with the other
+    result(tmp_path, "mvtec_ad", "carpet", 1, 0.9)
+    assert not any("same settings" in note for note in table_10(collect(tmp_path)).attrs["notes"])
+    result(tmp_path, "mvtec_ad", "bottle", 2, 0.5, steps=10)
+    assert (
+        "mvtec_ad/bottle: the seeds were not run with the same settings and data"
+        in table_10(collect(tmp_path)).attrs["notes"]
+    )
+
+
+@pytest.mark.parametrize("text, said", [("{}", "not a result"), ("[1]", "not a result"), ("{", "not valid JSON")])
+def test_a_damaged_result_is_named(tmp_path, text, said):
+    path = result(tmp_path, "mvtec_ad", "bottle", 0, 0.9)
+    path.write_text(text)
+    with pytest.raises(ValueError, match=said) as e:
+        collect(tmp_path)
+    assert str(path) in str(e.value)
+
+
+def test_one_level_is_the_level_of_the_configuration(tmp_path):
+    result(tmp_path, "trays", "trays", 0, 0.82, pixel=0.84, preset="demo", notes=["a note"])
+    found = collect(tmp_path)
+    assert list(values(found, "trays", ["trays"], "image_auroc_mean", level=34)) == [82.0]
+    assert list(values(found, "trays", ["trays"], "image_auroc_mean", level=34, variant="other")) == [82.0], (
+        "demo is no row of Table 4"
+    )
+    assert "trays: a note" in table_1(found).attrs["notes"] and list(table_1(found).index)[-1] == "trays"
+
+
+def test_speed(tmp_path):
+    from grad_nb.bench.detectors import bench_detectors
+
+    rows = bench_detectors((64,), "cpu", runs=2, width=0.1)
+    write_json(tmp_path / "bench.json", {"detectors": rows, "stages": []})
+    table = table_3(tmp_path / "bench.json")
+    assert table.equals(table_3(rows)) and len(table) == 7 and "batch 1, float32" in table.iloc[-1].protocol
+    assert table.loc["GRAD (paper)", "latency (ms)"] == "0.799" and table_3().loc["GRAD here"].eq("-").all()
+    write_json(tmp_path / "other.json", {"detectors": [{"size": 3}]})
+    with pytest.raises(ValueError, match="other.json has no rows of grad_bench"):
+        table_3(tmp_path / "other.json")
+    for other in ([1], {"x": 1}):
+        write_json(tmp_path / "other.json", other)
+        with pytest.raises(ValueError, match="other.json is not a file of grad_bench"):
+            table_3(tmp_path / "other.json")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.one_of(st.floats(0, 100), st.just(float("nan"))), max_size=6))
+def test_a_cell_says_what_was_measured(x):
+    text, defined = cell(x), [v for v in x if v == v]
+    if not x:
+        assert text == "-"
+    elif not defined:
+        assert text == "n/a"
+    else:
+        mean, _, sd = text.partition(" ± ")
+        assert abs(float(mean) - sum(defined) / len(defined)) <= 0.05 + 1e-9 and bool(sd) == (len(defined) > 1)
+        if sd:
+            assert abs(float(sd) - pd.Series(defined).std()) <= 0.05 + 1e-9
+
+
+def test_files(tmp_path):
+    result(tmp_path / "runs", "mvtec_loco", "juice_bottle", 0, 0.9)
+    tables = all_tables(collect(tmp_path / "runs"))
+    files = write_tables(tmp_path / "tables", tables)
+    assert sorted(p.name for p in tmp_path.glob("tables/*")) == sorted(
+        f"table_{n}.{e}" for n in (1, 2, 3, 4, 10) for e in ("csv", "md", "tex")
+    )
+    assert len(files) == 15
+    back = pd.read_csv(tmp_path / "tables/table_1.csv", index_col=0, dtype=str)
+    assert back.loc["juice_bottle"].to_dict() == tables["table_1"].loc["juice_bottle"].to_dict()
+    lines = to_markdown(tables["table_10"]).split("\n\n")[0].splitlines()
+    assert len(lines) == 18 and len({line.count("|") for line in lines}) == 1
+    tex = to_latex(tables["table_4"])
+    assert tex.count(r"\\") == 7 and not any(bad in tex for bad in ("±", " & &")) and json.dumps(tex)

@@ -1,0 +1,418 @@
+"""grad_predict as it is used in a shell: pipes, several folders, heat maps, broken pictures, Ctrl-C, exit statuses."""
+
+import csv
+import importlib
+import inspect
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors import safe_open
+from shared import ROOT
+
+from grad_nb.core.tensors import write_tensors
+from grad_nb.datasets.readers import IMAGE_SUFFIXES, read_image
+from grad_nb.datasets.trays import make_trays
+from grad_nb.grad import GRAD, colour_limits
+from grad_nb.plots import heat_overlay
+from grad_nb.use.daily import card_path, grad_fit, grad_predict
+from grad_nb.use.errors import plain_errors
+from grad_nb.use.verdicts import expand, map_paths
+
+COMMANDS = re.findall(r"^    grad_\w+ = ([\w.]+):(\w+)$", (ROOT / "settings.ini").read_text("utf-8"), re.MULTILINE)
+LIGHT = ("grad_nb.use.daily", "grad_nb.use.demo", "grad_nb.use.show")  # modules that import nothing slow
+SLOW = ("torch", "torchvision", "numpy", "pandas", "scipy", "sklearn", "matplotlib", "PIL", "panel", "tqdm")
+TINY = (
+    "generator.width=8 generator.steps=3 generator.batch=2 generator.n_samples=4 generator.sample_steps=2 "
+    "detector.width=0.1 detector.steps=3 evaluation.map_size=64 evaluation.batch=2"
+)
+
+
+def run(*args, command="grad_predict", **kwargs) -> subprocess.CompletedProcess:
+    "One command in a process of its own."
+    return subprocess.run(start(*args, command=command), capture_output=True, timeout=120, **({"text": True} | kwargs))
+
+
+def start(*args, command="grad_predict") -> list[str]:
+    return [str(Path(sys.executable).parent / command), *map(str, args)]
+
+
+def called(capsys, *args, **kwargs) -> tuple[int, list[dict], str]:
+    "grad_predict in this process: its exit status, its rows and its stderr."
+    status = 0
+    try:
+        grad_predict(*map(str, args), **kwargs)
+    except SystemExit as e:
+        status = e.code
+    out, err = capsys.readouterr()
+    return status, list(csv.DictReader(io.StringIO(out))), err
+
+
+@pytest.fixture(scope="module")
+def trays(tmp_path_factory) -> Path:
+    counts = {"train": 12, "validation": 0, "good": 3, "logical": 3, "structural": 2}
+    return make_trays(tmp_path_factory.mktemp("data"), seed=3, size=64, progress=False, **counts)
+
+
+@pytest.fixture(scope="module")
+def model(trays, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "m.grad"
+    grad_fit(str(trays / "train/good"), str(path), preset="demo", overrides=TINY, device="cpu", quiet=True)
+    return path
+
+
+@pytest.fixture
+def parts(trays, tmp_path) -> Path:
+    "A folder with three good pictures, free to be damaged."
+    return Path(shutil.copytree(trays / "test/good", tmp_path / "parts"))
+
+
+def test_several_folders_and_pictures(model, trays, capsys):
+    one = trays / "train/good/000.png"
+    status, rows, _ = called(capsys, model, trays / "test/good", one, trays / "test/logical_anomalies")
+    assert status == 0 and len(rows) == 7 and rows[3]["path"] == str(one)
+    want = GRAD.load(model, "cpu").set_params(progress=False)
+    scores = np.r_[
+        want.score_samples(trays / "test/good"),
+        want.score_samples([one]),
+        want.score_samples(trays / "test/logical_anomalies"),
+    ]
+    assert np.allclose([float(r["score"]) for r in rows], scores, atol=2e-6)
+    assert [r["anomalous"] == "True" for r in rows] == list(scores > want.offset_)
+
+
+def test_nothing_to_judge(model, tmp_path, capsys):
+    for args, said in (
+        ((), "nothing to judge"),
+        ((tmp_path,), "holds no pictures"),
+        ((tmp_path / "gone.png",), "does not exist"),
+    ):
+        status, rows, err = called(capsys, model, *args)
+        assert status == 2 and not rows and said in err and len(err.splitlines()) == 1
+
+
+def test_a_broken_picture_stops_or_is_passed_over(model, parts, capsys):
+    broken = sorted(parts.glob("*.png"))[1]
+    broken.write_bytes(broken.read_bytes()[:100])
+    status, rows, err = called(capsys, model, parts)
+    assert status == 2 and broken.name in err
+    status, rows, err = called(capsys, model, parts, keep_going=True)
+    assert status == 3 and len(rows) == 2 and err.count(str(broken)) == 1
+    assert broken.name not in "".join(r["path"] for r in rows)
+    for p in parts.glob("*.png"):
+        p.write_bytes(b"")
+    status, rows, err = called(capsys, model, parts, keep_going=True)
+    assert status == 3 and rows == [] and err.count("0 bytes") == 3
+
+
+def test_an_anomaly_goes_before_a_broken_picture(trays, model, parts, tmp_path, capsys):
+    strict = GRAD.load(model, "cpu")
+    strict.offset_ = -1e9
+    strict.save(tmp_path / "strict.grad")
+    assert called(capsys, tmp_path / "strict.grad", parts, fail_on_anomaly=True)[0] == 1
+    assert called(capsys, tmp_path / "strict.grad", parts)[0] == 0
+    (parts / "000.png").write_bytes(b"")
+    assert called(capsys, tmp_path / "strict.grad", parts, fail_on_anomaly=True, keep_going=True)[0] == 1
+    lax = GRAD.load(model, "cpu")
+    lax.offset_ = 1e9
+    lax.save(tmp_path / "lax.grad")
+    assert called(capsys, tmp_path / "lax.grad", parts, fail_on_anomaly=True, keep_going=True)[0] == 3
+
+
+def test_heat_maps_keep_the_proportions_and_the_calibrated_scale(model, tmp_path, capsys):
+    wide = np.random.default_rng(0).integers(0, 256, (1300, 650, 3), np.uint8)
+    (tmp_path / "in").mkdir()
+    Image.fromarray(wide).save(tmp_path / "in/tall.jpg")
+    status, rows, _ = called(capsys, model, tmp_path / "in", maps=str(tmp_path / "out"))
+    assert status == 0 and rows[0]["map"] == str(tmp_path / "out/tall.jpg.png")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["tall.jpg.png"]
+    assert Image.open(rows[0]["map"]).size == (512, 1024)
+
+
+def test_a_normal_picture_is_grey_and_an_anomalous_one_is_coloured(model, trays, tmp_path, capsys):
+    fitted = GRAD.load(model, "cpu").set_params(progress=False)
+    picture = trays / "train/good/000.png"
+    level = float(fitted.predict([picture]).maps.max())
+    for name, limits in (("calm", (level + 1, level + 2)), ("hot", (level - 1, level))):
+        fitted.map_limits_ = limits
+        fitted.save(tmp_path / f"{name}.grad")
+        called(capsys, tmp_path / f"{name}.grad", picture, maps=str(tmp_path / name))
+    calm, hot = (np.asarray(Image.open(tmp_path / name / "000.png")).astype(int) for name in ("calm", "hot"))
+    assert np.abs(calm - read_image(picture).mean(-1, keepdims=True)).max() <= 0.5
+    assert np.ptp(hot, -1).max() > 50
+
+
+def test_the_scale_is_that_of_the_normal_pictures(trays):
+    maps = np.random.default_rng(1).normal(5, 2, (300, 8, 8))
+    low, high = colour_limits(maps, 0.1)
+    assert 0.08 <= (maps.max((1, 2)) > low).mean() <= 0.1 and high - low == pytest.approx(low - np.median(maps))
+    flat = heat_overlay(np.full((40, 40, 3), (90, 120, 150), np.uint8), np.full((5, 5), low), (low, high))
+    assert (flat == 120).all()
+
+
+def test_maps_never_overwrite_pictures_nor_each_other(model, parts, tmp_path, capsys):
+    before = {p: p.read_bytes() for p in parts.iterdir()}
+    status, _, err = called(capsys, model, parts, maps=str(parts))
+    assert status == 2 and "overwrite" in err and before == {p: p.read_bytes() for p in parts.iterdir()}
+    (tmp_path / "link").symlink_to(parts)
+    assert called(capsys, model, parts, maps=str(tmp_path / "link"))[0] == 2
+    with pytest.raises(ValueError, match="same name"):
+        map_paths([Path("a/x.jpg"), Path("b/../a/x.jpg")], "out")
+    other = Path(shutil.copytree(parts, tmp_path / "others"))
+    status, rows, _ = called(capsys, model, parts, other, maps=str(tmp_path / "out"))
+    assert status == 0 and len({r["map"] for r in rows}) == 6 and all(Path(r["map"]).is_file() for r in rows)
+
+
+@given(
+    st.sets(
+        st.lists(st.sampled_from([".png", ".jpg", ".PNG", ".tif", "a", "."]), min_size=0, max_size=4)
+        .map("".join)
+        .flatmap(lambda stem: st.sampled_from(IMAGE_SUFFIXES).map(lambda end: f"x{stem}{end}")),
+        min_size=2,
+        max_size=8,
+    )
+)
+def test_every_picture_has_a_map_of_its_own(names):
+    "Also where one picture is called as another one's map would be, and whether they are judged together or alone."
+    together = map_paths([Path("a", name) for name in names], "out")
+    assert len(set(together.values())) == len(names)
+    assert all(path.suffix.lower() == ".png" for path in together.values())
+    assert all(map_paths([Path("a", name)], "out")[Path("a", name)] == together[Path("a", name)] for name in names)
+
+
+def test_odd_names(model, trays, parts, tmp_path):
+    for p in parts.iterdir():
+        p.unlink()
+    names = [
+        b"\xc3\xa9t\xc3\xa9 \xe9\x9b\xb6.png",
+        b"not utf-8 \xff.png",
+        b'comma, "quote".png',
+        b"two\nlines.png",
+        b"x" * 251 + b".png",
+        "ü".encode() * 125 + b".jpg",
+    ]
+    for i, name in enumerate(names):
+        shutil.copy(trays / f"train/good/{i:03}.png", os.fsencode(parts) + b"/" + name)
+    done = run(model, parts, "--maps", tmp_path / "maps", text=False, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(io.StringIO(done.stdout.decode(errors="surrogateescape"), newline="")))
+    assert {os.fsencode(Path(r["path"]).name) for r in rows} == set(names)
+    assert len(list((tmp_path / "maps").iterdir())) == len(names)
+    assert {os.fsencode(r["map"]) for r in rows} == {os.fsencode(p) for p in (tmp_path / "maps").iterdir()}
+    rows = [json.loads(line) for line in run(model, parts, "--format", "jsonl").stdout.splitlines()]
+    assert {os.fsencode(Path(r["path"]).name) for r in rows} == set(names)
+
+
+def test_a_link_that_leads_to_itself_is_passed_over(model, parts, capsys):
+    (parts / "loop.png").symlink_to(parts / "loop.png")
+    (parts / "inside").symlink_to(parts)
+    status, rows, err = called(capsys, model, parts, keep_going=True)
+    assert status == 3 and len(rows) == 3 and "loop.png" in err
+
+
+def test_a_reader_that_stops_early_ends_it_quietly(model, trays):
+    first = subprocess.Popen(
+        start(model, trays / "train/good", trays / "train/good", "--format", "jsonl"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert first.stdout.readline()
+    first.stdout.close()
+    assert first.stderr.read() == "" and first.wait(60) == 141
+
+
+def test_ctrl_c_ends_cleanly(model, trays, tmp_path):
+    "After the first rows of a job that would take minutes."
+    job = start(model, *[trays / "train/good"] * 2000)
+    process = subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(3):
+        process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.strip() == "grad_predict: stopped" and out[-1:] in ("", "\n")
+
+
+def test_a_traceback_only_with_debug(tmp_path):
+    bad = tmp_path / "bad.grad"
+    bad.write_bytes(b"nonsense")
+    plain, debug = run(bad, tmp_path), run(bad, tmp_path, "--debug")
+    assert plain.returncode == 2 and len(plain.stderr.splitlines()) == 1
+    assert debug.returncode == 1 and "Traceback" in debug.stderr and "bad.grad" in debug.stderr
+
+
+@pytest.mark.parametrize("module, name", COMMANDS)
+def test_every_command_has_debug(module, name):
+    assert "debug" in inspect.signature(getattr(importlib.import_module(module), name)).parameters
+
+
+@pytest.mark.parametrize("module, name", [(m, n) for m, n in COMMANDS if m in LIGHT])
+@pytest.mark.parametrize("option, status", [("--help", 0), ("--no-such-option", 2)])
+def test_help_and_a_wrong_option_are_answered_without_torch(module, name, option, status, tmp_path):
+    "In a process in which nothing that is slow to import can be imported."
+    script = tmp_path / name  # what pip makes of a console script; fastcore reads no arguments under python -c
+    script.write_text(
+        f"import sys\nfor slow in {SLOW!r}:\n    sys.modules[slow] = None\n"
+        f"from {module} import {name}\nif __name__ == '__main__':\n    sys.exit({name}())\n"
+    )
+    done = subprocess.run([sys.executable, script, option], capture_output=True, text=True, timeout=60)
+    assert done.returncode == status and f"usage: {name}" in done.stdout + done.stderr, done.stderr
+    assert (len(done.stdout) > 200) == (option == "--help") and "Traceback" not in done.stderr
+
+
+def test_names_that_are_none_are_refused_without_torch(tmp_path):
+    for name, arguments, said in (
+        ("grad_fit", ("parts", "--preset", "huge"), "no preset 'huge'"),
+        ("grad_demo", ("--preset", "huge"), "no preset 'huge'"),
+        ("grad_demo", ("--category", "bottle"), "needs --data"),
+        ("grad_data", ("weigh", "parts"), "grad_data check DIR"),
+        ("grad_predict", ("m.grad", "parts", "--format", "xml"), "csv or jsonl"),
+        ("grad_predict", ("m.grad", "parts", "--watch", "in"), "not both"),
+        ("grad_export", ("m.grad", "--format", "int8"), "--normals"),
+    ):
+        script = tmp_path / name
+        (module,) = [m for m, n in COMMANDS if n == name]
+        script.write_text(f"import sys\nsys.modules['torch'] = None\nfrom {module} import {name}\n{name}()\n")
+        done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_errors_of_other_kinds_are_one_line_too(capsys):
+    for error, said in (
+        (MemoryError(), "MemoryError"),
+        (OSError(28, "No space left on device", "x"), "No space left"),
+        (RuntimeError("a"), "a"),
+    ):
+
+        @plain_errors
+        def command(error=error):
+            raise error
+
+        with pytest.raises(SystemExit) as stop:
+            command()
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+
+    @plain_errors
+    def mistaken():
+        raise KeyError("a defect of the program keeps its traceback")
+
+    with pytest.raises(KeyError):
+        mistaken()
+
+
+def test_a_full_stdout_is_one_line(model, parts):
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full here")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(start(model, parts), stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 2 and "No space left" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_names_from_a_pipe(model, parts, capsys, monkeypatch):
+    names = sorted(map(str, parts.glob("*.png")))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(names[:2]) + "\n"))
+    status, rows, _ = called(capsys, model, "-", names[2])
+    assert status == 0 and [r["path"] for r in rows] == names
+
+
+def test_names_that_cannot_be_paths(model, parts, capsys):
+    for name in ("x" * 5000, "x" * 300 + ".png"):
+        status, rows, err = called(capsys, model, name)
+        assert status == 2 and len(err.splitlines()) == 1 and name in err
+        status, rows, err = called(capsys, model, name, parts, keep_going=True)
+        assert status == 3 and len(rows) == 3
+
+
+def test_fit_says_at_once_where_it_cannot_write(trays, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(GRAD, "fit", lambda *_: pytest.fail("it was trained first"))
+    (tmp_path / "file").touch()
+    for target in (tmp_path, tmp_path / "file/m.grad"):
+        with pytest.raises(SystemExit) as stop:
+            grad_fit(str(trays / "train/good"), str(target), quiet=True)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and f"{target} cannot be written" in err and len(err.splitlines()) == 1
+
+
+def test_fit_refuses_a_misspelt_category_and_a_card_that_is_none(trays, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(GRAD, "fit", lambda *_: pytest.fail("it was trained first"))
+    with pytest.raises(SystemExit):
+        grad_fit(str(trays / "train/good"), str(tmp_path / "m.grad"), category="Screw", quiet=True)
+    assert "did you mean 'screw'?" in capsys.readouterr().err
+    (notes := tmp_path / "m.grad.md").write_text("my notes")
+    with pytest.raises(SystemExit):
+        grad_fit(str(trays / "train/good"), str(tmp_path / "m.grad"), quiet=True)
+    assert f"{notes} is there and is no model card" in capsys.readouterr().err and notes.read_text() == "my notes"
+
+
+def test_models_whose_names_differ_by_their_end_have_cards_of_their_own():
+    assert card_path("a/screw.v1") != card_path("a/screw.v2") and card_path("a/part.grad") == Path("a/part.grad.md")
+
+
+def test_names_on_stdin_are_lines_and_nothing_else(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("one.png\n\n  \na\u2028b.png\r\nlast one.png"))
+    assert expand(["-"]) == [Path("one.png"), Path("a\u2028b.png"), Path("last one.png")]
+
+
+def test_fit_in_the_same_process_is_what_the_options_say(trays, tmp_path, capsys, monkeypatch):
+
+    def stopped(self, X):
+        raise KeyboardInterrupt
+
+    def refused(self, X):
+        seen.update(self.get_params(), X=X)
+        raise ValueError("two\nlines")
+
+    monkeypatch.setattr(GRAD, "fit", stopped)
+    with pytest.raises(SystemExit) as stop:
+        grad_fit(str(trays / "train/good"), str(tmp_path / "m.grad"), quiet=True)
+    assert stop.value.code == 130 and capsys.readouterr().err == "grad_fit: stopped\n"
+    seen = {}
+    monkeypatch.setattr(GRAD, "fit", refused)
+    options = {"preset": "demo", "category": "bottle", "validation": 0.3, "false_alarm_rate": 0.2, "seed": 4}
+    with pytest.raises(SystemExit):
+        grad_fit("parts", str(tmp_path / "m.grad"), device="cpu", work_dir="w", quiet=True, **options)
+    want = {"X": "parts", "validation": 0.3, "false_alarm_rate": 0.2, "random_state": 4, "work_dir": "w"}
+    assert {name: seen[name] for name in want} == want and seen["progress"] is False
+    assert seen["augmentation"].vertical_flip and seen["preset"].name == "demo"
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    with pytest.raises(ValueError):
+        grad_fit("parts", str(tmp_path / "m.grad"), debug=True)
+
+
+def test_out_of_memory_is_one_line(model, parts, capsys, monkeypatch):
+    import torch
+
+    from grad_nb.inference import levels
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(levels, "score_map", full)
+    status, rows, err = called(capsys, model, parts)
+    assert status == 2 and not rows and "not even one item at a time fits in memory" in err and "device='cpu'" in err
+
+
+def test_a_model_of_a_newer_version_and_no_model_at_all(model, parts, tmp_path, capsys):
+    with safe_open(str(model), framework="pt") as f:
+        tensors = {name: f.get_tensor(name) for name in f.keys()}
+        about = json.loads(f.metadata()["json"])
+    write_tensors(tmp_path / "newer.grad", tensors, about | {"format": 99})
+    for path, said in (
+        (tmp_path / "newer.grad", "upgrade grad_nb"),
+        (tmp_path / "gone.grad", "gone.grad"),
+        (tmp_path, ""),
+        (parts / "000.png", "not a whole safetensors file"),
+    ):
+        status, _, err = called(capsys, path, parts)
+        assert status == 2 and said in err and len(err.splitlines()) == 1
