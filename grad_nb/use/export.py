@@ -200,6 +200,13 @@ def to_onnx(
     proto = program.model_proto
     if not proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
         raise RuntimeError("the exporter fixed the number of pictures")
+    for part in (proto.graph, *proto.functions):
+        del part.metadata_props[:]
+        for node in part.node:
+            del node.metadata_props[:]  # lines of source, and where they lie on this machine
+            node.doc_string = ""
+    for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output, *proto.graph.initializer):
+        del value.metadata_props[:]
     onnx.helper.set_model_props(proto, metadata(model))
     onnx.checker.check_model(proto)
     with atomic_path(path) as temporary:
@@ -219,6 +226,10 @@ def to_torch(
     example = torch.zeros(2, scorer.size, scorer.size, 3, dtype=torch.uint8)
     with _quiet(), torch.inference_mode(False):
         program = torch.export.export(scorer, (example,), dynamic_shapes=({0: batch},))
+    for module in program.graph_module.modules():
+        for node in getattr(getattr(module, "graph", None), "nodes", ()):
+            for name in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "torch_fn", "custom"):
+                node.meta.pop(name, None)  # lines of source, and where they lie on this machine
     whole = io.BytesIO()
     with _quiet():
         torch.export.save(program, whole, extra_files={_ABOUT: json.dumps(metadata(model))})

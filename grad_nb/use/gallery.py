@@ -36,6 +36,7 @@ from ..evaluation import MapStats
 from ..explain import Explanation
 from ..grad import GRAD, colour_limits
 from ..plots import at_most, heat_overlay, map_overlays, score_histogram
+from ..runs.notebooks import DATA_NOTE
 from ..runs.stages import changed_stages
 
 # %% ../../nbs/use/07_gallery.ipynb #show0006
@@ -121,10 +122,14 @@ class Gallery:
 def data_of_run(
     folder: str | Path,  # of a run
 ) -> str:  # folder that holds the category's folder
-    "Where a run found its data, according to its executed notebooks. `ValueError` if they do not say."
+    "Where a run found its data, according to the note beside its notebooks. `ValueError` if it does not say."
+    with contextlib.suppress(ValueError, LookupError, TypeError, OSError):
+        return str(read_json(Path(folder) / "notebooks" / DATA_NOTE)["data"])
     for notebook in sorted(Path(folder).glob("notebooks/*.ipynb")):
         with contextlib.suppress(ValueError, LookupError, TypeError, OSError):
-            return str(read_json(notebook)["metadata"]["papermill"]["parameters"]["data"])
+            told = str(read_json(notebook)["metadata"]["papermill"]["parameters"]["data"])
+            if not told.startswith("…"):  # a notebook of an earlier version says it
+                return told
     advice = "give the folder that holds the category's folder with --data"
     raise ValueError(f"the notebooks in {folder} do not say where its pictures lie; {advice}")
 
