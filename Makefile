@@ -10,7 +10,7 @@ SET ?=
 BIN := .venv/bin
 GPU_TESTS = $(shell grep -rl "mark.gpu" tests)
 
-.PHONY: demo test gpu install export collect clean
+.PHONY: demo test lab gpu install export collect clean
 
 install: .venv/installed
 
@@ -31,6 +31,9 @@ test: install  ## notebooks clean and in sync, lines, imports, types, notebook t
 	$(BIN)/mypy grad_nb
 	$(BIN)/nbdev_test --n-workers 2
 	$(BIN)/python -m pytest -q
+
+lab: install  ## the whole method in one notebook, in JupyterLab
+	$(BIN)/jupyter lab nbs/00_one_sitting.ipynb
 
 gpu: $(if $(filter .venv/bin,$(BIN)),install)  ## on a machine with a CUDA device: its tests and its speed, into results/gpu; BIN=folder takes the Python there and installs nothing
 	$(BIN)/python -m pytest -q -m gpu $(GPU_TESTS)

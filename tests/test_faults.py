@@ -81,7 +81,7 @@ def normal(trays) -> Path:
 
 @pytest.fixture(scope="module")
 def model(normal) -> GRAD:
-    return small().fit(normal)
+    return small().set_params(validation=0.1).fit(normal)
 
 
 def small(**changes) -> GRAD:
@@ -388,7 +388,7 @@ def test_held_out_pictures_set_the_threshold_and_nothing_else(normal):
     held = hold_out(len(pictures), 0.1, 0)[1]
     changed = pictures.copy()
     changed[held] = 255 - changed[held]
-    first, second = small().fit(pictures), small().fit(changed)
+    first, second = (small().set_params(validation=0.1).fit(p) for p in (pictures, changed))
     *weights, threshold = fitted_values(first)
     *others, other = fitted_values(second)
     assert all((a == b).all() for a, b in zip(weights, others)) and (threshold != other).any()

@@ -21,8 +21,9 @@ from grad_nb.core.tensors import checked_format, read_tensors
 from grad_nb.datasets.readers import DataError, hold_out
 from grad_nb.datasets.trays import make_trays
 from grad_nb.detector import load_detector
-from grad_nb.grad import GRAD
+from grad_nb.grad import GRAD, calibration, colour_limits
 from grad_nb.patchdiff import load_patchdiff
+from grad_nb.verdicts import Calibration, f1_at, percent
 
 FILES = Path(__file__).parent / "files"  # one file of each version, see make_files.py
 
@@ -126,7 +127,7 @@ def test_nothing_to_judge_or_to_learn_from_is_said(model, trays, tmp_path):
             tiny().set_params(false_alarm_rate=rate).fit(trays / "train/good")
 
 
-def test_the_threshold_is_a_quantile_of_held_out_normals(trays):
+def test_the_threshold_is_a_score_of_held_out_normals_whose_expected_rate_is_the_one_wanted(trays):
     strict, loose = (
         tiny().set_params(false_alarm_rate=r, validation=0.4).fit(trays / "train/good") for r in (0.01, 0.5)
     )
@@ -134,7 +135,54 @@ def test_the_threshold_is_a_quantile_of_held_out_normals(trays):
     files = np.array(sorted((trays / "train/good").iterdir()))
     for fitted, rate in ((strict, 0.01), (loose, 0.5)):
         held = fitted.score_samples(list(files[hold_out(20, 0.4, 0)[1]]))
-        assert fitted.offset_ == pytest.approx(np.quantile(held, 1 - rate), abs=1e-5)
+        known = calibration(fitted)
+        assert fitted.offset_ == pytest.approx(np.sort(held)[-known.k], abs=1e-5) and known.n == len(held) == 8
+        assert known.k == max(1, int(rate * 9)) and known.too_few == (rate == 0.01)
+        assert f"{percent(known.expected)} false alarms expected, at most {percent(known.bound)}" in fitted.card()
+        assert ("only 8 held-out pictures, too few for 1 %" in fitted.card()) == known.too_few
+
+
+def test_too_few_held_out_pictures_are_said_before_the_training(trays, caplog, monkeypatch):
+    monkeypatch.setattr(GRAD, "_train", lambda *_: pytest.fail("trained"))
+    with pytest.raises(pytest.fail.Exception):
+        tiny().fit(trays / "train/good")
+    assert "only 5 held-out pictures, too few for 5 %: 17 % expected, at most 37 %" in caplog.text
+
+
+def test_calibrate_sets_the_threshold_with_new_pictures_and_trains_nothing(model, trays, tmp_path, monkeypatch):
+    model.save(tmp_path / "m.grad")
+    again = GRAD.load(tmp_path / "m.grad", "cpu").set_params(progress=False)
+    monkeypatch.setattr(GRAD, "_train", lambda *_: pytest.fail("trained"))
+    found = again.predict(trays / "test/good")
+    assert again.calibrate(trays / "test/good", false_alarm_rate=0.3) is again
+    assert again.offset_ == np.sort(found.scores)[-2] and again.map_limits_ == colour_limits(found.maps, 0.3)
+    assert calibration(again) == Calibration(7, 2, 0.3, "new") and again.n_pictures_ == model.n_pictures_
+    assert "7 new normal pictures: 25 % false alarms expected" in again.card() and "30.0% was wanted" in again.card()
+    again.save(tmp_path / "again.grad")
+    kept = GRAD.load(tmp_path / "again.grad", "cpu")
+    assert kept.offset_ == again.offset_ and calibration(kept) == calibration(again) and kept.card() == again.card()
+    assert kept.map_limits_ == again.map_limits_ and kept.false_alarm_rate == 0.3
+
+
+def test_calibrate_with_labels_takes_the_best_f1(model, trays):
+    again = GRAD(**model.get_params())
+    vars(again).update(vars(model))
+    good = np.stack([np.asarray(Image.open(p)) for p in sorted((trays / "test/good").iterdir())])
+    both, y = np.concatenate([good, 255 - good]), [0] * 7 + [1] * 7
+    scores, labels = again.score_samples(both), np.array(y, bool)
+    again.calibrate(both, y)
+    assert f1_at(scores, labels, again.offset_) == max(f1_at(scores, labels, t) for t in [-1e9, *scores])
+    assert "best F1 on 7 normal and 7 anomalous pictures" in again.card()
+    for wrong in ([0, 2] * 7, [1] * 14, [0] * 14, [0, 1]):
+        with pytest.raises(ValueError, match="label|both kinds|no picture is"):
+            again.calibrate(both, wrong)
+    with pytest.raises(ValueError, match="false_alarm_rate"):
+        again.calibrate(good, false_alarm_rate=1.5)
+
+
+def test_a_model_of_0_2_0_says_what_its_interpolated_threshold_promises():
+    old = GRAD.load(FILES / "0.2.0" / "model.grad", "cpu")
+    assert calibration(old) == Calibration(1, 1, 0.05) and "only 1 held-out picture, too few for 5 %" in old.card()
 
 
 def test_a_fit_without_work_dir_leaves_nothing_behind(trays, tmp_path, monkeypatch):

@@ -44,9 +44,9 @@ def pictures() -> np.ndarray:
 @pytest.fixture(scope="module")
 def model(pictures) -> GRAD:
     "Two detectors, at 96 and at 48 pixels."
-    return GRAD(override(preset("demo"), TINY), "mvtec_loco", device="cpu", progress=False, explain_patches=40).fit(
-        pictures
-    )
+    return GRAD(
+        override(preset("demo"), TINY), "mvtec_loco", validation=0.1, device="cpu", progress=False, explain_patches=40
+    ).fit(pictures)
 
 
 def test_the_statistics_of_each_level_are_those_of_held_out_pictures(model, pictures):

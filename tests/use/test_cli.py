@@ -31,7 +31,12 @@ from grad_nb.use.errors import plain_errors
 from grad_nb.use.verdicts import expand, map_paths
 
 COMMANDS = re.findall(r"^    grad_\w+ = ([\w.]+):(\w+)$", (ROOT / "settings.ini").read_text("utf-8"), re.MULTILINE)
-LIGHT = ("grad_nb.use.daily", "grad_nb.use.demo", "grad_nb.use.show")  # modules that import nothing slow
+LIGHT = (
+    "grad_nb.use.daily",
+    "grad_nb.use.demo",
+    "grad_nb.use.evaluate",
+    "grad_nb.use.show",
+)  # modules that import nothing slow
 SLOW = ("torch", "torchvision", "numpy", "pandas", "scipy", "sklearn", "matplotlib", "PIL", "panel", "tqdm")
 TINY = (
     "generator.width=8 generator.steps=3 generator.batch=2 generator.n_samples=4 generator.sample_steps=2 "
