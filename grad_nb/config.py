@@ -60,12 +60,18 @@ class GeneratorConfig:
     spacing: float = 1.0  # of the sampling steps: 1 = even, more = closer together towards the end (our choice)
     sample_batch: int = 125  # pictures sampled together, at most; fewer where the memory is small (our choice)
     bf16: bool = True  # mixed precision where the processor has it (our choice)
+    light: int = -1  # of all pictures, evened out: 0 brightness, 1 and a gradient, 2 and a bulge, -1 = not (the paper)
+    start: float = 1.0  # earliest time, as a share of T, at which a noised real picture is taken; 1 = the paper
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "size", "steps", "batch", "T", "n_samples", "sample_steps", "sample_batch", "spacing")
         _at_least(self, 0, "fourier", "crop", "lr", "weight_decay", "timestep_weighting", "sigma_g")
         _one_of(self, "field_of", "network", "bottleneck")
         _shares(self, "warm_up")
+        if self.light not in (-1, 0, 1, 2):
+            raise ValueError(f"light must be -1, 0, 1 or 2, not {self.light}")
+        if not 0 < self.start <= 1:
+            raise ValueError(f"start is a share of the diffusion's steps, above 0 and at most 1, not {self.start}")
         if self.width < 2 or self.width % 2:
             raise ValueError(f"width must be even and at least 2, not {self.width}")
         if self.sample_steps > self.T:
@@ -100,6 +106,7 @@ class DetectorConfig:
     steps: int = 0  # a fixed number of steps instead of epochs, 0 = use epochs (our choice)
     block: int = 1  # patches lie in block x block neighbourhoods that share a forward pass, 1 = the paper (our choice)
     bf16: bool = True  # mixed precision where the processor has it (our choice)
+    min_position: float = 0.0  # no wrong coordinates where `position_auroc` is lower; 0 = the paper (our choice)
 
     def __post_init__(self) -> None:
         _check_detector(self)
@@ -109,7 +116,7 @@ def _check_detector(config: DetectorConfig) -> None:
     "Refuse values that cannot be meant."
     _at_least(config, 1, "pictures", "patches", "block", "bank_size", "epochs")
     _at_least(config, 0, "steps", "lr", "weight_decay", "alpha_1", "alpha_2", "sigma_c", "sigma_z")
-    _shares(config, "warm_up")
+    _shares(config, "warm_up", "min_position")
     _one_of(config, "penalise", "logit", "probability")
     _one_of(config, "init", "he", "torch")
     for name in ("width", "beta_density"):
@@ -299,6 +306,7 @@ FAST = Preset(
         timestep_weighting=0.75,
         spacing=1.5,
         sample_batch=32,
+        light=1,
     ),
     detector=DetectorConfig(width=0.5, steps=5000, pictures=8, block=2, alpha_1=0.0, alpha_2=0.0),
     evaluation=EvalConfig(placement="patch"),
@@ -319,6 +327,7 @@ DEMO = Preset(
         timestep_weighting=0.75,
         spacing=1.5,
         sample_batch=32,
+        light=1,
     ),
     detector=DetectorConfig(width=0.25, steps=2000, pictures=8, block=2, alpha_1=0.0, alpha_2=0.0),
     evaluation=EvalConfig(placement="patch"),

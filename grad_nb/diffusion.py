@@ -124,9 +124,10 @@ def sample(
     times: Sequence[int] | None = None,  # falling; all from T-1 to 0 if not given
     clip: bool = True,  # clip the estimate of x_0 (our choice)
     progress: bool = False,  # show a progress bar
+    first: Tensor | None = None,  # (n, 3, size, size) at the first of the times; noise if not given
 ) -> Tensor:  # (n, 3, size, size) in [-1, 1] if clipped
     "Pictures from noise: Algorithm 2, or fewer of its times."
-    x = torch.randn(n, 3, size, size, generator=generator, device=generator.device)
+    x = torch.randn(n, 3, size, size, generator=generator, device=generator.device) if first is None else first
     step = ops.captured(partial(denoise, model, coord_map(size, size, generator.device), generator, clip), [generator])
     table = _time_table(alpha_bar, times).to(generator.device)
     for i, now in enumerate(tqdm(table, "sampling", disable=not progress, leave=False)):

@@ -33,6 +33,7 @@ from .core.provenance import versions
 from .core.seeds import stage_generator
 from .core.stages import run_stage, stage_key
 from .core.tensors import checked_format, read_tensors, write_tensors
+from .datasets.light import SIDE, Light, even_light, fit_light
 from .datasets.readers import MIN_NORMALS, MIN_SIDE, DataError, hold_out, picture_files, read_image, resize_image
 from .detector import Detector, load_detector
 from .evaluation import MapStats, fuse, score_levels
@@ -283,6 +284,7 @@ class _Fitted(_Parameters):
     detectors_: list[Detector]  # one for each level
     banks_: list[tuple[PatchBank, PatchBank] | None]  # for each level, patches for `explain`, normal and generated
     stats_: list[MapStats]  # of each detector's maps of held-out normal pictures
+    light_: Light | None = None  # of the normal pictures, to which every picture is brought; None = as they are
     offset_: float  # the threshold: a picture with a higher score is anomalous
     map_limits_: tuple[float, float]  # where the colour of a heat map begins and where it is full
     calibration_: Calibration | None  # what the threshold was set with; see `calibration`
@@ -318,6 +320,7 @@ class _Scoring(_Fitted):
     def _maps(self, pictures: np.ndarray) -> list[np.ndarray]:
         "Score maps of some pictures, one array for each detector."
         device, batch = pick_device(self.device), self.preset_.evaluation.batch
+        pictures = even_light(pictures, self.light_)
         return score_levels(self.detectors_, pictures, [row.size for row in self.levels_], device, batch)
 
     def _fused(self, maps: list[np.ndarray], with_maps: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
@@ -475,6 +478,7 @@ class _Explaining(_Scoring):
         maps = self._maps(small[None])
         scores, heat_maps = self._fused(maps)
         assert heat_maps is not None
+        small = even_light(small[None], self.light_)[0]
         stats = self.stats_ if len(maps) > 1 else [MapStats(0.0, 1.0)]
         levels = [
             evidence(d, (m[0] - s.mean) / s.std, small, row.level, row.size, bank, pixels.shape[:2], device)
@@ -570,8 +574,10 @@ class _Fitting(_Training, _Calibrating):
             log.warning("all %d pictures are equal; %s", len(pictures), said)
         with _work_folder(self.work_dir) as folder:
             self.levels_ = self.preset_.levels(self.layout)
-            self.detectors_ = self._train(folder, pictures[train], device)
-            self.banks_ = self._keep_patches(folder, pictures, train, device)
+            self.light_ = fit_light(pictures[train], self.preset_.generator.light)
+            even = even_light(pictures, self.light_)
+            self.detectors_ = self._train(folder, even[train], device)
+            self.banks_ = self._keep_patches(folder, even, train, device)
         self.n_pictures_ = (len(train), len(held))
         self.versions_ = versions()
         self.stats_ = [MapStats.of(m) for m in self._maps(pictures[held])]
@@ -611,13 +617,14 @@ class _Describing(_Fitted):
 def _uses(model: _Fitted) -> str:
     "The part of a card that tells how a model was made."
     seen = "{} normal pictures, and {} held out".format(*model.n_pictures_) if model.n_pictures_ else "normal pictures"
+    light = ", their slow light evened out" if model.light_ is not None else ""
     names = ", ".join(
         f"level {row.level} at {row.size} px (contrastive pictures of level {', '.join(map(str, row.generators))})"
         for row in model.levels_
     )
     size = model.preset_.generator.size
     return (
-        f"Trained on {seen}, each resized to {size} x {size} pixels, with preset `{model.preset_.name}` and "
+        f"Trained on {seen}, each resized to {size} x {size} pixels{light}, with preset `{model.preset_.name}` and "
         f"seed {model.settings_['random_state']}. No anomalous picture was used. Detectors: {names}."
     )
 
@@ -682,6 +689,8 @@ def _contents(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:  # tensors and plain data
     "What a model's file holds."
     tensors = {}
+    if model.light_ is not None:
+        tensors |= {"light.median": model.light_.median, "light.weight": model.light_.weight}
     for row, detector, banks in zip(model.levels_, model.detectors_, model.banks_):
         for name, weights in detector.state_dict().items():
             tensors[f"{row.level}.{name}"] = weights
@@ -733,6 +742,19 @@ def _check_numbers(tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> No
 def _take_out(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     "Take the tensors of one part out of a file's."
     return {name[len(prefix) :]: tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+
+
+def _load_light(tensors: dict[str, torch.Tensor], order: int) -> Light | None:
+    "The light of a file's model, None if it has none; `ValueError` for tensors that cannot be one."
+    found = _take_out(tensors, "light.")
+    if not found:
+        return None
+    for name in ("median", "weight"):
+        if found[name].shape != (SIDE * SIDE,) or found[name].dtype != torch.float64:
+            raise ValueError(f"light.{name} has shape {tuple(found[name].shape)} of {found[name].dtype}")
+    if order < 0 or len(found) > 2:
+        raise ValueError("there is light that the settings do not know")
+    return Light(order, found["median"], found["weight"])
 
 
 def _load_weights(width: float, tensors: dict[str, torch.Tensor], prefix: str) -> Detector:
@@ -842,6 +864,7 @@ def _rebuild(cls: type[FittedT], tensors: dict[str, torch.Tensor], meta: dict[st
     known = meta.get("calibration")  # files of 0.2.0 have none
     model.calibration_ = known and checked_calibration(known)
     model.versions_ = dict(meta["versions"])
+    model.light_ = _load_light(tensors, model.preset_.generator.light)
     model.detectors_ = [_load_weights(model.preset_.detector.width, tensors, f"{row.level}.") for row in model.levels_]
     model.banks_ = [_load_banks(tensors, f"bank.{row.level}.", d) for row, d in zip(model.levels_, model.detectors_)]
     if tensors:

@@ -90,7 +90,7 @@ def test_a_stream_is_judged_in_flat_memory(model, trays):
 
 def test_scores_do_not_depend_on_the_batch(model, trays):
     other = clone(model)
-    for name in ("levels_", "detectors_", "stats_", "offset_"):
+    for name in ("levels_", "detectors_", "light_", "stats_", "offset_"):
         setattr(other, name, getattr(model, name))
     want = model.score_samples(trays / "train/good")
     for batch in (1, 3, 7):

@@ -34,6 +34,7 @@ from scipy.stats import t as student
 from ..config import PRESETS, Preset, augmentation, override, to_dict
 from ..core.files import fingerprint, lock, read_array, read_json, write_json
 from ..core.stages import run_stage, stage_done
+from ..datasets.light import even_light
 from ..datasets.readers import load_images, load_masks
 from ..datasets.trays import make_trays
 from ..detector import Detector, load_detector
@@ -53,6 +54,7 @@ from grad_nb.runs.stages import (
     make_detector,
     open_run,
     parse_overrides,
+    run_light,
     split_normals,
 )
 from .quality import generator_report, loss_curve
@@ -432,7 +434,8 @@ def figures_on_test(
     samples = run.category.test
     config = run.preset.evaluation
     types = [sample.type for sample in samples]
-    maps = score_maps(detector, load_images(samples, run.preset.generator.size), size, run.device, config.batch)
+    pictures = even_light(load_images(samples, run.preset.generator.size), run_light(run))
+    maps = score_maps(detector, pictures, size, run.device, config.batch)
     scores = image_scores(maps)
     figures = summary(scores, types) | {"pixel_auroc": float("nan"), "pixel_ap": float("nan")}
     if run.category.has_masks:

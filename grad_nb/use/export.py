@@ -29,6 +29,7 @@ from ..config import EvalConfig
 from ..coords import coord_map
 from ..core.files import atomic_path
 from ..core.provenance import versions
+from ..datasets.light import even
 from ..datasets.readers import HALF_DOWN, picture_files, read_image
 from ..detector import Detector, map_side
 from ..evaluation import MapStats, placing
@@ -108,6 +109,7 @@ class Scorer(nn.Module):
         parts = zip(model.detectors_, model.levels_, stats)
         self.views = nn.ModuleList(View(detector, self.size, row.size, config, s) for detector, row, s in parts)
         self.register_buffer("threshold", torch.tensor(float32_below(model.offset_)))
+        self.light = model.light_
 
     def forward(
         self,
@@ -118,6 +120,8 @@ class Scorer(nn.Module):
             form = f"{tuple(pictures.shape)} of {pictures.dtype}"
             raise ValueError(f"pictures are (B, {self.size}, {self.size}, 3) of uint8, not {form}")
         x = pictures.permute(0, 3, 1, 2).float().contiguous()
+        if self.light is not None:
+            x = even(x, self.light)
         maps = [view(x) for view in self.views]
         raw = self._fused("place", maps) if len(maps) > 1 else maps[0]
         scores = raw.amax((1, 2))

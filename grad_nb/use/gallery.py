@@ -21,6 +21,7 @@ from PIL import Image
 from ..config import Preset, augmentation, from_dict
 from ..core.devices import pick_device
 from ..core.files import read_array, read_json
+from ..datasets.light import even_light
 from grad_nb.datasets.readers import (
     Category,
     DataError,
@@ -37,7 +38,7 @@ from ..explain import Explanation
 from ..grad import GRAD, colour_limits
 from ..plots import at_most, heat_overlay, map_overlays, score_histogram
 from ..runs.notebooks import DATA_NOTE
-from ..runs.stages import changed_stages
+from ..runs.stages import Run, changed_stages, run_light
 
 # %% ../../nbs/use/07_gallery.ipynb #show0006
 NORMALS = 64  # training pictures read: to explain with, and for a threshold if none were held out (our choice)
@@ -82,6 +83,7 @@ def _detectors_of_run(folder: Path, category: Category, result: dict, device: st
         progress=False,
     )
     model.levels_ = settings.levels(category.layout)
+    model.light_ = run_light(Run(category, settings, result["seed"], folder, result["data_sha256"], progress=False))
     model.versions_ = dict(result["versions"])
     model.n_pictures_ = (result["counts"]["train"], result["counts"]["held_out"])
     model.detectors_ = [load_detector(folder / f"detector-{row.level:03d}.safetensors")[0] for row in model.levels_]
@@ -93,6 +95,7 @@ def _patches_of_run(model: GRAD, folder: Path, normals: np.ndarray, chosen: np.n
     files = [folder / f"contrastive/level-{n:02d}.npy" for row in model.levels_ for n in row.generators]
     if not all(file.is_file() for file in files):
         return [None] * len(model.levels_)
+    normals = even_light(normals, model.light_)
     banks = model._keep_patches(folder, normals, np.arange(len(normals)), pick_device(device))
     for bank in banks:
         if bank is not None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from grad_nb.config import Level, Preset, from_dict, override, preset, to_dict
 from grad_nb.coords import with_coords
+from grad_nb.datasets.light import even_light
 from grad_nb.datasets.readers import hold_out, resize_pictures
 from grad_nb.datasets.trays import draw_tray
 from grad_nb.diffusion import to_model
@@ -93,6 +94,7 @@ def dense(model, pixels, number):
 def test_every_level_points_at_its_highest_cell_and_its_true_neighbours(model, pictures):
     for pixels in pictures[:4]:
         explanation = model.explain(pixels)
+        pixels = even_light(pixels[None], model.light_)[0]
         assert [e.level for e in explanation.levels] == [34, 68]
         for number, (e, row, banks, stats) in enumerate(
             zip(explanation.levels, model.levels_, model.banks_, model.stats_)
@@ -125,6 +127,7 @@ def test_the_explanation_is_of_the_same_verdict_as_predict(model, pictures):
 
 def test_patches_are_where_they_are_said_to_be(model, pictures):
     "A kept patch is the crop of the picture that it names, of those given to fit; and it is found at distance 0."
+    pictures = even_light(pictures, model.light_)
     for row, (normal, made), detector in zip(model.levels_, model.banks_, model.detectors_):
         assert (
             set(normal.places[:, 0]) == {0}

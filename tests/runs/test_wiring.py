@@ -30,6 +30,7 @@ from grad_nb.contrastive import generate, loss_gradients
 from grad_nb.coords import coord_map
 from grad_nb.core.files import write_array
 from grad_nb.core.loop import one_cycle
+from grad_nb.datasets.light import even_light
 from grad_nb.datasets.readers import load_images
 from grad_nb.detector import map_side
 from grad_nb.diffusion import alpha_bars
@@ -108,7 +109,7 @@ def test_a_detector_learns_from_its_own_sets_and_from_no_held_out_picture(run, m
         and scored == [held, run.category.test]
     )
     assert (
-        np.array_equal(seen["normals"], load_images(train, 64))
+        np.array_equal(seen["normals"], even_light(load_images(train, 64), room.run_light(run)))
         and held
         and len(train) + len(held) == len(run.category.train)
     )
