@@ -1,6 +1,6 @@
 """Draw nbs/images/method.png: the method in one picture, with pictures that nbs/00_one_sitting.ipynb has kept.
 
-    python docs/diagram.py
+python docs/diagram.py
 """
 
 import json
@@ -48,9 +48,7 @@ def main():
         "− generated": [kinds[4][5], kinds[4][2]],
         "− generated ": [kinds[5][5], kinds[5][7]],
     }
-    figure = method_diagram(
-        [real[0], real[3]], {5: level_5[3:5], 17: level_17[4:6]}, patches, [pictures[4], maps[4]]
-    )
+    figure = method_diagram([real[0], real[3]], {5: level_5[3:5], 17: level_17[4:6]}, patches, [pictures[4], maps[4]])
     print(save_figure(figure, NOTEBOOKS / "images" / "method.png", dpi=118))
 
 

@@ -94,7 +94,7 @@ def method_diagram(
     figure, ax = plt.subplots(figsize=(7.5, 3.55))
     _thumbnails(ax, normal[:1], 1, 47, 13, "normal pictures")
     _thumbnails(ax, normal[1:2], 1, 32, 13)
-    for (level, pictures), middle in zip(generated.items(), (27, 8)):
+    for (level, pictures), middle in zip(generated.items(), (27.0, 8.0)):
         _box(ax, f"PatchDiff\nlevel {level}", 23, middle, (14, 10), "#dce9f7")
         _arrow(ax, (14.8, 33), (22.4, middle + 2))
         _arrow(ax, (37.4, middle), (40.4, middle))
