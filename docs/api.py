@@ -1,4 +1,4 @@
-"""The API reference: a page for each module, read from its text, with parameters as tables. Nothing is imported."""
+"""The API reference: a page for each part, read from its text, with parameters as tables. Nothing is imported."""
 
 import ast
 import inspect
@@ -98,41 +98,49 @@ def fields(node: ast.ClassDef, told: dict[int, str]) -> list[tuple[str, str, str
 def of_class(node: ast.ClassDef, told: dict[int, str]) -> list[str]:
     "A class: docstring, fields, and its public methods."
     methods = [item for item in node.body if isinstance(item, Function)]
-    lines = [f"## {node.name}", "", *docstring(node), *table(fields(node, told))]
+    lines = [f"### {node.name}", "", *docstring(node), *table(fields(node, told))]
     for method in methods:
         if method.name == "__init__":
             lines += [f"```python\n{node.name}(...)\n```", "", *docstring(method)]
             lines += table(list(parameters(method, told)))
     for method in methods:
         if not method.name.startswith("_"):
-            lines += of_function(method, told, f"{node.name}.{method.name}", 3)
+            lines += of_function(method, told, f"{node.name}.{method.name}", 4)
     return lines
 
 
-def of_module(path: Path, module: str, notebook: str) -> str:
-    "The page of a module."
+def of_module(path: Path, module: str, notebook: str) -> list[str]:
+    "What a module holds."
     text = path.read_text(encoding="utf-8")
     tree, told = ast.parse(text), comments(text)
-    lines = [f"# {module}", "", *docstring(tree), f"Its source is the notebook [{notebook}](../{notebook}.ipynb).", ""]
+    lines = [f"## {module}", "", *docstring(tree), f"Its source is the notebook [{notebook}](../{notebook}.ipynb).", ""]
     for node in tree.body:
         if isinstance(node, Function) and not node.name.startswith("_"):
-            lines += of_function(node, told, node.name, 2)
+            lines += of_function(node, told, node.name, 3)
         elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             lines += of_class(node, told)
-    return "\n".join(lines)
+    return lines
+
+
+def part_of(module: str) -> str:
+    "The page of the reference that a module stands on: its folder, or the method."
+    names = module.split(".")
+    return names[1] if len(names) > 2 else "method"
 
 
 def write_api(package: Path, notebooks: dict[str, str], folder: Path):
-    "A page for each module that a notebook exports, and one that lists them."
+    "A page for each part with the modules that notebooks export, and one that lists them."
     folder.mkdir(parents=True, exist_ok=True)
+    pages: dict[str, list[str]] = {}
     lines = ["# API reference", "", "Every module with its public functions and classes.", ""]
     lines += ["| module | what it holds |", "|---|---|"]
     for module, notebook in notebooks.items():
-        path = package.parent / (module.replace(".", "/") + ".py")
-        name = module.replace(".", "-")
-        (folder / f"{name}.md").write_text(of_module(path, module, notebook), encoding="utf-8")
+        path, part = package.parent / (module.replace(".", "/") + ".py"), part_of(module)
+        text = of_module(path, module, notebook)
+        pages.setdefault(part, [f"# {part}: API", ""]).extend(text)
         summary = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").splitlines()
-        lines.append(f"| [`{module}`]({name}.md) | {clean(summary[0]) if summary else ''} |")
-    pages = [module.replace(".", "-") for module in notebooks]
+        lines.append(f"| [`{module}`]({part}.md#{module}) | {clean(summary[0]) if summary else ''} |")
+    for part, text in pages.items():
+        (folder / f"{part}.md").write_text("\n".join(text), encoding="utf-8")
     lines += ["", "```{toctree}", ":hidden:", "", *pages, "```"]
     (folder / "index.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ LIMIT = 15e6  # bytes of the whole site
 WORDS_A_MINUTE, LINES_A_MINUTE = 180, 15  # how fast prose and code are read
 
 sys.path.insert(0, str(DOCS))
-from api import write_api  # noqa: E402
+from api import part_of, write_api  # noqa: E402
 
 
 def read_notebook(path: Path) -> dict:
@@ -74,7 +74,7 @@ def as_page(notebook: dict, module: str, depth: int) -> dict:
         cells.append(cell | {"source": text, "metadata": {"tags": tags}})
     if module:
         up = "../" * depth
-        note = f"*This notebook is the source of the module [`{module}`]({up}api/{module.replace('.', '-')}.md).*"
+        note = f"*This notebook is the source of the module [`{module}`]({up}api/{part_of(module)}.md#{module}).*"
         cells.insert(1, {"cell_type": "markdown", "id": "module-of-page", "metadata": {}, "source": note})
     language = {"name": "python", "pygments_lexer": "python"}
     return notebook | {"cells": cells, "metadata": notebook["metadata"] | {"language_info": language}}
@@ -168,18 +168,19 @@ def reading(notebook: dict) -> dict[str, int]:
 
 def slim(html: Path):
     "Leave out what no page loads, and store large pictures as WebP."
-    for path in [*html.rglob("*.map"), *html.glob("_static/locales/*/LC_MESSAGES/*"), html / "objects.inv"]:
+    shutil.rmtree(html / "_static" / "locales", ignore_errors=True)
+    for path in [*html.rglob("*.map"), html / "objects.inv"]:
         path.unlink()
     smaller = {}
     for path in (html / "_images").glob("*.png"):
-        if path.stat().st_size > 30_000:
+        if path.stat().st_size > 15_000:
             smaller[path.name] = path.with_suffix(".webp").name
-            Image.open(path).convert("RGB").save(path.with_suffix(".webp"), quality=92, method=6)
+            Image.open(path).convert("RGB").save(path.with_suffix(".webp"), quality=88, method=6)
             path.unlink()
     for page in html.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
         short = re.sub(r"_images/([^\"']+\.png)", lambda m: f"_images/{smaller.get(m[1], m[1])}", text)
-        page.write_text(short, encoding="utf-8")
+        page.write_text(re.sub(r'<span class="(?:w|n|nn|o|p)">([^<]*)</span>', r"\1", short), encoding="utf-8")  # no colours
 
 
 def report(html: Path) -> str:
