@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+from base64 import b64decode
+from hashlib import sha256
 from pathlib import Path
 
 from PIL import Image
@@ -197,6 +199,58 @@ def report(html: Path) -> str:
     return "\n".join(rows)
 
 
+# slides
+
+
+def as_slides(notebook: dict) -> dict:
+    "A slide for each heading, below it one for each piece of prose and for each picture; long code is left out."
+    cells = []
+    for cell in as_page(notebook, "", 0)["cells"]:
+        text, outputs = source_of(cell), cell.get("outputs", [])
+        kind = "slide" if text.startswith(("# ", "## ")) else "subslide"
+        tags = []
+        if cell["cell_type"] == "code":
+            long = len(text.splitlines()) > 16
+            if is_imports(text) or (long and not outputs):
+                continue
+            kind = "subslide" if outputs else "-"
+            tags = ["no-source"] if outputs and len(text.splitlines()) > 6 else []
+        cells.append(cell | {"metadata": {"slideshow": {"slide_type": kind}, "tags": tags}})
+    return notebook | {"cells": cells}
+
+
+def write_slides(html: Path, notebook: str = "00_one_sitting"):
+    "Slides of a notebook, by nbconvert, with reveal.js and the pictures of the site."
+    import nbformat
+    from nbconvert import SlidesExporter
+    from traitlets.config import Config
+
+    config = Config()
+    config.TagRemovePreprocessor.enabled = True
+    config.TagRemovePreprocessor.remove_input_tags = {"no-source"}
+    exporter = SlidesExporter(
+        config=config,
+        template_name="slides",
+        extra_template_basedirs=[str(DOCS)],
+        reveal_url_prefix="_static/reveal",
+        reveal_theme="white",
+    )
+    made = nbformat.from_dict(as_slides(read_notebook(NOTEBOOKS / f"{notebook}.ipynb")))
+    text, _ = exporter.from_notebook_node(made)
+    text = re.sub(r'src="data:image/(\w+);base64,([^"]+)"', lambda m: f'src="{kept_picture(html, *m.groups())}"', text)
+    text = re.sub(r'href="/?([\w/]+)\.(?:ipynb|md)', r'href="\1.html', text)
+    (html / "slides.html").write_text(text, encoding="utf-8")
+
+
+def kept_picture(html: Path, kind: str, data: str) -> str:
+    "The picture that a page of the site has already, or a file of its own."
+    content = b64decode(data)
+    name = f"{sha256(content).hexdigest()}.{kind.replace('jpeg', 'jpg')}"
+    if not (html / "_images" / name).is_file():
+        (html / "_images" / name).write_bytes(content)
+    return f"_images/{name}"
+
+
 def build(target: Path):
     "Lay out, build, report."
     source, html = target / "source", target / "html"
@@ -206,6 +260,7 @@ def build(target: Path):
     if subprocess.run([*map(str, command), str(source), str(html)]).returncode:
         raise SystemExit("the site has warnings, which are errors")
     slim(html)
+    write_slides(html)
     told = report(html)
     (target / "report.txt").write_text(told + "\n", encoding="utf-8")
     print(told.splitlines()[-1], "in", html)
