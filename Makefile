@@ -1,4 +1,4 @@
-# The two commands of the README: `make demo` and `make test`. Both make .venv first if it is not there.
+# `make demo`, `make lab`, `make docs`, `make test`: each makes .venv first if it is not there.
 PYTHON ?= python3
 SEED ?= 0
 PRESET ?= demo
@@ -10,7 +10,7 @@ SET ?=
 BIN := .venv/bin
 GPU_TESTS = $(shell grep -rl "mark.gpu" tests)
 
-.PHONY: demo test lab gpu install export collect clean
+.PHONY: demo test lab docs gpu install export collect clean
 
 install: .venv/installed
 
@@ -35,6 +35,9 @@ test: install  ## notebooks clean and in sync, lines, imports, types, notebook t
 lab: install  ## the whole method in one notebook, in JupyterLab
 	$(BIN)/jupyter lab nbs/00_one_sitting.ipynb
 
+docs: install  ## the site, into _docs/html, without a network; a warning is an error
+	$(BIN)/python docs/build.py
+
 gpu: $(if $(filter .venv/bin,$(BIN)),install)  ## on a machine with a CUDA device: its tests and its speed, into results/gpu; BIN=folder takes the Python there and installs nothing
 	$(BIN)/python -m pytest -q -m gpu $(GPU_TESTS)
 	mkdir -p results/gpu
@@ -50,4 +53,4 @@ collect:  ## the records of finished runs and ablations, without pictures, into 
 	$(BIN)/python -m grad_nb.study.results --runs "$(RUNS)"
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist _docs *.egg-info

@@ -137,7 +137,7 @@ def write_api(package: Path, notebooks: dict[str, str], folder: Path):
     for module, notebook in notebooks.items():
         path, part = package.parent / (module.replace(".", "/") + ".py"), part_of(module)
         text = of_module(path, module, notebook)
-        pages.setdefault(part, [f"# {part}: API", ""]).extend(text)
+        pages.setdefault(part, [f"# API: {part}", ""]).extend(text)
         summary = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").splitlines()
         lines.append(f"| [`{module}`]({part}.md#{module}) | {clean(summary[0]) if summary else ''} |")
     for part, text in pages.items():

@@ -56,8 +56,8 @@ def is_imports(text: str) -> bool:
     return bool(lines) and all(line.startswith(("import ", "from ")) for line in lines)
 
 
-def as_page(notebook: dict, module: str, depth: int) -> dict:
-    "A notebook for the site: nbdev's directives left out, its own checks and imports folded."
+def as_page(notebook: dict, module: str, depth: int, fold: bool = False) -> dict:
+    "A notebook for the site: nbdev's directives left out, imports folded, and with `fold` all code."
     cells = []
     for cell in notebook["cells"]:
         text = source_of(cell)
@@ -70,7 +70,7 @@ def as_page(notebook: dict, module: str, depth: int) -> dict:
             text = re.sub(r"^%config .*\n?", "", text, flags=re.MULTILINE)
             if not text.strip():
                 continue
-            tags = tags + ["hide-input"] * (is_imports(text) and "remove-input" not in tags)
+            tags = tags + ["hide-input"] * ((fold or is_imports(text)) and "remove-input" not in tags)
         else:
             text = site_links(text)
         cells.append(cell | {"source": text, "metadata": {"tags": tags}})
@@ -128,7 +128,7 @@ def lay_out(source: Path):
         notebook = read_notebook(NOTEBOOKS / f"{name}.ipynb")
         module = module_of(notebook)
         modules[module] = name
-        page = as_page(notebook, module, name.count("/"))
+        page = as_page(notebook, module, name.count("/"), fold=name.startswith("findings/"))
         if name in below:
             tree = toctree(name, below)
             page["cells"].append({"cell_type": "markdown", "id": "toc", "metadata": {}, "source": tree})
@@ -182,7 +182,9 @@ def slim(html: Path):
     for page in html.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
         short = re.sub(r"_images/([^\"']+\.png)", lambda m: f"_images/{smaller.get(m[1], m[1])}", text)
-        page.write_text(re.sub(r'<span class="(?:w|n|nn|o|p)">([^<]*)</span>', r"\1", short), encoding="utf-8")  # no colours
+        page.write_text(
+            re.sub(r'<span class="(?:w|n|nn|o|p)">([^<]*)</span>', r"\1", short), encoding="utf-8"
+        )  # no colours
 
 
 def report(html: Path) -> str:
