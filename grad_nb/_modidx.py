@@ -432,6 +432,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'grad_nb/contrastive.py'),
                                      'grad_nb.contrastive.DrawnPictures.state_dict': ( 'contrastive.html#drawnpictures.state_dict',
                                                                                        'grad_nb/contrastive.py'),
+                                     'grad_nb.contrastive._way_to_draw': ('contrastive.html#_way_to_draw', 'grad_nb/contrastive.py'),
                                      'grad_nb.contrastive.denoising_loss': ('contrastive.html#denoising_loss', 'grad_nb/contrastive.py'),
                                      'grad_nb.contrastive.denoising_losses': ( 'contrastive.html#denoising_losses',
                                                                                'grad_nb/contrastive.py'),

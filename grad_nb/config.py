@@ -62,6 +62,7 @@ class GeneratorConfig:
     bf16: bool = True  # mixed precision where the processor has it (our choice)
     light: int = -1  # of all pictures, evened out: 0 brightness, 1 and a gradient, 2 and a bulge, -1 = not (the paper)
     start: float = 1.0  # earliest time, as a share of T, at which a noised real picture is taken; 1 = the paper
+    start_to: float = 1.0  # latest such time (our choice)
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "size", "steps", "batch", "T", "n_samples", "sample_steps", "sample_batch", "spacing")
@@ -70,8 +71,9 @@ class GeneratorConfig:
         _shares(self, "warm_up")
         if self.light not in (-1, 0, 1, 2):
             raise ValueError(f"light must be -1, 0, 1 or 2, not {self.light}")
-        if not 0 < self.start <= 1:
-            raise ValueError(f"start is a share of the diffusion's steps, above 0 and at most 1, not {self.start}")
+        if not 0 < self.start <= self.start_to <= 1:
+            shares = f"start={self.start} and start_to={self.start_to}"
+            raise ValueError(f"start and start_to are rising shares of the steps, above 0 and at most 1, not {shares}")
         if self.width < 2 or self.width % 2:
             raise ValueError(f"width must be even and at least 2, not {self.width}")
         if self.sample_steps > self.T:

@@ -11,7 +11,7 @@ __all__ = ['log', 'START_TOGETHER', 'CPU_BATCH', 'TOLD_AT_A_GLANCE', 'stratified
 import logging
 import math
 import time
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -199,7 +199,7 @@ START_TOGETHER = 4  # pictures that start from real ones at the same time (our c
 
 
 def draw_from_real(
-    model: nn.Module,  # predicts the noise, as for `sample`
+    model: Callable[[Tensor, Tensor], Tensor],  # predicts the noise, as for `sample`
     normals: Tensor,  # (N, H, W, 3) uint8 real pictures, on the generator's device
     n: int,  # pictures to draw
     config: GeneratorConfig,  # start, T, times
@@ -210,7 +210,10 @@ def draw_from_real(
     times = timesteps(T, config.sample_steps, config.spacing)
     for k in range(0, n, START_TOGETHER):
         some = min(START_TOGETHER, n - k)
-        share = config.start + (1 - config.start) * torch.rand(1, generator=generator, device=generator.device).item()
+        share = (
+            config.start
+            + (config.start_to - config.start) * torch.rand(1, generator=generator, device=generator.device).item()
+        )
         later = [t for t in times if t <= share * (T - 1)] or times[-1:]
         chosen = torch.randint(len(normals), (some,), generator=generator, device=generator.device)
         x_0 = to_model(normals[chosen])
@@ -219,10 +222,30 @@ def draw_from_real(
         drawn.append(sample(model, some, x_0.shape[-1], alpha_bar.tolist(), generator, later, first=x_t))
     return torch.cat(drawn)
 
-# %% ../nbs/05_contrastive.ipynb #train502
+# %% ../nbs/05_contrastive.ipynb #contstc2
 CPU_BATCH = 32  # pictures that a CPU draws together, at most: it does not say when its memory is full (our choice)
 
 
+def _way_to_draw(
+    model: Callable[[Tensor, Tensor], Tensor],  # predicts the noise, as for `sample`
+    config: GeneratorConfig,  # size, times, start
+    generator: torch.Generator,  # source of randomness
+    normals: Tensor | None,  # (N, size, size, 3) uint8 real pictures to start from; None = from noise
+) -> Callable[[int], Tensor]:  # n → (n, 3, size, size)
+    "How the pictures of a set are drawn: from noise, or from real pictures."
+    times = timesteps(config.T, config.sample_steps, config.spacing)
+    alpha_bar = alpha_bars(config.T).tolist()
+
+    def from_noise(n: int) -> Tensor:
+        return sample(model, n, config.size, alpha_bar, generator, times)
+
+    def from_real(n: int) -> Tensor:
+        assert normals is not None
+        return draw_from_real(model, normals, n, config, generator)
+
+    return from_noise if normals is None else from_real
+
+# %% ../nbs/05_contrastive.ipynb #train502
 def generate(
     model: PatchDiff,  # trained
     config: GeneratorConfig,  # how many pictures, of what size, in how many steps
@@ -240,27 +263,21 @@ def generate(
         raise ValueError(f"start={config.start} begins with real pictures; give normals")
     weights = tensors_sha256({name: w.cpu() for name, w in model.state_dict().items()})
     key = stage_key("generate", "sample", to_dict(config), seed, device_kind(device), weights)
-    if config.start < 1:
+    real = None
+    if config.start < 1 and normals is not None:
         key = stage_key("generate", "sample", key, array_sha256(normals))
-        normals = torch.from_numpy(np.ascontiguousarray(normals)).to(device)
+        real = torch.from_numpy(np.ascontiguousarray(normals)).to(device)
     generator = stage_generator(seed, f"patchdiff-sample-{model.level}", device)
     eps_theta = ops.for_sampling(ops.place(model.eval(), device), config.bf16)
-    times = timesteps(config.T, config.sample_steps, config.spacing)
-    alpha_bar = alpha_bars(config.T).tolist()
+    draw = _way_to_draw(eps_theta, config, generator, real)
     drawn = DrawnPictures(config.n_samples, config.size)
     micro_batches = ops.MicroBatches(config.sample_batch, device, on_cpu=CPU_BATCH)
-
-    def draw(at_most: int, end: int) -> np.ndarray:
-        n = min(at_most, end - drawn.n)
-        if config.start < 1:
-            return to_bytes(draw_from_real(eps_theta, normals, n, config, generator))
-        return to_bytes(sample(eps_theta, n, config.size, alpha_bar, generator, times))
 
     def step(_: int) -> Tensor:
         end = min(drawn.n + config.sample_batch, config.n_samples)
         with ops.mixed_precision(device, config.bf16):
             while drawn.n < end:
-                drawn.add(micro_batches(partial(draw, end=end)))
+                drawn.add(micro_batches(lambda most: to_bytes(draw(min(most, end - drawn.n)))))
         return torch.tensor([float(drawn.n)])
 
     steps = math.ceil(config.n_samples / config.sample_batch)

@@ -688,7 +688,7 @@ def _contents(
     model: _Describing,  # fitted
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:  # tensors and plain data
     "What a model's file holds."
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     if model.light_ is not None:
         tensors |= {"light.median": model.light_.median, "light.weight": model.light_.weight}
     for row, detector, banks in zip(model.levels_, model.detectors_, model.banks_):
