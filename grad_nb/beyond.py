@@ -27,21 +27,22 @@ class TimestepWeighting:
         bins: int = 20,  # bins of time
         decay: float = 0.97,  # of the running mean, per step
         device: str | torch.device = "cpu",  # where the losses are
+        levels: int = 0,  # networks with losses of their own; 0 = one, whose losses are (B,)
     ):
         self.T = T
         self.exponent = exponent
         self.decay = decay
-        self.mean = torch.ones(bins, device=device)
+        self.mean = torch.ones((levels, bins) if levels else (bins,), device=device)
 
     def __call__(
         self,
         t: Tensor,  # (B,) int64 in 0..T-1
-        loss: Tensor,  # (B,) loss at these times
-    ) -> Tensor:  # (B,) weights, detached
+        loss: Tensor,  # (B,) or (levels, B) loss at these times
+    ) -> Tensor:  # like the loss: weights, detached
         "Weights by the losses of the steps before; then these losses enter the running mean."
-        bins = len(self.mean)
+        bins = self.mean.shape[-1]
         member = (t[:, None] * bins // self.T == torch.arange(bins, **ops.at(t))).float()
-        weight = member @ self.mean**-self.exponent
+        weight = self.mean**-self.exponent @ member.T
         count = member.sum(0)
         seen = loss.detach() @ member / count.clamp(min=1)
         moved = self.decay * self.mean + (1 - self.decay) * seen

@@ -63,21 +63,29 @@ class GeneratorConfig:
     light: int = -1  # of all pictures, evened out: 0 brightness, 1 and a gradient, 2 and a bulge, -1 = not (the paper)
     start: float = 1.0  # earliest time, as a share of T, at which a noised real picture is taken; 1 = the paper
     start_to: float = 1.0  # latest such time (our choice)
+    shared: bool = False  # one stem, way down and bottleneck for all levels, trained once (our choice)
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "size", "steps", "batch", "T", "n_samples", "sample_steps", "sample_batch", "spacing")
-        _at_least(self, 0, "fourier", "crop", "lr", "weight_decay", "timestep_weighting", "sigma_g")
-        _one_of(self, "field_of", "network", "bottleneck")
-        _shares(self, "warm_up")
-        if self.light not in (-1, 0, 1, 2):
-            raise ValueError(f"light must be -1, 0, 1 or 2, not {self.light}")
-        if not 0 < self.start <= self.start_to <= 1:
-            shares = f"start={self.start} and start_to={self.start_to}"
-            raise ValueError(f"start and start_to are rising shares of the steps, above 0 and at most 1, not {shares}")
-        if self.width < 2 or self.width % 2:
-            raise ValueError(f"width must be even and at least 2, not {self.width}")
-        if self.sample_steps > self.T:
-            raise ValueError(f"sample_steps={self.sample_steps} is more than T={self.T}")
+        _check_generator(self)
+
+# %% ../nbs/01_config.ipynb #cfgcheck3
+def _check_generator(config: GeneratorConfig) -> None:
+    "Refuse values that cannot be meant."
+    _at_least(config, 1, "size", "steps", "batch", "T", "n_samples", "sample_steps", "sample_batch", "spacing")
+    _at_least(config, 0, "fourier", "crop", "lr", "weight_decay", "timestep_weighting", "sigma_g")
+    _one_of(config, "field_of", "network", "bottleneck")
+    _shares(config, "warm_up")
+    if config.light not in (-1, 0, 1, 2):
+        raise ValueError(f"light must be -1, 0, 1 or 2, not {config.light}")
+    if not 0 < config.start <= config.start_to <= 1:
+        shares = f"start={config.start} and start_to={config.start_to}"
+        raise ValueError(f"start and start_to are rising shares of the steps, above 0 and at most 1, not {shares}")
+    if config.shared and config.field_of != "network":
+        raise ValueError('shared generators have no mirrored decoder; set field_of="network"')
+    if config.width < 2 or config.width % 2:
+        raise ValueError(f"width must be even and at least 2, not {config.width}")
+    if config.sample_steps > config.T:
+        raise ValueError(f"sample_steps={config.sample_steps} is more than T={config.T}")
 
 # %% ../nbs/01_config.ipynb #e106cc21
 @dataclass(frozen=True)

@@ -505,9 +505,11 @@ class _Training(_Scoring):
         "Every stage of the training in one folder; a stage that is there already is taken as it is."
         config, seed = self.preset_, self.random_state
         rest = (seed, device, self.progress)
-        key = stage_key("generate", "fit", array_sha256(normals), to_dict(config.generator), seed)
-        for n in config.generator_levels(self.layout):
-            draw = partial(make_contrastive, folder, normals, n, config.generator, *rest)
+        levels = config.generator_levels(self.layout)
+        together = [levels] if config.generator.shared else []
+        key = stage_key("generate", "fit", array_sha256(normals), to_dict(config.generator), seed, *together)
+        for n in levels:
+            draw = partial(make_contrastive, folder, normals, n, config.generator, *rest, levels)
             run_stage(folder, f"generate-{n:02d}", key, draw, device)
         detectors = []
         for row in self.levels_:

@@ -169,7 +169,8 @@ def generate_key(
     "The fingerprint of a generate stage: everything that its result depends on."
     names = [sample.path.name for sample in split_normals(run)[0]]
     config = to_dict(run.preset.generator)
-    return stage_key("generate", level, config, run.seed, run.data_sha256, names)
+    together = [run.generator_levels] if run.preset.generator.shared else []
+    return stage_key("generate", level, config, run.seed, run.data_sha256, names, *together)
 
 
 def generate_stage(
@@ -183,7 +184,8 @@ def generate_stage(
 
     def make() -> tuple[dict, list[str]]:
         config = run.preset.generator
-        return make_contrastive(run.folder, load_normals(run), level, config, run.seed, run.device, run.progress)
+        rest = (run.seed, run.device, run.progress, run.generator_levels)
+        return make_contrastive(run.folder, load_normals(run), level, config, *rest)
 
     return run_stage(run.folder, f"generate-{level:02d}", generate_key(run, level), make, run.device)
 

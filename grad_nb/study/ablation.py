@@ -500,9 +500,8 @@ def judge_generator(
     run = cell.run
     normals = load_normals(run)
     train, held = selection_split(normals, run.seed, cell.ablation.selection)
-    figures, files = make_contrastive(
-        cell.folder, normals[train], cell.level, run.preset.generator, run.seed, run.device, run.progress
-    )
+    rest = (run.seed, run.device, run.progress, run.generator_levels)
+    figures, files = make_contrastive(cell.folder, normals[train], cell.level, run.preset.generator, *rest)
     made = read_array(cell.folder / files[1])
     history = pd.read_csv(cell.folder / files[2])
     report = generator_report(normals[train], normals[held], np.array(made), cell.level, run.seed)
