@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'START_TOGETHER', 'CPU_BATCH', 'TOLD_AT_A_GLANCE', 'WAIT', 'stratified_times', 'denoising_losses',
            'denoising_loss', 'draw_pictures', 'loss_gradients', 'train_patchdiff', 'train_shared', 'DrawnPictures',
-           'draw_from_real', 'generate', 'told_apart', 'make_contrastive']
+           'draw_from_real', 'generate', 'told_apart', 'make_contrastive', 'read_changes']
 
 # %% ../nbs/05_contrastive.ipynb #astivei
 import logging
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from .accel import ops
-from .beyond import TimestepWeighting, random_crops, timesteps
+from .beyond import TimestepWeighting, blob_masks, random_crops, timesteps
 from .config import GeneratorConfig, to_dict
 from .coords import coord_map, with_coords
 from .core.devices import device_kind
-from .core.files import array_sha256, exclusive_lock, write_array
+from .core.files import array_sha256, exclusive_lock, read_array, write_array
 from .core.loop import one_cycle, pause_of, run_steps
 from .core.seeds import seeded_weights, stage_generator
 from .core.stages import run_stage, stage_key, write_table
@@ -178,7 +178,6 @@ def _learn(
     label = f"PatchDiff {name}"
     return run_steps(step, config.steps, columns, state, checkpoint, key, label=label, progress=progress, pause=pause)
 
-
 # %% ../nbs/05_contrastive.ipynb #conts002
 def train_shared(
     pictures: np.ndarray,  # (N, H, W, 3) uint8 normal pictures of side config.size
@@ -207,13 +206,14 @@ class DrawnPictures:
         self,
         n: int,  # number of pictures there will be
         size: int,  # their side, pixels
+        channels: int = 3,  # RGB, and perhaps the change from a real picture
     ):
-        self.pictures = np.empty((n, size, size, 3), np.uint8)
+        self.pictures = np.empty((n, size, size, channels), np.uint8)
         self.n = 0
 
     def add(
         self,
-        pictures: np.ndarray,  # (B, size, size, 3) uint8
+        pictures: np.ndarray,  # (B, size, size, channels) uint8
     ) -> None:
         "Append pictures."
         self.pictures[self.n : self.n + len(pictures)] = pictures
@@ -239,25 +239,38 @@ def draw_from_real(
     model: Callable[[Tensor, Tensor], Tensor],  # predicts the noise, as for `sample`
     normals: Tensor,  # (N, H, W, 3) uint8 real pictures, on the generator's device
     n: int,  # pictures to draw
-    config: GeneratorConfig,  # start, T, times
+    config: GeneratorConfig,  # start, start_to, T, times; redraw and blobs
     generator: torch.Generator,  # source of randomness
-) -> Tensor:  # (n, 3, H, W) in [-1, 1]
-    "Algorithm 2 from noised real pictures: each few from a time of their own (our choice)."
-    T, alpha_bar, drawn = config.T, alpha_bars(config.T).to(generator.device), []
+) -> tuple[Tensor, Tensor]:  # (n, 3, H, W) in [-1, 1], and the real pictures that they begin with, likewise
+    "Algorithm 2 from noised real pictures: each few from a time of their own, and only inside of blobs (our choice)."
+    T, alpha_bar, drawn, real = config.T, alpha_bars(config.T).to(generator.device), [], []
     times = timesteps(T, config.sample_steps, config.spacing)
     for k in range(0, n, START_TOGETHER):
         some = min(START_TOGETHER, n - k)
-        share = (
-            config.start
-            + (config.start_to - config.start) * torch.rand(1, generator=generator, device=generator.device).item()
-        )
+        chance = torch.rand(1, generator=generator, device=generator.device).item()
+        share = config.start + (config.start_to - config.start) * chance
         later = [t for t in times if t <= share * (T - 1)] or times[-1:]
         chosen = torch.randint(len(normals), (some,), generator=generator, device=generator.device)
         x_0 = to_model(normals[chosen])
+        keep = _outside(x_0, config, generator) if config.redraw < 1 else None
         eps_1 = torch.randn(x_0.shape, generator=generator, device=generator.device)
         x_t = q_sample(x_0, torch.full_like(chosen, later[0]), eps_1, alpha_bar)
-        drawn.append(sample(model, some, x_0.shape[-1], alpha_bar.tolist(), generator, later, first=x_t))
-    return torch.cat(drawn)
+        side = x_0.shape[-1]
+        drawn.append(sample(model, some, side, alpha_bar.tolist(), generator, later, first=x_t, keep=keep))
+        real.append(x_0)
+    return torch.cat(drawn), torch.cat(real)
+
+
+def _outside(x_0: Tensor, config: GeneratorConfig, generator: torch.Generator) -> Callable[[Tensor, Tensor], Tensor]:
+    "Puts real pictures, noised, in the place of what is generated outside of random blobs (RePaint, 2022)."
+    mask = blob_masks(len(x_0), x_0.shape[-1], config.redraw, config.blobs, generator)
+
+    def keep(x: Tensor, alpha_bar: Tensor) -> Tensor:
+        eps_1 = torch.randn(x_0.shape, generator=generator, device=generator.device)
+        known = alpha_bar.sqrt().to(x) * x_0 + (1 - alpha_bar).sqrt().to(x) * eps_1
+        return mask * x + (1 - mask) * known
+
+    return keep
 
 # %% ../nbs/05_contrastive.ipynb #contstc2
 CPU_BATCH = 32  # pictures that a CPU draws together, at most: it does not say when its memory is full (our choice)
@@ -268,17 +281,19 @@ def _way_to_draw(
     config: GeneratorConfig,  # size, times, start
     generator: torch.Generator,  # source of randomness
     normals: Tensor | None,  # (N, size, size, 3) uint8 real pictures to start from; None = from noise
-) -> Callable[[int], Tensor]:  # n → (n, 3, size, size)
+) -> Callable[[int], np.ndarray]:  # n → (n, size, size, 3) uint8, or 4 channels: the last is the change
     "How the pictures of a set are drawn: from noise, or from real pictures."
     times = timesteps(config.T, config.sample_steps, config.spacing)
     alpha_bar = alpha_bars(config.T).tolist()
 
-    def from_noise(n: int) -> Tensor:
-        return sample(model, n, config.size, alpha_bar, generator, times)
+    def from_noise(n: int) -> np.ndarray:
+        return to_bytes(sample(model, n, config.size, alpha_bar, generator, times))
 
-    def from_real(n: int) -> Tensor:
+    def from_real(n: int) -> np.ndarray:
         assert normals is not None
-        return draw_from_real(model, normals, n, config, generator)
+        drawn, real = map(to_bytes, draw_from_real(model, normals, n, config, generator))
+        change = np.abs(drawn.astype(np.int16) - real).max(-1, keepdims=True)
+        return np.concatenate([drawn, change.astype(np.uint8)], -1)
 
     return from_noise if normals is None else from_real
 
@@ -291,9 +306,10 @@ def generate(
     progress: bool = True,  # show a progress bar
     checkpoint: str | Path | None = None,  # file to save the pictures in once a minute and to resume from
     normals: np.ndarray | None = None,  # (N, size, size, 3) uint8 real pictures to start from, where config.start < 1
-) -> np.ndarray:  # (n_samples, size, size, 3) uint8
+) -> np.ndarray:  # (n_samples, size, size, 3) uint8; 4 channels where config.start < 1
     """The contrastive set of one level (Algorithm 2, or fewer of its steps); resumes from `checkpoint`.
 
+    Where it starts from real pictures, a fourth channel says how far each pixel is from them, in grey levels.
     `ValueError` if real pictures to start from are wanted and not given.
     """
     if config.start < 1 and normals is None:
@@ -307,14 +323,14 @@ def generate(
     generator = stage_generator(seed, f"patchdiff-sample-{model.level}", device)
     eps_theta = ops.for_sampling(ops.place(model.eval(), device), config.bf16)
     draw = _way_to_draw(eps_theta, config, generator, real)
-    drawn = DrawnPictures(config.n_samples, config.size)
+    drawn = DrawnPictures(config.n_samples, config.size, 3 if real is None else 4)
     micro_batches = ops.MicroBatches(config.sample_batch, device, on_cpu=CPU_BATCH)
 
     def step(_: int) -> Tensor:
         end = min(drawn.n + config.sample_batch, config.n_samples)
         with ops.mixed_precision(device, config.bf16):
             while drawn.n < end:
-                drawn.add(micro_batches(lambda most: to_bytes(draw(min(most, end - drawn.n)))))
+                drawn.add(micro_batches(lambda most: draw(min(most, end - drawn.n))))
         return torch.tensor([float(drawn.n)])
 
     steps = math.ceil(config.n_samples / config.sample_batch)
@@ -389,7 +405,7 @@ def make_contrastive(
     device: str | torch.device = "cpu",  # where to compute
     progress: bool = True,  # show progress bars
     levels: Sequence[int] = (),  # all levels of the run, which share a trunk where the settings say so
-) -> tuple[dict, list[str]]:  # figures; the files: generator, contrastive set (for `read_array`), history
+) -> tuple[dict, list[str]]:  # figures; the files: generator, contrastive set (for `read_array`), history, change
     "Train a PatchDiff and make its contrastive set: the work of a generate stage."
     tag = f"{level:02d}"
     files = [f"generator-{tag}.safetensors", f"contrastive/level-{tag}.npy", f"history/generate-{tag}.csv"]
@@ -403,6 +419,12 @@ def make_contrastive(
     middle = time.perf_counter()
     pictures = generate(model, config, seed, device, progress, drawn, normals if config.start < 1 else None)
     save_patchdiff(folder / files[0], model)
+    change = f"contrastive/change-{tag}.npy"
+    (folder / change).unlink(missing_ok=True)
+    if pictures.shape[-1] > 3:
+        files.append(change)
+        write_array(folder / change, np.ascontiguousarray(pictures[..., 3]))
+        pictures = np.ascontiguousarray(pictures[..., :3])
     write_array(folder / files[1], pictures)
     write_table(folder / files[2], history)
     for file in (trained, drawn):
@@ -411,3 +433,12 @@ def make_contrastive(
     told = told_apart(normals, pictures, level, seed)
     figures = {"level": level, "loss": history.loss.tail(100).mean(), "two_sample_auroc": told, "parts": seconds}
     return figures, files
+
+# %% ../nbs/05_contrastive.ipynb #conts005
+def read_changes(
+    folder: Path,  # where contrastive sets are
+    levels: Sequence[int],  # of the PatchDiffs
+) -> list[np.ndarray]:  # (M, size, size) uint8 for each level; empty where the sets come from noise
+    "How far the pictures of each set are from the real ones that they began with, in grey levels."
+    files = [folder / f"contrastive/change-{level:02d}.npy" for level in levels]
+    return [read_array(file) for file in files if file.is_file()]

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import grad_nb.inference.levels  # noqa: F401  offers the fast way to score batches
 from .accel.backends import choice
 from .config import Augmentation, Level, Preset, from_dict, preset, to_dict
-from .contrastive import make_contrastive
+from .contrastive import make_contrastive, read_changes
 from .core.devices import pick_device
 from .core.files import array_sha256, exclusive_lock, read_array
 from .core.provenance import versions
@@ -516,7 +516,8 @@ class _Training(_Scoring):
             name = f"detector-{row.level:03d}"
             sets = [read_array(folder / f"contrastive/level-{n:02d}.npy") for n in row.generators]
             settings = (row, config.detector, self.augmentation)
-            train = partial(make_detector, folder, normals, sets, *settings, *rest)
+            changes = read_changes(folder, row.generators)
+            train = partial(make_detector, folder, normals, sets, *settings, *rest, changes)
             run_stage(folder, name, stage_key("detect", key, *map(to_dict, settings)), train, device)
             (folder / f"{name}.checkpoint").unlink(missing_ok=True)
             detectors.append(load_detector(folder / f"{name}.safetensors")[0])

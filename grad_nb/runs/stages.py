@@ -33,7 +33,7 @@ from grad_nb.config import (
     preset,
     to_dict,
 )
-from ..contrastive import make_contrastive
+from ..contrastive import make_contrastive, read_changes
 from ..core.devices import float32_name, pick_device
 from grad_nb.core.files import (
     read_array,
@@ -228,7 +228,8 @@ def _detect(run: Run, row: Level) -> tuple[dict, list[str]]:
     "The work of a detect stage."
     tag = f"{row.level:03d}"
     sets = [contrastive_set(run, n) for n in row.generators]
-    settings = (run.preset.detector, augmentation(run.category.name), run.seed, run.device, run.progress)
+    changes = read_changes(run.folder, row.generators)
+    settings = (run.preset.detector, augmentation(run.category.name), run.seed, run.device, run.progress, changes)
     figures, files = make_detector(run.folder, load_normals(run), sets, row, *settings)
     detector, _ = load_detector(run.folder / files[0])
     start = time.perf_counter()
