@@ -1,4 +1,4 @@
-"Contrastive pictures that are real outside of blobs, crops that go where something has changed, detectors without places."
+"Pictures that are real outside of blobs, crops where something has changed, detectors without places."
 
 from dataclasses import replace
 
