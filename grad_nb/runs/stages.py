@@ -33,7 +33,7 @@ from grad_nb.config import (
     preset,
     to_dict,
 )
-from ..contrastive import make_contrastive
+from ..contrastive import make_contrastive, read_changes
 from ..core.devices import float32_name, pick_device
 from grad_nb.core.files import (
     read_array,
@@ -169,7 +169,8 @@ def generate_key(
     "The fingerprint of a generate stage: everything that its result depends on."
     names = [sample.path.name for sample in split_normals(run)[0]]
     config = to_dict(run.preset.generator)
-    return stage_key("generate", level, config, run.seed, run.data_sha256, names)
+    together = [run.generator_levels] if run.preset.generator.shared else []
+    return stage_key("generate", level, config, run.seed, run.data_sha256, names, *together)
 
 
 def generate_stage(
@@ -183,7 +184,8 @@ def generate_stage(
 
     def make() -> tuple[dict, list[str]]:
         config = run.preset.generator
-        return make_contrastive(run.folder, load_normals(run), level, config, run.seed, run.device, run.progress)
+        rest = (run.seed, run.device, run.progress, run.generator_levels)
+        return make_contrastive(run.folder, load_normals(run), level, config, *rest)
 
     return run_stage(run.folder, f"generate-{level:02d}", generate_key(run, level), make, run.device)
 
@@ -226,7 +228,8 @@ def _detect(run: Run, row: Level) -> tuple[dict, list[str]]:
     "The work of a detect stage."
     tag = f"{row.level:03d}"
     sets = [contrastive_set(run, n) for n in row.generators]
-    settings = (run.preset.detector, augmentation(run.category.name), run.seed, run.device, run.progress)
+    changes = read_changes(run.folder, row.generators)
+    settings = (run.preset.detector, augmentation(run.category.name), run.seed, run.device, run.progress, changes)
     figures, files = make_detector(run.folder, load_normals(run), sets, row, *settings)
     detector, _ = load_detector(run.folder / files[0])
     start = time.perf_counter()
