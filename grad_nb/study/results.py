@@ -133,7 +133,7 @@ def _facts(made: ResultSet, folder: Path) -> dict[str, str]:
 _HEAD = """# Results
 
 Every folder is a question, and holds the records that answer it: the `result.json` of runs, the records and tables of
-ablations. What they say is told in [findings](../nbs/20_findings.ipynb). This page is written from `sets.json` and the
+ablations. What they say is told in [conclusions](../nbs/findings/01_conclusions.ipynb). This page is written from `sets.json` and the
 records by `python -m grad_nb.study.results --page`; `make collect` brings what a command left in the repository's
 folder into the set of its name.
 
