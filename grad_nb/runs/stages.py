@@ -84,6 +84,7 @@ class Run:
     data_sha256: str  # of every picture and mask
     device: str = "cpu"  # where to compute
     progress: bool = True  # show progress bars
+    made: Path | None = None  # folder of the run whose contrastive sets these are; its own if None
 
     @property
     def levels(self) -> tuple[Level, ...]:
@@ -195,10 +196,11 @@ def contrastive_set(
     level: int,  # of the PatchDiff
 ) -> np.ndarray:  # (n_samples, size, size, 3) uint8, a memory map
     "The contrastive pictures of one level. `FileNotFoundError` says which stage is missing or out of date."
-    if not stage_done(run.folder, f"generate-{level:02d}", generate_key(run, level)):
-        missing = f"{run.folder} has no contrastive pictures of level {level} for these settings"
+    folder = run.made or run.folder
+    if not stage_done(folder, f"generate-{level:02d}", generate_key(run, level)):
+        missing = f"{folder} has no contrastive pictures of level {level} for these settings"
         raise FileNotFoundError(f"{missing}; run the generate stage for it first")
-    return read_array(run.folder / "contrastive" / f"level-{level:02d}.npy")
+    return read_array(folder / "contrastive" / f"level-{level:02d}.npy")
 
 # %% ../../nbs/runs/01_stages.ipynb #f940885f
 def detect_key(
@@ -443,8 +445,9 @@ def provenance(
     run: Run,  # the run
 ) -> dict:
     "What a result says about how it was made: settings, seed, versions, device, data, and each of its stages."
-    names = [f"generate-{n:02d}" for n in run.generator_levels] + [f"detect-{row.level:03d}" for row in run.levels]
-    records = {name: read_json(run.folder / f"{name}.json") for name in names}
+    files = {f"generate-{n:02d}": run.made or run.folder for n in run.generator_levels}
+    files |= {f"detect-{row.level:03d}": run.folder for row in run.levels}
+    records = {name: read_json(folder / f"{name}.json") for name, folder in files.items()}
     kept = ("device", "versions", "fingerprint", "products")
     train, held = split_normals(run)
     return {
