@@ -180,7 +180,9 @@ def slim(html: Path):
     for page in html.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
         short = re.sub(r"_images/([^\"']+\.png)", lambda m: f"_images/{smaller.get(m[1], m[1])}", text)
-        page.write_text(re.sub(r'<span class="(?:w|n|nn|o|p)">([^<]*)</span>', r"\1", short), encoding="utf-8")  # no colours
+        page.write_text(
+            re.sub(r'<span class="(?:w|n|nn|o|p)">([^<]*)</span>', r"\1", short), encoding="utf-8"
+        )  # no colours
 
 
 def report(html: Path) -> str:

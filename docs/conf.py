@@ -26,5 +26,10 @@ html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_last_updated_fmt = None
-html_theme_options = {"use_download_button": False, "show_toc_level": 2, "home_page_in_toc": True, "collapse_navbar": True}
+html_theme_options = {
+    "use_download_button": False,
+    "show_toc_level": 2,
+    "home_page_in_toc": True,
+    "collapse_navbar": True,
+}
 mathjax_path = "mathjax/tex-chtml.js"

@@ -27,15 +27,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 from scipy import ndimage
+from torch import Tensor
 from tqdm import tqdm
 
 from ..core.files import file_sha256
 from ..core.seeds import stage_seed
 
 log = logging.getLogger(__name__)
-
 
 # %% ../../nbs/datasets/01_readers.ipynb #4c6d7e3e
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # compared in lower case
@@ -166,7 +165,6 @@ def _to_rgb(im: Image.Image, white: float | None = None) -> Image.Image:
         im.paste(rgba, mask=rgba.getchannel("A"))
     return im.convert("RGB")
 
-
 # %% ../../nbs/datasets/01_readers.ipynb #range002
 def find_white(
     paths: Iterable[str | Path],  # the training pictures of a data set
@@ -202,7 +200,6 @@ def _is_deep(path: Path) -> bool:
             return im.mode == "F" or im.mode.startswith("I")
     except Exception:  # see `_open`, which says what is wrong
         return False
-
 
 # %% ../../nbs/datasets/01_readers.ipynb #2121cda1
 def read_image(
@@ -337,7 +334,6 @@ def _few(names: Iterable[str], most: int = 5) -> str:
     names = sorted(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
-
 # %% ../../nbs/datasets/01_readers.ipynb #unused01
 MOST_ENTRIES = 100_000  # files and folders that are looked through for what is not used (our choice)
 
@@ -388,7 +384,6 @@ def no_pictures(
     if meant:
         said += f"; did you mean {folder / meant[0]}?"
     return "; ".join([said, *inside[:5]])
-
 
 # %% ../../nbs/datasets/01_readers.ipynb #b3016abb
 def _find(root: Path) -> str:
@@ -478,7 +473,6 @@ def _test_samples(root: Path, layout: str) -> tuple[Sample, ...]:
             masks = _masks(root, known, p, kind.name) if truth and anomalous else ()
             samples.append(Sample(p, int(anomalous), kind.name, masks))
     return tuple(samples)
-
 
 # %% ../../nbs/datasets/01_readers.ipynb #dd4e8030
 def read_category(
@@ -648,7 +642,6 @@ def _open_masks(sample: Sample) -> Iterator[tuple[Path, np.ndarray]]:
                 raise DataError(f"{path} marks no pixel; draw the defect, or leave mask and picture out")
             yield path, values
 
-
 # %% ../../nbs/datasets/01_readers.ipynb #9aadf8a8
 def _shares(n: int, size: int) -> np.ndarray:  # (size, n), rows of sum 1
     "How much of each of `size` cells each of n pixels fills."
@@ -698,7 +691,6 @@ def load_masks(
     for i, sample in enumerate(tqdm(samples, desc="reading masks", disable=not progress)):
         masks[i] = load_mask(sample, size)
     return masks
-
 
 # %% ../../nbs/datasets/01_readers.ipynb #cf8a9468
 def _defect(path: Path, values: np.ndarray, defects: tuple[Defect, ...]) -> tuple[np.ndarray, float]:
@@ -959,7 +951,6 @@ def _mask_problems(path: Path, picture: Path, size: tuple[int, int], layout: str
             yield f"{path} {doubt}"
     except DataError as e:
         yield str(e)
-
 
 # %% ../../nbs/datasets/01_readers.ipynb #0ff10009
 def survey(

@@ -87,9 +87,7 @@ LIMIT = 3_000_000  # bytes of the whole folder
 KEPT = 16  # pictures of each kind
 AVERAGED = 10  # steps that a line of a history stands for
 SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the training of the detector, after which its maps are kept
-REGULARISED: Mapping[str, Any] = MappingProxyType(
-    {"alpha_1": 1.0, "alpha_2": 1e-3}
-)  # of the second detector
+REGULARISED: Mapping[str, Any] = MappingProxyType({"alpha_1": 1.0, "alpha_2": 1e-3})  # of the second detector
 REGULARISED_SHARE = 0.4  # of the steps of the first detector
 
 
