@@ -26,7 +26,7 @@ from tqdm import tqdm
 import grad_nb.inference.levels  # noqa: F401  offers the fast way to score batches
 from .accel.backends import choice
 from .config import Augmentation, Level, Preset, from_dict, preset, to_dict
-from .contrastive import make_contrastive
+from .contrastive import make_contrastive, read_changes
 from .core.devices import pick_device
 from .core.files import array_sha256, exclusive_lock, read_array
 from .core.provenance import versions
@@ -505,16 +505,19 @@ class _Training(_Scoring):
         "Every stage of the training in one folder; a stage that is there already is taken as it is."
         config, seed = self.preset_, self.random_state
         rest = (seed, device, self.progress)
-        key = stage_key("generate", "fit", array_sha256(normals), to_dict(config.generator), seed)
-        for n in config.generator_levels(self.layout):
-            draw = partial(make_contrastive, folder, normals, n, config.generator, *rest)
+        levels = config.generator_levels(self.layout)
+        together = [levels] if config.generator.shared else []
+        key = stage_key("generate", "fit", array_sha256(normals), to_dict(config.generator), seed, *together)
+        for n in levels:
+            draw = partial(make_contrastive, folder, normals, n, config.generator, *rest, levels)
             run_stage(folder, f"generate-{n:02d}", key, draw, device)
         detectors = []
         for row in self.levels_:
             name = f"detector-{row.level:03d}"
             sets = [read_array(folder / f"contrastive/level-{n:02d}.npy") for n in row.generators]
             settings = (row, config.detector, self.augmentation)
-            train = partial(make_detector, folder, normals, sets, *settings, *rest)
+            changes = read_changes(folder, row.generators)
+            train = partial(make_detector, folder, normals, sets, *settings, *rest, changes)
             run_stage(folder, name, stage_key("detect", key, *map(to_dict, settings)), train, device)
             (folder / f"{name}.checkpoint").unlink(missing_ok=True)
             detectors.append(load_detector(folder / f"{name}.safetensors")[0])
@@ -688,7 +691,7 @@ def _contents(
     model: _Describing,  # fitted
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:  # tensors and plain data
     "What a model's file holds."
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     if model.light_ is not None:
         tensors |= {"light.median": model.light_.median, "light.weight": model.light_.weight}
     for row, detector, banks in zip(model.levels_, model.detectors_, model.banks_):

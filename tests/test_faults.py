@@ -81,11 +81,11 @@ def normal(trays) -> Path:
 
 @pytest.fixture(scope="module")
 def model(normal) -> GRAD:
-    return small().set_params(validation=0.1).fit(normal)
+    return small().fit(normal)
 
 
 def small(**changes) -> GRAD:
-    return tiny(**{k.replace(".", "__"): v for k, v in FEW.items()} | changes)
+    return tiny(**{k.replace(".", "__"): v for k, v in FEW.items()} | changes).set_params(validation=0.1)
 
 
 # ---- pictures that are none, and pictures of every kind -------------------------------------------------------------
