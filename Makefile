@@ -44,10 +44,11 @@ gpu: $(if $(filter .venv/bin,$(BIN)),install)  ## on a machine with a CUDA devic
 	$(BIN)/python -m grad_nb.bench.command --device cuda --quick --protocol --json-file results/gpu/gpu.json
 	$(BIN)/python -m grad_nb.bench.command --device cuda --preset paper --json-file results/gpu/gpu-steps.json
 
-export: install  ## after editing a notebook: clean the notebooks, write grad_nb/ and README.md
+export: install  ## after editing a notebook: clean the notebooks, write grad_nb/, README.md and the minutes of docs/method.md
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
 	$(BIN)/python tests/check_sync.py --write-readme
+	$(BIN)/python docs/build.py --write-minutes
 
 collect:  ## the records of finished runs and ablations, without pictures, into results/: the sets of results/sets.json
 	$(BIN)/python -m grad_nb.study.results --runs "$(RUNS)"

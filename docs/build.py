@@ -187,6 +187,18 @@ def slim(html: Path):
         )  # no colours
 
 
+def write_minutes():
+    "Bring the minutes of docs/method.md up to date."
+    page = DOCS / "method.md"
+    text = re.sub(
+        r"(\.\./nbs/(\d\d_\w+)\.ipynb\).*\| )\d+( \|)$",
+        lambda row: f"{row[1]}{reading(read_notebook(NOTEBOOKS / f'{row[2]}.ipynb'))['minutes']}{row[3]}",
+        page.read_text(encoding="utf-8"),
+        flags=re.MULTILINE,
+    )
+    page.write_text(text, encoding="utf-8")
+
+
 def report(html: Path) -> str:
     "Words, pictures and minutes of each notebook, the external links, and the size of the site."
     rows = [f"{'page':28}{'words':>7}{'lines':>7}{'pictures':>10}{'minutes':>9}"]
@@ -269,4 +281,6 @@ def build(target: Path):
 
 
 if __name__ == "__main__":
+    if "--write-minutes" in sys.argv:
+        sys.exit(write_minutes())
     build(Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else ROOT / "_docs")
