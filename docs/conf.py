@@ -35,3 +35,4 @@ html_theme_options = {
     "navbar_persistent": [],
 }
 mathjax_path = "mathjax/tex-chtml.js"
+html_context = {"default_mode": "auto"}
