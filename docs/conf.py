@@ -13,6 +13,8 @@ extensions = ["myst_nb", "sphinx.ext.mathjax"]
 exclude_patterns = ["_static"]
 nb_execution_mode = "off"  # what a notebook has stored is what is shown
 nb_merge_streams = True
+nb_code_prompt_show = "Show the code"
+nb_code_prompt_hide = "Hide the code"
 nb_render_markdown_format = "myst"  # tables that a cell gives as Markdown
 
 myst_enable_extensions = ["dollarmath"]

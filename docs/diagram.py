@@ -43,13 +43,13 @@ def main():
     kinds = [row[-10:] for row in rows_of(stored("sit047"))]
     pictures, maps = rows_of(stored("sit071"))
     patches = {
-        "+ normal, right place": [kinds[0][3], kinds[1][3]],
-        "− normal, wrong place": [kinds[2][1], kinds[3][1]],
+        "+ right place": [kinds[0][3], kinds[1][3]],
+        "− wrong place": [kinds[2][1], kinds[3][1]],
         "− generated": [kinds[4][5], kinds[4][2]],
         "− generated ": [kinds[5][5], kinds[5][7]],
     }
     figure = method_diagram([real[0], real[3]], {5: level_5[3:5], 17: level_17[4:6]}, patches, [pictures[4], maps[4]])
-    print(save_figure(figure, NOTEBOOKS / "images" / "method.png", dpi=118))
+    print(save_figure(figure, NOTEBOOKS / "images" / "method.png", dpi=116))
 
 
 if __name__ == "__main__":

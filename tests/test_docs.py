@@ -77,6 +77,15 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     assert not re.search(r'(?:src|link href)="https?://', pages), "a page loads something from elsewhere"
 
 
+def test_the_pictures_of_the_diagram_are_found_in_one_sitting():
+    sys.path.insert(0, str(DOCS))
+    import diagram
+
+    counts = {"sit044": [10, 10, 10], "sit047": [10] * 6, "sit071": [8, 8]}  # kinds of pictures, patches, maps
+    for cell, pictures in counts.items():
+        assert [len(row) for row in diagram.rows_of(diagram.stored(cell))] == pictures
+
+
 # README
 
 
