@@ -74,10 +74,11 @@ def as_page(notebook: dict, module: str, depth: int, fold: bool = False) -> dict
         else:
             text = site_links(text)
         cells.append(cell | {"source": text, "metadata": {"tags": tags}})
+    minutes = f"*{reading(notebook)['minutes'] or 1} minutes to read.*"
     if module:
-        up = "../" * depth
-        note = f"*This notebook is the source of the module [`{module}`]({up}api/{part_of(module)}.md#{module}).*"
-        cells.insert(1, {"cell_type": "markdown", "id": "module-of-page", "metadata": {}, "source": note})
+        link = f"[`{module}`]({'../' * depth}api/{part_of(module)}.md#{module})"
+        minutes = f"*The source of {link}; {reading(notebook)['minutes'] or 1} minutes to read.*"
+    cells.insert(1, {"cell_type": "markdown", "id": "about-this-page", "metadata": {}, "source": minutes})
     language = {"name": "python", "pygments_lexer": "python"}
     return notebook | {"cells": cells, "metadata": notebook["metadata"] | {"language_info": language}}
 
@@ -129,6 +130,8 @@ def lay_out(source: Path):
         module = module_of(notebook)
         modules[module] = name
         page = as_page(notebook, module, name.count("/"), fold=name.startswith("findings/"))
+        if name == "index":
+            page["cells"] = [cell for cell in page["cells"] if cell["id"] != "about-this-page"]
         if name in below:
             tree = toctree(name, below)
             page["cells"].append({"cell_type": "markdown", "id": "toc", "metadata": {}, "source": tree})
@@ -181,10 +184,12 @@ def slim(html: Path):
             path.unlink()
     for page in html.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
-        short = re.sub(r"_images/([^\"']+\.png)", lambda m: f"_images/{smaller.get(m[1], m[1])}", text)
-        page.write_text(
-            re.sub(r'<span class="(?:w|n|nn|o|p)">([^<]*)</span>', r"\1", short), encoding="utf-8"
-        )  # no colours
+        text = re.sub(r"_images/([^\"']+\.png)", lambda m: f"_images/{smaller.get(m[1], m[1])}", text)
+        text = re.sub(r'<span class="(?:w|n|nn|o|p)">([^<]*)</span>', r"\1", text)  # they have no colour
+        head, start, rest = text.partition("<article")
+        article, end, foot = rest.rpartition("</article>")
+        head, foot = (re.sub(r"\s*\n\s*", "\n", part) for part in (head, foot))
+        page.write_text(head + start + article + end + foot, encoding="utf-8")
 
 
 def write_minutes():
@@ -220,6 +225,8 @@ def as_slides(notebook: dict) -> dict:
     "A slide for each heading, below it one for each piece of prose and for each picture; long code is left out."
     cells = []
     for cell in as_page(notebook, "", 0)["cells"]:
+        if cell["id"] == "about-this-page":
+            continue
         text, outputs = source_of(cell), cell.get("outputs", [])
         kind = "slide" if text.startswith(("# ", "## ")) else "subslide"
         tags = []
