@@ -255,8 +255,6 @@ def _plain_category(folder: Path, test: Path, truth: Path) -> Category:
         notes += [f"{place}: {line}" for line in passed_over(place, inside)]
     return Category(folder.resolve().name, "folder", folder, (), test=tuple(samples), notes=tuple(notes))
 
-
-
 # %% ../nbs/17_verdicts.ipynb #verd0018
 def _number(value: float) -> float | None:
     "A figure for JSON: nan, which is undefined, as None."

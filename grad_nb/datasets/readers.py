@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['log', 'IMAGE_SUFFIXES', 'OTHER_SUFFIXES', 'NORMAL_NAMES', 'MIN_SIDE', 'MIN_NORMALS', 'MAX_PIXELS', 'BITS',
            'MOST_ENTRIES', 'HALF_DOWN', 'LABELS', 'OFFICIAL', 'DataError', 'UnavailableError', 'max_pixels',
-           'find_white', 'read_image', 'resize_image', 'Sample', 'Defect', 'Category', 'picture_files', 'passed_over',
-           'no_pictures', 'mask_files', 'read_category', 'hold_out', 'load_images', 'resized', 'resize_pictures',
-           'shrink_mask', 'load_mask', 'load_masks', 'load_defects', 'manifest', 'data_sha256', 'check_category',
-           'Official', 'Survey', 'survey', 'category_folders']
+           'find_white', 'read_image', 'picture_array', 'resize_image', 'Sample', 'Defect', 'Category', 'picture_files',
+           'passed_over', 'no_pictures', 'mask_files', 'read_category', 'hold_out', 'load_images', 'resized',
+           'resize_pictures', 'shrink_mask', 'load_mask', 'load_masks', 'load_defects', 'manifest', 'data_sha256',
+           'check_category', 'Official', 'Survey', 'survey', 'category_folders']
 
 # %% ../../nbs/datasets/01_readers.ipynb #84b4b173
 import errno
@@ -27,15 +27,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 from scipy import ndimage
-from tqdm import tqdm
+from torch import Tensor
 
 from ..core.files import file_sha256
+from ..core.progress import tqdm
 from ..core.seeds import stage_seed
 
 log = logging.getLogger(__name__)
-
 
 # %% ../../nbs/datasets/01_readers.ipynb #4c6d7e3e
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # compared in lower case
@@ -166,7 +165,6 @@ def _to_rgb(im: Image.Image, white: float | None = None) -> Image.Image:
         im.paste(rgba, mask=rgba.getchannel("A"))
     return im.convert("RGB")
 
-
 # %% ../../nbs/datasets/01_readers.ipynb #range002
 def find_white(
     paths: Iterable[str | Path],  # the training pictures of a data set
@@ -203,7 +201,6 @@ def _is_deep(path: Path) -> bool:
     except Exception:  # see `_open`, which says what is wrong
         return False
 
-
 # %% ../../nbs/datasets/01_readers.ipynb #2121cda1
 def read_image(
     path: str | Path,  # a PNG, JPEG, BMP, TIFF or WebP file
@@ -211,17 +208,25 @@ def read_image(
     white: float | None = None,  # the white of its data set, for more than 8 bits, see `find_white`
 ) -> np.ndarray:  # (H, W, 3) uint8, RGB
     "Read any picture as RGB. `DataError` if it is damaged, of unknown white, or has a side under 34 pixels."
-    im = _open(path)
+    pixels = picture_array(_open(path), str(path), white)
+    return pixels if size is None else resize_image(pixels, size)
+
+
+def picture_array(
+    im: Image.Image,  # decoded and upright
+    name: str,  # what it is called in an error
+    white: float | None = None,  # for more than 8 bits, see `find_white`
+) -> np.ndarray:  # (H, W, 3) uint8, RGB
+    "A picture of Pillow as an array. `DataError` for one of unknown white, or with a side under 34 pixels."
     if min(im.size) < MIN_SIDE:
         raise DataError(
-            f"{path} has {im.width}x{im.height} pixels and the detector's patch {MIN_SIDE}x{MIN_SIDE}; "
+            f"{name} has {im.width}x{im.height} pixels and the detector's patch {MIN_SIDE}x{MIN_SIDE}; "
             "use larger pictures"
         )
     try:
-        im = _to_rgb(im, white)
+        return np.array(_to_rgb(im, white))
     except (ValueError, OSError, MemoryError) as e:
-        raise DataError(f"{path} (mode {im.mode}) cannot be made RGB: {e}; convert it to 8-bit or 16-bit PNG") from None
-    return np.array(im) if size is None else resize_image(np.array(im), size)
+        raise DataError(f"{name} (mode {im.mode}) cannot be made RGB: {e}; convert it to 8-bit or 16-bit PNG") from None
 
 
 def resize_image(
@@ -337,7 +342,6 @@ def _few(names: Iterable[str], most: int = 5) -> str:
     names = sorted(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
-
 # %% ../../nbs/datasets/01_readers.ipynb #unused01
 MOST_ENTRIES = 100_000  # files and folders that are looked through for what is not used (our choice)
 
@@ -388,7 +392,6 @@ def no_pictures(
     if meant:
         said += f"; did you mean {folder / meant[0]}?"
     return "; ".join([said, *inside[:5]])
-
 
 # %% ../../nbs/datasets/01_readers.ipynb #b3016abb
 def _find(root: Path) -> str:
@@ -479,7 +482,6 @@ def _test_samples(root: Path, layout: str) -> tuple[Sample, ...]:
             samples.append(Sample(p, int(anomalous), kind.name, masks))
     return tuple(samples)
 
-
 # %% ../../nbs/datasets/01_readers.ipynb #dd4e8030
 def read_category(
     root: str | Path,  # the folder of the data set, or of the category itself if `name` is empty
@@ -524,11 +526,11 @@ def _with_notes(category: Category) -> Category:
     white = find_white(s.path for s in category.train)
     if white is None:
         return category
-    named = {}
-    for name in ("train", "validation", "test"):
-        named[name] = tuple(replace(s, white=white) for s in getattr(category, name))
+    train, validation, test = (
+        tuple(replace(s, white=white) for s in part) for part in (category.train, category.validation, category.test)
+    )
     bits = f"pictures of more than 8 bits: white is {white:g}, after the brightest training picture"
-    return replace(category, **named, notes=(*category.notes, bits))
+    return replace(category, train=train, validation=validation, test=test, notes=(*category.notes, bits))
 
 
 def _named_in_utf8(category: Category) -> Category:
@@ -648,7 +650,6 @@ def _open_masks(sample: Sample) -> Iterator[tuple[Path, np.ndarray]]:
                 raise DataError(f"{path} marks no pixel; draw the defect, or leave mask and picture out")
             yield path, values
 
-
 # %% ../../nbs/datasets/01_readers.ipynb #9aadf8a8
 def _shares(n: int, size: int) -> np.ndarray:  # (size, n), rows of sum 1
     "How much of each of `size` cells each of n pixels fills."
@@ -698,7 +699,6 @@ def load_masks(
     for i, sample in enumerate(tqdm(samples, desc="reading masks", disable=not progress)):
         masks[i] = load_mask(sample, size)
     return masks
-
 
 # %% ../../nbs/datasets/01_readers.ipynb #cf8a9468
 def _defect(path: Path, values: np.ndarray, defects: tuple[Defect, ...]) -> tuple[np.ndarray, float]:
@@ -885,7 +885,7 @@ class Survey:
 
 # %% ../../nbs/datasets/01_readers.ipynb #0ff10007
 def _head(path: Path) -> tuple[tuple[int, int] | None, str]:
-    "Width and height of an upright picture from the head of its file, and what is wrong with it; a PNG must also have its end."
+    "Width and height of an upright picture, from the head of its file, and what is wrong; a PNG must have its end too."
     try:
         with open(path, "rb") as f:
             with Image.open(f, formats=_FORMATS) as im:
@@ -959,7 +959,6 @@ def _mask_problems(path: Path, picture: Path, size: tuple[int, int], layout: str
             yield f"{path} {doubt}"
     except DataError as e:
         yield str(e)
-
 
 # %% ../../nbs/datasets/01_readers.ipynb #0ff10009
 def survey(

@@ -6,7 +6,7 @@
 __all__ = ['LAST', 'HOLDER', 'NOTEBOOK', 'official', 'find_categories', 'Job', 'run_jobs', 'category_jobs', 'last_jobs',
            'plan_batch', 'job_done', 'jobs_left', 'drop_stale', 'hold_folder', 'hold_or_inherit', 'log_of', 'run_job',
            'known_times', 'guess', 'at_once', 'estimate', 'in_words', 'snakemake_call', 'follow', 'failures',
-           'batch_summary', 'why', 'report_of', 'grad_reproduce', 'run_batch', 'clear_logs', 'announce', 'dry']
+           'batch_summary', 'why', 'report_of', 'run_batch', 'clear_logs', 'announce', 'dry']
 
 # %% ../../nbs/study/05_reproduce.ipynb #d5ec3bb5
 import importlib.util
@@ -22,10 +22,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Any
 
 import torch
-from fastcore.script import call_parse, store_true
 from joblib import cpu_count
 from tqdm import tqdm
 
@@ -43,7 +42,6 @@ from ..runs.stages import Run, detect_key, evaluate_key, generate_key, open_run,
 from .report import write_report
 from .tables import published_categories, table_3
 from ..training import training_steps
-from ..use.errors import plain_errors
 
 # %% ../../nbs/study/05_reproduce.ipynb #4a84f358
 def official(
@@ -663,50 +661,6 @@ def report_of(
     done = (count - len(jobs_left(batch)), count)
     failed = {marker.replace("/done/", "/"): found for marker, found in failures(batch).items()}
     return write_report(folder, preset, next(iter(batch["bench"]), ""), done, failed)
-
-# %% ../../nbs/study/05_reproduce.ipynb #cb394dd8
-@call_parse
-@plain_errors
-def grad_reproduce(
-    data: str = "",  # folder that holds the categories, or holds mvtec_ad/ and mvtec_loco/
-    dataset: str = "all",  # "mvtec_ad", "mvtec_loco", "trays" or "all"
-    preset: str = "paper",  # "paper", "fast" or "demo"
-    seeds: Annotated[Sequence[int], {"nargs": "+", "type": int, "metavar": "SEED"}] = (0, 1, 2),  # a run with each
-    categories: Annotated[Sequence[str], {"nargs": "+", "type": str, "metavar": "NAME"}] = (),  # only these, if given
-    runs: str = "runs",  # folder of all runs
-    overrides: str = "",  # settings to change, for instance "detector.steps=10"
-    device: str = "auto",  # "auto", "cpu" or "cuda"
-    bench: str = "",  # file of grad_bench --json-file, for Table 3
-    executor: str = "",  # "slurm" for a cluster
-    options: str = "",  # more options of snakemake, in one line
-    retries: int = 1,  # how often a failed notebook is tried again
-    dry_run: store_true = False,  # say what would be done and how long it may take
-    report: store_true = False,  # run nothing: make one HTML page of the batch in --runs with --preset
-    debug: store_true = False,  # show the traceback of an error
-):
-    """Run GRAD on whole data sets, notebook by notebook, and make the tables and figures of the paper.
-
-    Run it again to go on.
-    """
-    if report:
-        return print("report:", report_of(runs, preset))
-    if not data and dataset != "trays":
-        raise ValueError(f"--dataset {dataset} needs --data, the folder that holds it")
-    batch = plan_batch(data, dataset, preset, seeds, runs, categories, overrides, device, bench, retries)
-    snakemake_call(batch, executor=executor)
-    with hold_folder(batch["folder"]) as held:
-        write_json(batch["batch"], batch)
-        for line in announce(batch, dataset, executor, options):
-            print(line, flush=True)
-        if dry_run:
-            return dry(batch, executor, options)
-        status = run_batch(batch, held, executor, options)
-    for line in batch_summary(batch):
-        print(line)
-    for path in sorted((Path(batch["folder"]) / "tables").glob("*.md")):
-        print("table:", path)
-    if status:
-        sys.exit(1)
 
 # %% ../../nbs/study/05_reproduce.ipynb #53051c22
 def run_batch(
