@@ -10,7 +10,7 @@ SET ?=
 BIN := .venv/bin
 GPU_TESTS = $(shell grep -rl "mark.gpu" tests)
 
-.PHONY: demo test lab gpu install export collect clean
+.PHONY: demo test lab gpu install export collect fixture clean
 
 install: .venv/installed
 
@@ -48,6 +48,9 @@ export: install  ## after editing a notebook: clean the notebooks, write grad_nb
 
 collect:  ## the records of finished runs and ablations, without pictures, into results/: the sets of results/sets.json
 	$(BIN)/python -m grad_nb.study.results --runs "$(RUNS)"
+
+fixture: install  ## the small trained run whose pictures the notebooks show, into nbs/fixture
+	$(BIN)/python -m grad_nb.study.fixture
 
 clean:
 	rm -rf .venv build dist *.egg-info

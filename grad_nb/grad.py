@@ -25,7 +25,7 @@ import torch
 import grad_nb.inference.levels  # noqa: F401  offers the fast way to score batches
 from .accel.backends import choice
 from .config import Augmentation, Level, Preset, from_dict, preset, to_dict
-from .contrastive import make_contrastive
+from .contrastive import make_contrastive, read_changes
 from .core.devices import pick_device
 from .core.files import array_sha256, exclusive_lock, read_array
 from .core.progress import Plan, tqdm
@@ -509,7 +509,9 @@ PARTS = {"generate": (0.85, 0.15)}
 
 def _generate_key(model: "_Fitted", normals: np.ndarray) -> str:
     "The fingerprint of the generators' stages."
-    return stage_key("generate", "fit", array_sha256(normals), to_dict(model.preset_.generator), model.random_state)
+    config = model.preset_.generator
+    together = [model.preset_.generator_levels(model.layout)] if config.shared else []
+    return stage_key("generate", "fit", array_sha256(normals), to_dict(config), model.random_state, *together)
 
 
 def _detector_key(model: "_Fitted", generate: str, row: Level) -> str:
@@ -563,15 +565,19 @@ class _Training(_Scoring):
         rest = (seed, device, self.progress)
         plan = _planned(self, folder, normals)
         key = _generate_key(self, normals)
-        for n in config.generator_levels(self.layout):
-            draw = partial(make_contrastive, folder, normals, n, config.generator, *rest)
+        levels = config.generator_levels(self.layout)
+        for n in levels:
+            draw = partial(make_contrastive, folder, normals, n, config.generator, *rest, levels)
             with plan.stage(f"generate-{n:02d}"):
                 run_stage(folder, f"generate-{n:02d}", key, draw, device)
         detectors = []
         for row in self.levels_:
             name = f"detector-{row.level:03d}"
             sets = [read_array(folder / f"contrastive/level-{n:02d}.npy") for n in row.generators]
-            train = partial(make_detector, folder, normals, sets, row, config.detector, self.augmentation, *rest)
+            settings = (row, config.detector, self.augmentation)
+            train = partial(
+                make_detector, folder, normals, sets, *settings, *rest, read_changes(folder, row.generators)
+            )
             with plan.stage(name):
                 run_stage(folder, name, _detector_key(self, key, row), train, device)
             (folder / f"{name}.checkpoint").unlink(missing_ok=True)
@@ -768,7 +774,7 @@ def _contents(
     model: _Describing,  # fitted
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:  # tensors and plain data
     "What a model's file holds."
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     if model.light_ is not None:
         tensors |= {"light.median": model.light_.median, "light.weight": model.light_.weight}
     for row, detector, banks in zip(model.levels_, model.detectors_, model.banks_):

@@ -526,9 +526,8 @@ def _with_notes(category: Category) -> Category:
     white = find_white(s.path for s in category.train)
     if white is None:
         return category
-    train, validation, test = (
-        tuple(replace(s, white=white) for s in part) for part in (category.train, category.validation, category.test)
-    )
+    parts = (category.train, category.validation, category.test)
+    train, validation, test = (tuple(replace(s, white=white) for s in part) for part in parts)
     bits = f"pictures of more than 8 bits: white is {white:g}, after the brightest training picture"
     return replace(category, train=train, validation=validation, test=test, notes=(*category.notes, bits))
 
@@ -885,7 +884,7 @@ class Survey:
 
 # %% ../../nbs/datasets/01_readers.ipynb #0ff10007
 def _head(path: Path) -> tuple[tuple[int, int] | None, str]:
-    "Width and height of an upright picture, from the head of its file, and what is wrong; a PNG must have its end too."
+    "Width and height of an upright picture from the head of its file, and what is wrong; a PNG must have its end."
     try:
         with open(path, "rb") as f:
             with Image.open(f, formats=_FORMATS) as im:

@@ -30,6 +30,7 @@ from scipy.stats import t as student
 
 # %% ../../nbs/study/06_ablation.ipynb #abl0004b
 from ..config import PRESETS, Preset, augmentation, override, to_dict
+from ..contrastive import read_changes
 from ..core.files import fingerprint, lock, read_array, read_json, write_json
 from ..core.stages import run_stage, stage_done
 from ..datasets.light import even_light
@@ -464,6 +465,7 @@ def train_cell(
         run.seed,
         run.device,
         run.progress,
+        read_changes(run.folder, row.generators),
     )
     detector = load_detector(cell.folder / files[0])[0]
     history = pd.read_csv(cell.folder / files[1])
@@ -496,9 +498,8 @@ def judge_generator(
     run = cell.run
     normals = load_normals(run)
     train, held = selection_split(normals, run.seed, cell.ablation.selection)
-    figures, files = make_contrastive(
-        cell.folder, normals[train], cell.level, run.preset.generator, run.seed, run.device, run.progress
-    )
+    rest = (run.seed, run.device, run.progress, run.generator_levels)
+    figures, files = make_contrastive(cell.folder, normals[train], cell.level, run.preset.generator, *rest)
     made = read_array(cell.folder / files[1])
     history = pd.read_csv(cell.folder / files[2])
     report = generator_report(normals[train], normals[held], np.array(made), cell.level, run.seed)

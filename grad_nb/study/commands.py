@@ -80,6 +80,8 @@ def grad_reproduce(
     executor: str = "",  # "slurm" for a cluster
     options: str = "",  # more options of snakemake, in one line
     retries: int = 1,  # how often a failed notebook is tried again
+    table4: store_true = False,  # also the rows of Table 4, which `paper` has without being asked
+    no_table4: store_true = False,  # not the rows of Table 4
     dry_run: store_true = False,  # say what would be done and how long it may take
     report: store_true = False,  # run nothing: make one HTML page of the batch in --runs with --preset
     debug: store_true = False,  # show the traceback of an error
@@ -91,12 +93,16 @@ def grad_reproduce(
     config.preset(preset)
     if not (data or report or dataset == "trays"):
         raise ValueError(f"--dataset {dataset} needs --data, the folder that holds it")
+    if table4 and no_table4:
+        raise ValueError("--table4 and --no-table4 cannot both be meant")
     from grad_nb.core.files import write_json
     from grad_nb.study import reproduce as batches
 
     if report:
         return print("report:", batches.report_of(runs, preset))
-    batch = batches.plan_batch(data, dataset, preset, seeds, runs, categories, overrides, device, bench, retries)
+    rows = table4 or (False if no_table4 else None)
+    where = (data, dataset, preset, seeds, runs, categories, overrides, device, bench, retries, rows)
+    batch = batches.plan_batch(*where)
     batches.snakemake_call(batch, executor=executor)
     with batches.hold_folder(batch["folder"]) as held:
         write_json(batch["batch"], batch)

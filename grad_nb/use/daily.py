@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from fastcore.script import call_parse
 
 from .. import config
-from .errors import plain_errors
+from .errors import options_anywhere, plain_errors
 
 if TYPE_CHECKING:
     from grad_nb.grad import GRAD
@@ -165,7 +165,7 @@ def grad_calibrate(
     print(f"before: {before:.3f}")
 
 # %% ../../nbs/use/05_daily.ipynb #40be6f10
-@call_parse
+@options_anywhere
 @plain_errors
 def grad_predict(
     model: str,  # file that grad_fit wrote

@@ -15,7 +15,7 @@ from pathlib import Path
 from fastcore.script import call_parse
 
 from .. import config
-from .errors import plain_errors
+from .errors import options_anywhere, plain_errors
 
 # %% ../../nbs/use/06_demo.ipynb #c00dc415
 def _draw_trays(folder: Path, seed: int | None, size: int | None, progress: bool) -> None:
@@ -84,7 +84,7 @@ def _print_missing(roots: list[Path]) -> None:
 DATA_FORMS = {"check": ("DIR",), "unpack": ("ARCHIVE", "DIR"), "trays": ("DIR",)}  # action → what it takes
 
 
-@call_parse
+@options_anywhere
 @plain_errors
 def grad_data(
     action: str,  # "check DIR", "unpack ARCHIVE DIR" or "trays DIR"

@@ -16,7 +16,9 @@ import pytest
 from conftest import TINY
 from shared import ROOT
 
+from grad_nb.config import to_dict
 from grad_nb.core.files import read_json, write_json
+from grad_nb.runs.stages import generate_key, open_run
 from grad_nb.study.reproduce import (
     HOLDER,
     LAST,
@@ -34,6 +36,8 @@ from grad_nb.study.reproduce import (
     report_of,
     snakemake_call,
 )
+from grad_nb.study.tables import VARIANTS, variant
+from grad_nb.study.variants import table_4_presets, variant_run
 
 COMMAND = Path(sys.executable).parent / "grad_reproduce"
 
@@ -135,6 +139,35 @@ def test_a_plan_has_every_stage_once_and_waits_for_what_it_needs(data, tmp_path)
     for i, job in enumerate(batch["jobs"]):
         assert set(job["needs"]) <= set(markers[:i])
     assert not any(job_done(batch["folder"], job) for job in batch["jobs"])
+
+
+def test_a_plan_with_table_4_takes_the_pictures_that_are_made_once(data, tmp_path):
+    plain, whole = (
+        plan_batch(data, "trays", "demo", (0,), tmp_path, overrides=TINY, device="cpu", table4=table4)
+        for table4 in (False, True)
+    )
+    there = [job["marker"] for job in plain["jobs"]]
+    more = [job for job in whole["jobs"] if job["marker"] not in there]
+    generate = {job["marker"] for job in plain["jobs"] if job["notebook"] == "generate"}
+    assert [job["values"]["variant"] for job in more] == list(VARIANTS.values())
+    assert all(set(job["needs"]) == generate and job["notebook"] == "variant" for job in more)
+    assert {job["marker"] for job in more} <= set(whole["jobs"][-1]["needs"]), "tables wait for the variants"
+    default = plan_batch(data, "trays", "demo", (0,), tmp_path, overrides=TINY, device="cpu")
+    assert len(default["jobs"]) == len(plain["jobs"]), "the rows of Table 4 are asked for, but for the paper's preset"
+
+
+def test_a_variant_has_the_paper_s_detectors_and_one_loss(data, tmp_path):
+    run = open_run(data, "trays", "demo", 0, tmp_path, TINY, "cpu", False)
+    variants = {name: variant_run(run, name) for name in table_4_presets(run.preset, run.category.layout)}
+    for name, other in variants.items():
+        assert {row.level: row.size for row in other.levels} == {34: 256, 68: 128, 136: 64}
+        assert variant(to_dict(other.preset.detector)) == name and other.made == run.folder
+        assert [generate_key(other, n) for n in other.generator_levels] == [
+            generate_key(run, n) for n in run.generator_levels
+        ]
+    assert len({other.folder for other in variants.values()}) == 4
+    with pytest.raises(ValueError, match="no variant of 'demo' here; there are baseline"):
+        variant_run(run, "whole")
 
 
 def test_a_category_that_cannot_be_read_leaves_only_its_check(data, tmp_path):
@@ -353,6 +386,20 @@ def whole(data, tmp_path_factory) -> Path:
     runs = tmp_path_factory.mktemp("whole")
     finish(data, runs)
     return runs
+
+
+@pytest.mark.slow
+def test_table_4_from_the_same_command(data, whole, tmp_path):
+    runs = tmp_path / "runs"
+    shutil.copytree(whole, runs)
+    made = {path: path.stat().st_mtime_ns for path in (runs / "demo/trays/trays/seed0").glob("generator-*.safetensors")}
+    said = finish(data, runs, "--table4")
+    assert {path: path.stat().st_mtime_ns for path in made} == made, "no generator is trained twice"
+    table = (runs / "demo/tables/table_4.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith(("| baseline", "| +"))]
+    assert len(rows) == 4 and not any("| -" in row for row in rows), table
+    assert (runs / "demo/tables/table_1.md").read_text() == (whole / "demo/tables/table_1.md").read_text()
+    assert "table_4.md" in said
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from grad_nb.datasets.trays import make_trays
 from grad_nb.grad import GRAD, colour_limits
 from grad_nb.plots import heat_overlay
 from grad_nb.use.daily import card_path, grad_fit, grad_predict
-from grad_nb.use.errors import plain_errors
+from grad_nb.use.errors import options_anywhere, plain_errors
 from grad_nb.use.verdicts import expand, map_paths
 
 COMMANDS = re.findall(r"^    grad_\w+ = ([\w.]+):(\w+)$", (ROOT / "settings.ini").read_text("utf-8"), re.MULTILINE)
@@ -296,6 +296,35 @@ def test_names_that_are_none_are_refused_without_torch(tmp_path):
         script.write_text(f"import sys\nsys.modules['torch'] = None\nfrom {module} import {name}\n{name}()\n")
         done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=60)
         assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "m --keep-going a b",
+        "m a --keep-going b",
+        "m a b --keep-going",
+        "--keep-going m a b",
+        "m --keep-going -- a b",
+        "m a --keep-going -- b",
+    ],
+)
+def test_options_stand_before_between_or_after_the_pictures(line, monkeypatch):
+    def command(model: str, *pictures: str, format: str = "csv", keep_going: bool = False):
+        "Judge pictures."
+        return model, pictures, format, keep_going
+
+    monkeypatch.setattr("sys.argv", ["grad_predict", *line.split()])
+    assert options_anywhere(command)() == ("m", ("a", "b"), "csv", True)
+    assert options_anywhere(command)("m", "c", format="x") == ("m", ("c",), "x", False), "called, it reads no line"
+
+
+@pytest.mark.parametrize("line", ["", "--no-such", "m --format", "m a --keep-going=x"])
+def test_a_wrong_line_is_answered_with_the_usage(line, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["grad_predict", *line.split()])
+    with pytest.raises(SystemExit) as stop:
+        grad_predict()
+    assert stop.value.code == 2 and "usage: grad_predict" in capsys.readouterr().err
 
 
 def test_errors_of_other_kinds_are_one_line_too(capsys):
