@@ -1216,6 +1216,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'grad_nb.plots.save_figure': ('plots.html#save_figure', 'grad_nb/plots.py'),
                                'grad_nb.plots.save_picture': ('plots.html#save_picture', 'grad_nb/plots.py'),
                                'grad_nb.plots.score_histogram': ('plots.html#score_histogram', 'grad_nb/plots.py'),
+                               'grad_nb.plots.show': ('plots.html#show', 'grad_nb/plots.py'),
                                'grad_nb.plots.speed_figure': ('plots.html#speed_figure', 'grad_nb/plots.py'),
                                'grad_nb.plots.times': ('plots.html#times', 'grad_nb/plots.py'),
                                'grad_nb.plots.weight_figure': ('plots.html#weight_figure', 'grad_nb/plots.py'),

@@ -101,10 +101,11 @@ def grad_reproduce(
     if report:
         return print("report:", batches.report_of(runs, preset))
     rows = table4 or (False if no_table4 else None)
-    where = (data, dataset, preset, seeds, runs, categories, overrides, device, bench, retries, rows)
+    where = {"data": data, "dataset": dataset, "preset": preset, "seeds": seeds, "runs": runs, "categories": categories}
+    where |= {"overrides": overrides, "device": device, "bench": bench, "retries": retries, "table4": rows}
     if dry_run:
         return batches.dry(where, executor, options)
-    batch = batches.plan_batch(*where)
+    batch = batches.plan_batch(**where)
     if plan:
         return batches.write_plan(batch, plan, executor, options)
     sys.exit(batches.run_whole(batch, dataset, executor, options))
