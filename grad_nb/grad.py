@@ -530,7 +530,7 @@ def stage_costs(
     steps = d.steps or d.epochs * 50
     return costs | {f"detector-{row.level:03d}": 1.3 * steps * d.width**2 for row in chosen.levels(layout)}
 
-
+# %% ../nbs/15_grad.ipynb #gradpl02p1
 def _planned(model: "_Training", folder: Path, normals: np.ndarray) -> Plan:
     "The plan of a training, told before it begins."
     costs = stage_costs(model.preset_, model.layout)
@@ -865,7 +865,7 @@ def _load_bank(found: dict[str, torch.Tensor], kind: str, features: int) -> Patc
             raise ValueError(f"{name} of bank.{kind} has shape {array.shape} of {array.dtype}")
     return bank
 
-
+# %% ../nbs/15_grad.ipynb #b84b220dp1
 def _load_banks(
     tensors: dict[str, torch.Tensor], prefix: str, detector: Detector
 ) -> tuple[PatchBank, PatchBank] | None:
@@ -916,7 +916,7 @@ def _check_sides(chosen: Preset) -> None:
     if type(chosen.evaluation.batch) is not int or not 1 <= chosen.evaluation.batch <= 1 << 16:
         raise ValueError(f"evaluation.batch is {chosen.evaluation.batch}")
 
-
+# %% ../nbs/15_grad.ipynb #grad0022p1
 def _rebuild(cls: type[FittedT], tensors: dict[str, torch.Tensor], meta: dict[str, Any], device: str) -> FittedT:
     "A model from the contents of its file; any error means that they do not fit together."
     _check_kinds(meta["preset"], to_dict(preset("fast")), "preset")

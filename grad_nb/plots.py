@@ -596,7 +596,7 @@ def _draw_localised(figure: Figure, model: Localised, first: float, top: float, 
         _bare(upper)
         _bare(lower)
 
-
+# %% ../nbs/16_plots.ipynb #76d97abdp1
 def localisation_figure(
     models: Mapping[str, Localised],  # label, for instance the category → its pictures and maps
     side: float = 1.1,  # side of one picture, inches
@@ -691,7 +691,7 @@ def _draw_evidence(line: Sequence[plt.Axes], found: LevelEvidence, scale: float)
         box.set(linewidth=width, linestyle=style)
         line[0].add_patch(box)
 
-
+# %% ../nbs/16_plots.ipynb #plot0010p1
 def explanation_figure(
     explanation: Explanation,  # of `GRAD.explain`
     side: float = 1.5,  # side of one picture, inches

@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 
 # %% ../../nbs/datasets/07_pictures.ipynb #pict0002
 Source = str | Path | bytes | bytearray | np.ndarray | torch.Tensor | Image.Image  # one picture
-
 # one picture or many: a folder, files, an array (N, H, W, 3) of uint8, RGB, or a stream of files or pictures
 Input = Source | Iterable[Source]
 
@@ -63,7 +62,7 @@ def _pictures_of(X: np.ndarray) -> Iterable[np.ndarray]:
         )
     return X
 
-
+# %% ../../nbs/datasets/07_pictures.ipynb #pict0002p1
 def _files_of(X: str | Path) -> list[str | Path]:
     "The pictures of a folder, or the file itself; what is passed over is told to the log."
     try:

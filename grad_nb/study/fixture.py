@@ -160,7 +160,7 @@ class Trained:
     git: dict[str, Any] | None  # the state of the code when the training began
     seconds: float  # of all trainings
 
-
+# %% ../../nbs/study/11_fixture.ipynb #fixt0010p1
 def train_all(
     trays: Path,  # the category's folder
     chosen: Preset,  # settings
