@@ -13,10 +13,10 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .accel import ops
 from .coords import coord_map, with_coords
+from .core.progress import tqdm
 
 # %% ../nbs/03_diffusion.ipynb #diffmod1
 def to_model(

@@ -17,11 +17,11 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .accel import ops
 from .config import EvalConfig
 from .coords import with_coords
+from .core.progress import tqdm
 from .datasets.readers import resize_pictures, resized
 from .detector import cell_centre, map_side
 from grad_nb.metrics import (

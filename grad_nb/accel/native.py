@@ -58,7 +58,7 @@ def _run(command: list[str], text: str) -> str:
         raise subprocess.CalledProcessError(process.returncode, command, out, err)
     return out
 
-
+# %% ../../nbs/accel/05_native.ipynb #natv0004p1
 def compile_c(
     source: str,  # a program in C
     name: str,  # what its library is called

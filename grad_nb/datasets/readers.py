@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['log', 'IMAGE_SUFFIXES', 'OTHER_SUFFIXES', 'NORMAL_NAMES', 'MIN_SIDE', 'MIN_NORMALS', 'MAX_PIXELS', 'BITS',
            'MOST_ENTRIES', 'HALF_DOWN', 'LABELS', 'OFFICIAL', 'DataError', 'UnavailableError', 'max_pixels',
-           'find_white', 'read_image', 'resize_image', 'Sample', 'Defect', 'Category', 'picture_files', 'passed_over',
-           'no_pictures', 'mask_files', 'read_category', 'hold_out', 'load_images', 'resized', 'resize_pictures',
-           'shrink_mask', 'load_mask', 'load_masks', 'load_defects', 'manifest', 'data_sha256', 'check_category',
-           'Official', 'Survey', 'survey', 'category_folders']
+           'find_white', 'read_image', 'picture_array', 'resize_image', 'Sample', 'Defect', 'Category', 'picture_files',
+           'passed_over', 'no_pictures', 'mask_files', 'read_category', 'hold_out', 'load_images', 'resized',
+           'resize_pictures', 'shrink_mask', 'load_mask', 'load_masks', 'load_defects', 'manifest', 'data_sha256',
+           'check_category', 'Official', 'Survey', 'survey', 'category_folders']
 
 # %% ../../nbs/datasets/01_readers.ipynb #84b4b173
 import errno
@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 from torch import Tensor
-from tqdm import tqdm
 
 from ..core.files import file_sha256
+from ..core.progress import tqdm
 from ..core.seeds import stage_seed
 
 log = logging.getLogger(__name__)
@@ -208,17 +208,25 @@ def read_image(
     white: float | None = None,  # the white of its data set, for more than 8 bits, see `find_white`
 ) -> np.ndarray:  # (H, W, 3) uint8, RGB
     "Read any picture as RGB. `DataError` if it is damaged, of unknown white, or has a side under 34 pixels."
-    im = _open(path)
+    pixels = picture_array(_open(path), str(path), white)
+    return pixels if size is None else resize_image(pixels, size)
+
+
+def picture_array(
+    im: Image.Image,  # decoded and upright
+    name: str,  # what it is called in an error
+    white: float | None = None,  # for more than 8 bits, see `find_white`
+) -> np.ndarray:  # (H, W, 3) uint8, RGB
+    "A picture of Pillow as an array. `DataError` for one of unknown white, or with a side under 34 pixels."
     if min(im.size) < MIN_SIDE:
         raise DataError(
-            f"{path} has {im.width}x{im.height} pixels and the detector's patch {MIN_SIDE}x{MIN_SIDE}; "
+            f"{name} has {im.width}x{im.height} pixels and the detector's patch {MIN_SIDE}x{MIN_SIDE}; "
             "use larger pictures"
         )
     try:
-        im = _to_rgb(im, white)
+        return np.array(_to_rgb(im, white))
     except (ValueError, OSError, MemoryError) as e:
-        raise DataError(f"{path} (mode {im.mode}) cannot be made RGB: {e}; convert it to 8-bit or 16-bit PNG") from None
-    return np.array(im) if size is None else resize_image(np.array(im), size)
+        raise DataError(f"{name} (mode {im.mode}) cannot be made RGB: {e}; convert it to 8-bit or 16-bit PNG") from None
 
 
 def resize_image(
@@ -369,7 +377,7 @@ def _not_used(place: str, ending: str, names: list[str]) -> str:
     said = f"not used: {len(names)} {kind}{pictures} {where} ({_few(names, 3)})"
     return f"{said}, an ending that is not read; convert to PNG" if ending else said
 
-
+# %% ../../nbs/datasets/01_readers.ipynb #unused01p1
 def no_pictures(
     folder: Path,  # that holds no picture to read
 ) -> str:  # a line that names it
@@ -459,7 +467,7 @@ def _masks(root: Path, known: Mapping[str, tuple[Path, ...]], picture: Path, typ
         "copy it again, or leave the picture out"
     )
 
-
+# %% ../../nbs/datasets/01_readers.ipynb #a3a03f10p1
 def _test_samples(root: Path, layout: str) -> tuple[Sample, ...]:
     "The test pictures of a category with their masks, by type and name; `DataError` for other words for good."
     truth = (root / "ground_truth").is_dir()
@@ -509,7 +517,7 @@ def read_category(
         notes += ("no ground truth: pixel figures are n/a",)
     return _with_notes(replace(category, validation=validation, test=test, defects=defects, notes=notes))
 
-
+# %% ../../nbs/datasets/01_readers.ipynb #dd4e8030p1
 def _with_notes(category: Category) -> Category:
     "A category with what is not used among its notes, and the white of its pictures. `DataError` for a wrong name."
     _named_in_utf8(category)
@@ -628,7 +636,7 @@ def _marked(values: np.ndarray) -> np.ndarray:
     top = int(values.max())
     return values > 0 if top <= LABELS else values > top / 2
 
-
+# %% ../../nbs/datasets/01_readers.ipynb #53be5ab3p1
 def _open_masks(sample: Sample) -> Iterator[tuple[Path, np.ndarray]]:
     "Path and values (H, W) of each mask of a sample; nothing for a normal one. `DataError` for one that is empty."
     if sample.label and not sample.masks:
@@ -679,7 +687,7 @@ def load_mask(
         union = marked if union is None else union | marked
     return np.zeros((size, size), bool) if union is None else shrink_mask(union, size)
 
-
+# %% ../../nbs/datasets/01_readers.ipynb #9aadf8a8p1
 def load_masks(
     samples: Sequence[Sample],  # N samples
     size: int,  # side, pixels

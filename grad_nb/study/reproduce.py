@@ -7,7 +7,7 @@ __all__ = ['ENDS', 'LAST', 'HOLDER', 'NOTEBOOK', 'NEEDS_GPU', 'official', 'find_
            'category_jobs', 'last_jobs', 'plan_batch', 'job_done', 'jobs_left', 'drop_stale', 'hold_folder',
            'hold_or_inherit', 'log_of', 'run_job', 'known_times', 'guess', 'room_needed', 'room_left', 'at_once',
            'estimate', 'in_words', 'snakemake_call', 'follow', 'failures', 'batch_summary', 'why', 'report_of',
-           'grad_reproduce', 'run_batch', 'clear_logs', 'announce']
+           'run_batch', 'clear_logs', 'announce', 'dry', 'write_plan', 'run_whole']
 
 # %% ../../nbs/study/05_reproduce.ipynb #d5ec3bb5
 import importlib.util
@@ -23,12 +23,10 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Any
 
 import torch
-from fastcore.script import call_parse, store_true
 from joblib import cpu_count
 from tqdm import tqdm
 
@@ -44,7 +42,6 @@ from .calibration import detect_seconds, generate_seconds, stage_bytes
 from .report import write_report
 from .tables import published_categories, table_3
 from .variants import table_4_presets, variant_key, variant_run
-from ..use.errors import plain_errors
 
 # %% ../../nbs/study/05_reproduce.ipynb #4a84f358
 def official(
@@ -716,69 +713,6 @@ def report_of(
     failed = {marker.replace("/done/", "/"): found for marker, found in failures(batch).items()}
     return write_report(folder, preset, next(iter(batch["bench"]), ""), done, failed)
 
-# %% ../../nbs/study/05_reproduce.ipynb #cb394dd8
-@call_parse
-@plain_errors
-def grad_reproduce(
-    data: str = "",  # folder that holds the categories, or holds mvtec_ad/ and mvtec_loco/
-    dataset: str = "all",  # "mvtec_ad", "mvtec_loco", "trays" or "all"
-    preset: str = "paper",  # "paper", "fast" or "demo"
-    seeds: Annotated[Sequence[int], {"nargs": "+", "type": int, "metavar": "SEED"}] = (0, 1, 2),  # a run with each
-    categories: Annotated[Sequence[str], {"nargs": "+", "type": str, "metavar": "NAME"}] = (),  # only these, if given
-    runs: str = "runs",  # folder of all runs
-    overrides: str = "",  # settings to change, for instance "detector.steps=10"
-    device: str = "auto",  # "auto", "cpu" or "cuda"
-    bench: str = "",  # file of grad_bench --json-file, for Table 3
-    executor: str = "",  # "slurm" for a cluster
-    options: str = "",  # more options of snakemake, in one line
-    retries: int = 1,  # how often a failed notebook is tried again
-    table4: store_true = False,  # also the rows of Table 4, which `paper` has without being asked
-    no_table4: store_true = False,  # not the rows of Table 4
-    dry_run: store_true = False,  # say what would be done, how long it will take and what room it needs; write nothing
-    plan: str = "",  # only write the plan to this file, for those who call snakemake themselves
-    report: store_true = False,  # run nothing: make one HTML page of the batch in --runs with --preset
-    debug: store_true = False,  # show the traceback of an error
-):
-    """Run GRAD on whole data sets, notebook by notebook, and make the tables and figures of the paper.
-
-    Run it again to go on.
-    """
-    if report:
-        return print("report:", report_of(runs, preset))
-    if not data and dataset != "trays":
-        raise ValueError(f"--dataset {dataset} needs --data, the folder that holds it")
-    rows = _table_4_wanted(table4, no_table4)
-    planned = partial(
-        plan_batch, data, dataset, preset, seeds, runs, categories, overrides, device, bench, retries, rows
-    )
-    if dry_run:
-        with tempfile.TemporaryDirectory() as scratch:
-            return _say(announce(planned(scratch), dataset, executor, options))
-    batch = planned()
-    snakemake_call(batch, executor=executor)
-    if plan:
-        batch["batch"] = os.path.abspath(plan)
-        write_json(plan, batch)
-        return _say(["the plan is written; run it with", shlex.join(snakemake_call(batch, "all", executor, options))])
-    with hold_folder(batch["folder"]) as held:
-        write_json(batch["batch"], batch)
-        _say(announce(batch, dataset, executor, options))
-        status = run_batch(batch, held, executor, options)
-    _say(batch_summary(batch))
-    for path in sorted((Path(batch["folder"]) / "tables").glob("*.md")):
-        print("table:", path)
-    if status:
-        sys.exit(1)
-
-# %% ../../nbs/study/05_reproduce.ipynb #cb394dd9
-def _table_4_wanted(table4: bool, no_table4: bool) -> bool | None:
-    "Whether the rows of Table 4 are wanted; None: as the preset has it. `ValueError` for both options."
-    if table4 and no_table4:
-        raise ValueError("--table4 and --no-table4 cannot both be meant")
-    if no_table4:
-        return False
-    return table4 or None
-
 # %% ../../nbs/study/05_reproduce.ipynb #53051c22
 def run_batch(
     batch: Mapping[str, Any],  # what batch.json holds
@@ -859,3 +793,43 @@ def _say(lines: Iterable[str]) -> None:
     "Print lines as they come."
     for line in lines:
         print(line, flush=True)
+
+# %% ../../nbs/study/05_reproduce.ipynb #reprodry
+def dry(
+    where: Mapping[str, Any],  # the arguments of `plan_batch`
+    executor: str = "",  # a plugin of Snakemake
+    options: str = "",  # more options of snakemake
+) -> None:
+    "Say what a batch would do, how long that will take and what room it needs; nothing is written."
+    with tempfile.TemporaryDirectory() as scratch:
+        _say(announce(plan_batch(**where, scratch=scratch), where["dataset"], executor, options))
+
+
+def write_plan(
+    batch: dict[str, Any],  # what `plan_batch` gave
+    path: str | Path,  # where the plan goes
+    executor: str = "",  # a plugin of Snakemake
+    options: str = "",  # more options of snakemake
+) -> None:
+    "Write the plan of a batch for those who call Snakemake themselves, and say how."
+    batch = batch | {"batch": os.path.abspath(path)}
+    call = snakemake_call(batch, "all", executor, options)
+    write_json(path, batch)
+    _say([f"{path} is the plan; to run it: {shlex.join(call)}"])
+
+
+def run_whole(
+    batch: dict[str, Any],  # what `plan_batch` gave
+    dataset: str,  # as given
+    executor: str = "",  # a plugin of Snakemake
+    options: str = "",  # more options of snakemake
+) -> int:  # 0 if all is done
+    "Run a batch from its announcement to its summary. `RuntimeError` if another batch runs in its folder."
+    snakemake_call(batch, executor=executor)
+    with hold_folder(batch["folder"]) as held:
+        write_json(batch["batch"], batch)
+        _say(announce(batch, dataset, executor, options))
+        status = run_batch(batch, held, executor, options)
+    _say(batch_summary(batch))
+    _say(f"table: {path}" for path in sorted((Path(batch["folder"]) / "tables").glob("*.md")))
+    return status

@@ -392,7 +392,7 @@ def test_a_wheel_carries_all_that_a_batch_needs(data, tmp_path):
     code = (
         "import sys, grad_nb\n"
         "assert '/site/' in grad_nb.__file__, grad_nb.__file__\n"
-        "from grad_nb.study.reproduce import grad_reproduce\n"
+        "from grad_nb.study.commands import grad_reproduce\n"
         "grad_reproduce()\n"
     )
     (tmp_path / "run.py").write_text(code)  # what the installed command is
