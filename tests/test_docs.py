@@ -42,11 +42,30 @@ def test_the_contents_list_every_notebook_and_every_page_once():
     assert sorted(listed) == sorted({*build.all_notebooks(), *texts})
 
 
-def test_links_between_pages_lead_somewhere():
+def headings(path):
+    "The anchors of a notebook's headings, as Jupyter makes them."
+    found = re.findall(r"^#+ (.+)$", "\n".join(cells_of(path, "markdown")), re.MULTILINE)
+    return {heading.strip().replace(" ", "-") for heading in found}
+
+
+def pages():
+    "Every page and every notebook, and its text."
     for path in PAGES:
-        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", outside_code(path.read_text(encoding="utf-8"))):
+        yield path, path.read_text(encoding="utf-8")
+    for path in NOTEBOOKS.rglob("*.ipynb"):
+        if ".ipynb_checkpoints" not in path.parts:
+            yield path, "\n\n".join(cells_of(path, "markdown"))
+
+
+def test_links_lead_somewhere():
+    for path, text in pages():
+        plain = re.sub(r"\$[^$]*\$", "", outside_code(text))
+        for link, anchor in re.findall(r"\[[^\]]*\]\(([^)#\s]*)(?:#([^)\s]*))?\)", plain):
+            target = path.parent / link if link else path
             if not link.startswith("http"):
-                assert (path.parent / link).exists(), f"{path.name} links to {link}"
+                assert target.exists(), f"{path.name} links to {link}"
+                known = headings(target) if anchor and target.suffix == ".ipynb" else {anchor}
+                assert anchor in known, f"{path.name} links to {link}#{anchor}"
 
 
 def test_the_minutes_of_the_method_are_those_of_its_notebooks():
@@ -125,10 +144,6 @@ def test_the_solutions_of_the_exercises_run():
 
 
 def test_numbers_have_a_digit_before_the_point():
-    texts = [(path, path.read_text(encoding="utf-8")) for path in PAGES]
-    for path in NOTEBOOKS.rglob("*.ipynb"):
-        if ".ipynb_checkpoints" not in path.parts:
-            texts += [(path, text) for text in cells_of(path, "markdown")]
-    for path, text in texts:
+    for path, text in pages():
         found = re.search(r"(?<![\w.\\/*)])\.\d.*", outside_code(text))
         assert not found, f"{path.name}: {found[0][:60]}"
