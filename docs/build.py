@@ -174,18 +174,20 @@ def reading(notebook: dict) -> dict[str, int]:
 def slim(html: Path):
     "Leave out what no page loads, and store large pictures as WebP."
     shutil.rmtree(html / "_static" / "locales", ignore_errors=True)
-    for path in [*html.rglob("*.map"), html / "objects.inv"]:
-        path.unlink()
+    icons = "fontawesome.js"  # the style sheet draws the same icons from a font
+    for path in [*html.rglob("*.map"), html / "objects.inv", html / "_static" / "scripts" / icons]:
+        path.unlink(missing_ok=True)
     smaller = {}
-    for path in (html / "_images").glob("*.png"):
+    for path in (html / "_images").glob("*.[pj][np]g"):
         if path.stat().st_size > 15_000:
             smaller[path.name] = path.with_suffix(".webp").name
             Image.open(path).convert("RGB").save(path.with_suffix(".webp"), quality=82, method=6)
             path.unlink()
     for page in html.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
-        text = re.sub(r"_images/([^\"']+\.png)", lambda m: f"_images/{smaller.get(m[1], m[1])}", text)
+        text = re.sub(r"_images/([^\"']+\.(?:png|jpg))", lambda m: f"_images/{smaller.get(m[1], m[1])}", text)
         text = re.sub(r'<span class="(?:w|n|nn|o|p)">([^<]*)</span>', r"\1", text)  # they have no colour
+        text = re.sub(rf"<script[^>]*{icons}[^>]*></script>", "", text)
         head, start, rest = text.partition("<article")
         article, end, foot = rest.rpartition("</article>")
         head, foot = (re.sub(r"\s*\n\s*", "\n", part) for part in (head, foot))
@@ -267,6 +269,9 @@ def kept_picture(html: Path, kind: str, data: str) -> str:
     "The picture that a page of the site has already, or a file of its own."
     content = b64decode(data)
     name = f"{sha256(content).hexdigest()}.{kind.replace('jpeg', 'jpg')}"
+    smaller = (html / "_images" / name).with_suffix(".webp")
+    if smaller.is_file():
+        return f"_images/{smaller.name}"
     if not (html / "_images" / name).is_file():
         (html / "_images" / name).write_bytes(content)
     return f"_images/{name}"
