@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LIMIT', 'KEPT', 'AVERAGED', 'SHARES', 'REGULARISED', 'REGULARISED_SHARE', 'NOTHING', 'watched', 'detector_of',
-           'write_strip', 'read_strip', 'averaged', 'shown_samples', 'half', 'Trained', 'train_all', 'write_weights',
-           'write_pictures_and_tables', 'describe', 'move_fixture', 'fixture_folder', 'make_fixture', 'Fixture', 'Kept',
-           'fixture', 'as_run', 'grad_fixture']
+           'write_strip', 'read_strip', 'averaged', 'shown_samples', 'half', 'Trained', 'train_regularised',
+           'train_all', 'write_weights', 'write_pictures_and_tables', 'describe', 'move_fixture', 'fixture_folder',
+           'make_fixture', 'Fixture', 'Kept', 'fixture', 'as_run', 'grad_fixture']
 
 # %% ../../nbs/study/11_fixture.ipynb #ixturei
 from collections.abc import Iterator, Mapping, Sequence
@@ -160,7 +160,23 @@ class Trained:
     git: dict[str, Any] | None  # the state of the code when the training began
     seconds: float  # of all trainings
 
+# %% ../../nbs/study/11_fixture.ipynb #fixt010b
+def train_regularised(
+    own: DetectorConfig,  # of the first detector
+    steps: int,  # of its training
+    data: Sequence[np.ndarray],  # normal pictures, then the contrastive sets, at the detector's size
+    seed: int,  # of the run
+    device: str,  # where to compute
+    progress: bool,  # show progress bars
+) -> tuple[DetectorConfig, list[Tensor], pd.DataFrame]:  # settings, last weights of detector and decoder, history
+    "The second detector: shorter, with the regularisers."
+    config = replace(own, steps=max(1, round(REGULARISED_SHARE * steps)), **REGULARISED)
+    settings = (config, augmentation("trays"), seed, "detector-regularised", device, None, progress)
+    with watched([config.steps]) as last:
+        _, history = train_detector(data[0], data[1:], *settings)
+    return config, last[config.steps], history
 
+# %% ../../nbs/study/11_fixture.ipynb #fixt010c
 def train_all(
     trays: Path,  # the category's folder
     chosen: Preset,  # settings
@@ -183,15 +199,12 @@ def train_all(
     normals = even_light(load_images(category.train, chosen.generator.size), model.light_)
     histories = {f"generator-{n:02d}": pd.read_csv(work / f"history/generate-{n:02d}.csv") for n in sets}
     histories["detector"] = pd.read_csv(work / f"history/detect-{row.level:03d}.csv")
-    config = replace(chosen.detector, steps=max(1, round(REGULARISED_SHARE * steps)), **REGULARISED)
     data = [resize_pictures(pictures, row.size) for pictures in (normals, *sets.values())]
-    settings = (config, augmentation("trays"), seed, "detector-regularised", device, None, progress)
-    with watched([config.steps]) as last:
-        _, histories["regularised"] = train_detector(data[0], data[1:], *settings)
+    config, last, histories["regularised"] = train_regularised(chosen.detector, steps, data, seed, device, progress)
     generators = {n: load_patchdiff(work / f"generator-{n:02d}.safetensors") for n in sets}
     seconds = perf_counter() - start
     found = (model, category, normals, sets, histories, generators, on_the_way)
-    return Trained(*found, (config, last[config.steps]), git, seconds)
+    return Trained(*found, (config, last), git, seconds)
 
 # %% ../../nbs/study/11_fixture.ipynb #fixt0012
 def write_weights(
