@@ -47,8 +47,8 @@ PATIENCE = 120  # seconds after which a compiler is given up (our choice)
 
 def _run(command: list[str], text: str) -> str:
     "What a compiler prints; it is ended, with all that it has started, when its time is up."
-    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, start_new_session=True, **options) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
         try:
             out, err = process.communicate(text, timeout=PATIENCE)
         except BaseException:
@@ -58,7 +58,7 @@ def _run(command: list[str], text: str) -> str:
         raise subprocess.CalledProcessError(process.returncode, command, out, err)
     return out
 
-
+# %% ../../nbs/accel/05_native.ipynb #natv0004p1
 def compile_c(
     source: str,  # a program in C
     name: str,  # what its library is called

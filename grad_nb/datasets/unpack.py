@@ -83,7 +83,7 @@ class _Member(tarfile.TarInfo):
     """
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_Member":
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Member":
         found = super().frombuf(buf, encoding, errors)
         if found.type in _IN_MEMORY and found.size > MAX_HEADER:
             limit = f"at most {MAX_HEADER:,} are read"
@@ -144,7 +144,7 @@ def _write_members(file: Any, folder: Path) -> int:
     seen: set[str] = set()
     with tarfile.open(fileobj=file, mode="r|", tarinfo=_Member) as tar:
         for number, member in enumerate(tar):
-            tar.members.clear()  # the reader keeps every one
+            tar.members.clear()  # type: ignore[attr-defined]  # the reader keeps every one
             if number >= MAX_MEMBERS:
                 raise DataError(f"it holds more than {MAX_MEMBERS:,} files and folders; unpack it in parts")
             path = member_path(member)

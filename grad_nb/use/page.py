@@ -6,8 +6,10 @@
 __all__ = ['png', 'plain_text', 'or_text', 'browse_tab', 'drop_tab', 'make_page', 'serve']
 
 # %% ../../nbs/use/08_page.ipynb #page0003
+import contextlib
 import html
 import io
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from matplotlib.figure import Figure
 from ..explain import Explanation
 from ..grad import GRAD
 from ..plots import explanation_figure
+from .access import Door, PlainLines, in_browser, provider
 from grad_nb.use.gallery import (
     MAX_UPLOAD,
     ORDERS,
@@ -202,26 +205,36 @@ def make_page(
     tabs = pn.Tabs(browse, drop, sizing_mode="stretch_width")
     return pn.Column(plain_text(found.title, **large), notes, tabs, sizing_mode="stretch_width")
 
-
+# %% ../../nbs/use/08_page.ipynb #page0010
 def serve(
     found: Gallery | GRAD,  # what the page is to show
-    host: str,  # address to listen on
+    door: Door,  # who is let in
     port: int,  # a free port
-    origins: list[str],  # pages that may talk to this one: "host:port", or "*"
-    browser: bool = False,  # open the page in the web browser
+    address: str = "",  # opened in the web browser, if given
 ) -> None:
     "Serve the page until it is stopped."
     import panel as pn
 
-    room = 2 * MAX_UPLOAD  # a file travels as base64
-    pn.serve(
+    most = f"a file may have at most {MAX_UPLOAD // 2**20} MB"
+    lost = f"The connection is lost: {most}, or grad_show has ended. Load the page again."
+    pn.extension(notifications=True, disconnect_notification=lost)
+    log = logging.StreamHandler()
+    log.setFormatter(PlainLines())
+    logging.basicConfig(handlers=[log], level=logging.ERROR)  # not a line for each guest that is refused
+    room = 2 * MAX_UPLOAD
+    server = pn.serve(
         lambda: make_page(found),
         port=port,
-        address=host,
-        show=browser,
+        address=door.host,
+        show=False,
+        start=False,
         title="grad_nb",
-        websocket_origin=origins,
+        websocket_origin="*",  # the door compares Origin with Host, which is stricter than any list
         websocket_max_message_size=room,
-        http_server_kwargs={"max_buffer_size": room},
+        http_server_kwargs={"max_buffer_size": room, "max_body_size": 2**20},
+        auth_provider=provider(door, port),
         verbose=False,
     )
+    with in_browser(address) if address else contextlib.nullcontext():
+        server.start()
+        server.io_loop.start()

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 import zlib
 from dataclasses import replace
@@ -263,6 +264,7 @@ class Server:
             text=True,
         )
         self.address = self.process.stdout.readline().split(" ")[0]
+        self.base = self.address.partition("/?token=")[0]
         if not self.address:
             pytest.fail(f"grad_show ended with status {self.process.wait()}: {self.process.stderr.read()}")
         until = time.time() + 120
@@ -339,9 +341,18 @@ def test_the_page_in_a_browser(run, gallery, tmp_path):
         page.locator("input[type=file]").set_input_files(bad)
         page.get_by_text("is not a PNG").wait_for()
         page.screenshot(path=keep / "refused.png", full_page=True)
-        assert not alerts and all(
-            url.startswith((server.address, server.address.replace("http", "ws"), "data:", "blob:")) for url in asked
-        ), asked
+        own = (server.base, server.base.replace("http", "ws"), "data:", "blob:")
+        assert not alerts and all(url.startswith(own) for url in asked), asked
+        large = tmp_path / "large.png"
+        large.write_bytes(os.urandom(110 * 2**20))
+        page.locator("input[type=file]").set_input_files(large)
+        page.get_by_text("a file may have at most 64 MB").first.wait_for()
+        page.screenshot(path=keep / "large.png", full_page=True)
+        page.reload()
+        page.get_by_text(gallery.title).wait_for()
+        stranger = browser.new_context().new_page()
+        stranger.goto(server.base)
+        assert "open the address that grad_show printed" in stranger.inner_text("body")
         browser.close()
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(60) == 130 and "Traceback" not in server.process.stderr.read()
@@ -352,7 +363,7 @@ def test_only_this_machine_and_only_this_page(run, tmp_path):
     "It listens on the loopback address alone, and its channel refuses pages from elsewhere."
     pytest.importorskip("panel")
     with Server(tmp_path, run.folder) as server:
-        host, port = server.address.removeprefix("http://").rstrip("/").split(":")
+        host, port = server.base.removeprefix("http://").split(":")
         assert host == "127.0.0.1"
         listening = (
             [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if line.split()[3] == "0A"]
@@ -362,17 +373,31 @@ def test_only_this_machine_and_only_this_page(run, tmp_path):
         assert [a for a in listening if a.endswith(f":{int(port):04X}")] in ([f"0100007F:{int(port):04X}"], [])
 
         handshake = (
-            f"GET /ws HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            "GET /ws?token={token} HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
             "Sec-WebSocket-Protocol: bokeh, x\r\nOrigin: {origin}\r\n\r\n"
         )
 
-        def knock(origin):
+        token = server.address.partition("token=")[2]
+
+        def knock(origin, name=f"{host}:{port}", token=token):
             with socket.create_connection((host, int(port)), 30) as s:
-                s.sendall(handshake.format(origin=origin).encode())
+                s.sendall(handshake.format(origin=origin, host=name, token=token).encode())
                 return s.recv(200).split(b"\r\n")[0]
 
-        assert b"403" in knock("http://elsewhere.example") and b"403" not in knock(server.address.rstrip("/"))
+        assert b"101" in knock(server.base) and b"403" in knock("http://elsewhere.example")
+        assert b"403" in knock(server.base, token="") and b"403" in knock(server.base, token=token[:-1])
+        evil = "elsewhere.example"
+        assert b"403" in knock(f"http://{evil}", name=evil), "a name that was lent to our address"
+        for path in ("", "metadata", "autoload.js?bokeh-autoload-element=1"):
+            with pytest.raises(urllib.error.HTTPError, match="403"):
+                urllib.request.urlopen(f"{server.base}/{path}", timeout=60)
+        with urllib.request.urlopen(server.address, timeout=60) as answer:
+            assert "HttpOnly" in answer.headers["Set-Cookie"] and "SameSite=Strict" in answer.headers["Set-Cookie"]
+            assert answer.headers["Content-Security-Policy"] == "frame-ancestors 'none'"
+        with socket.create_connection((host, int(port)), 30) as s:
+            s.sendall(f"POST / HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: 200000000\r\n\r\n".encode())
+            assert s.recv(100)[:12] in (b"", b"HTTP/1.1 400", b"HTTP/1.1 413"), "refused before it is sent"
 
 
 def test_names_and_messages_are_never_html(gallery):
