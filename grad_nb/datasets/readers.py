@@ -650,7 +650,7 @@ def _open_masks(sample: Sample) -> Iterator[tuple[Path, np.ndarray]]:
             yield path, values
 
 # %% ../../nbs/datasets/01_readers.ipynb #9aadf8a8
-def _shares(n: int, size: int) -> np.ndarray:  # (size, n), rows of sum 1
+def _cell_overlaps(n: int, size: int) -> np.ndarray:  # (size, n), rows of sum 1
     "How much of each of `size` cells each of n pixels fills."
     edges = np.arange(size + 1) * (n / size)
     pixels = np.arange(n)
@@ -665,7 +665,7 @@ def shrink_mask(
     "A mask at another size: cells of which at least half is defective, and of each region at least its area in cells."
     if max(mask.shape) <= size:
         return np.array(Image.fromarray(mask.astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST)) > 0
-    rows, columns = (_shares(n, size) for n in mask.shape)
+    rows, columns = (_cell_overlaps(n, size) for n in mask.shape)
     made = np.zeros((size, size), bool)
     regions, _ = ndimage.label(mask, np.ones((3, 3)))
     for i, place in enumerate(ndimage.find_objects(regions), 1):
