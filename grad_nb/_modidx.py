@@ -1511,6 +1511,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'grad_nb.study.fixture.shown_samples': ( 'study/fixture.html#shown_samples',
                                                                                 'grad_nb/study/fixture.py'),
                                        'grad_nb.study.fixture.train_all': ('study/fixture.html#train_all', 'grad_nb/study/fixture.py'),
+                                       'grad_nb.study.fixture.train_regularised': ( 'study/fixture.html#train_regularised',
+                                                                                    'grad_nb/study/fixture.py'),
                                        'grad_nb.study.fixture.watched': ('study/fixture.html#watched', 'grad_nb/study/fixture.py'),
                                        'grad_nb.study.fixture.write_pictures_and_tables': ( 'study/fixture.html#write_pictures_and_tables',
                                                                                             'grad_nb/study/fixture.py'),

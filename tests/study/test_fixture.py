@@ -84,7 +84,7 @@ def test_what_is_not_there_says_how_to_make_it(tmp_path):
 
 REMAKE = "make it again with: python -m grad_nb.study.fixture"
 METHOD = [path for path in sorted((ROOT / "nbs").glob("*.ipynb")) if "02" <= path.name[:2] <= "10"]
-FINDINGS = "findings"  # its charts are drawn for a wider page
+FINDINGS = "findings"  # folder whose charts are drawn for a wider page
 
 
 def pictures(notebook):
@@ -122,7 +122,7 @@ def test_pictures_fit_on_a_page():
     wide = {
         f"{path.relative_to(ROOT)}: {picture.size}"
         for path in (ROOT / "nbs").rglob("*.ipynb")
-        if path.parent.name != FINDINGS and ".ipynb_checkpoints" not in path.parts
+        if not {FINDINGS, ".ipynb_checkpoints"} & {*path.parts}
         for picture in pictures(path)
         if picture.width > 900
     }
