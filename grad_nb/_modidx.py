@@ -707,6 +707,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'grad_nb/datasets/readers.py'),
                                           'grad_nb.datasets.readers.check_category': ( 'datasets/readers.html#check_category',
                                                                                        'grad_nb/datasets/readers.py'),
+                                          'grad_nb.datasets.readers.check_masks': ( 'datasets/readers.html#check_masks',
+                                                                                    'grad_nb/datasets/readers.py'),
                                           'grad_nb.datasets.readers.data_sha256': ( 'datasets/readers.html#data_sha256',
                                                                                     'grad_nb/datasets/readers.py'),
                                           'grad_nb.datasets.readers.find_white': ( 'datasets/readers.html#find_white',
