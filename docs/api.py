@@ -113,7 +113,14 @@ def of_module(path: Path, module: str, notebook: str) -> list[str]:
     "What a module holds."
     text = path.read_text(encoding="utf-8")
     tree, told = ast.parse(text), comments(text)
-    lines = [f"## {module}", "", *docstring(tree), f"Its source is the notebook [{notebook}](../{notebook}.ipynb).", ""]
+    lines = [
+        f"## {module}",
+        "",
+        ast.get_docstring(tree) or "",
+        "",
+        f"Its source is the notebook [{notebook}](../{notebook}.ipynb).",
+        "",
+    ]
     for node in tree.body:
         if isinstance(node, Function) and not node.name.startswith("_"):
             lines += of_function(node, told, node.name, 3)
@@ -137,9 +144,9 @@ def write_api(package: Path, notebooks: dict[str, str], folder: Path):
     for module, notebook in notebooks.items():
         path, part = package.parent / (module.replace(".", "/") + ".py"), part_of(module)
         text = of_module(path, module, notebook)
-        pages.setdefault(part, [f"# {part}: API", ""]).extend(text)
+        pages.setdefault(part, [f"# API: {part}", ""]).extend(text)
         summary = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").splitlines()
-        lines.append(f"| [`{module}`]({part}.md#{module}) | {clean(summary[0]) if summary else ''} |")
+        lines.append(f"| [`{module}`]({part}.md#{module}) | {summary[0] if summary else ''} |")
     for part, text in pages.items():
         (folder / f"{part}.md").write_text("\n".join(text), encoding="utf-8")
     lines += ["", "```{toctree}", ":hidden:", "", *pages, "```"]

@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+from base64 import b64decode
+from hashlib import sha256
 from pathlib import Path
 
 from PIL import Image
@@ -51,11 +53,11 @@ def is_imports(text: str) -> bool:
     "Whether a cell does nothing but import."
     code = re.sub(r"\([^)]*\)", "()", text)
     lines = [line for line in code.splitlines() if line.strip() and not line.startswith("#")]
-    return bool(lines) and all(line.startswith(("import ", "from ")) for line in lines)
+    return bool(lines) and all(line.startswith(("import ", "from ", "log = ")) for line in lines)
 
 
-def as_page(notebook: dict, module: str, depth: int) -> dict:
-    "A notebook for the site: nbdev's directives left out, its own checks and imports folded."
+def as_page(notebook: dict, module: str, depth: int, fold: bool = False) -> dict:
+    "A notebook for the site: nbdev's directives left out, imports folded, and with `fold` all code."
     cells = []
     for cell in notebook["cells"]:
         text = source_of(cell)
@@ -68,7 +70,7 @@ def as_page(notebook: dict, module: str, depth: int) -> dict:
             text = re.sub(r"^%config .*\n?", "", text, flags=re.MULTILINE)
             if not text.strip():
                 continue
-            tags = tags + ["hide-input"] * (is_imports(text) and "remove-input" not in tags)
+            tags = tags + ["hide-input"] * ((fold or is_imports(text)) and "remove-input" not in tags)
         else:
             text = site_links(text)
         cells.append(cell | {"source": text, "metadata": {"tags": tags}})
@@ -126,7 +128,7 @@ def lay_out(source: Path):
         notebook = read_notebook(NOTEBOOKS / f"{name}.ipynb")
         module = module_of(notebook)
         modules[module] = name
-        page = as_page(notebook, module, name.count("/"))
+        page = as_page(notebook, module, name.count("/"), fold=name.startswith("findings/"))
         if name in below:
             tree = toctree(name, below)
             page["cells"].append({"cell_type": "markdown", "id": "toc", "metadata": {}, "source": tree})
@@ -185,6 +187,18 @@ def slim(html: Path):
         )  # no colours
 
 
+def write_minutes():
+    "Bring the minutes of docs/method.md up to date."
+    page = DOCS / "method.md"
+    text = re.sub(
+        r"(\.\./nbs/(\d\d_\w+)\.ipynb\).*\| )\d+( \|)$",
+        lambda row: f"{row[1]}{reading(read_notebook(NOTEBOOKS / f'{row[2]}.ipynb'))['minutes']}{row[3]}",
+        page.read_text(encoding="utf-8"),
+        flags=re.MULTILINE,
+    )
+    page.write_text(text, encoding="utf-8")
+
+
 def report(html: Path) -> str:
     "Words, pictures and minutes of each notebook, the external links, and the size of the site."
     rows = [f"{'page':28}{'words':>7}{'lines':>7}{'pictures':>10}{'minutes':>9}"]
@@ -199,6 +213,58 @@ def report(html: Path) -> str:
     return "\n".join(rows)
 
 
+# slides
+
+
+def as_slides(notebook: dict) -> dict:
+    "A slide for each heading, below it one for each piece of prose and for each picture; long code is left out."
+    cells = []
+    for cell in as_page(notebook, "", 0)["cells"]:
+        text, outputs = source_of(cell), cell.get("outputs", [])
+        kind = "slide" if text.startswith(("# ", "## ")) else "subslide"
+        tags = []
+        if cell["cell_type"] == "code":
+            long = len(text.splitlines()) > 16
+            if is_imports(text) or (long and not outputs):
+                continue
+            kind = "subslide" if outputs else "-"
+            tags = ["no-source"] if outputs and len(text.splitlines()) > 6 else []
+        cells.append(cell | {"metadata": {"slideshow": {"slide_type": kind}, "tags": tags}})
+    return notebook | {"cells": cells}
+
+
+def write_slides(html: Path, notebook: str = "00_one_sitting"):
+    "Slides of a notebook, by nbconvert, with reveal.js and the pictures of the site."
+    import nbformat
+    from nbconvert import SlidesExporter
+    from traitlets.config import Config
+
+    config = Config()
+    config.TagRemovePreprocessor.enabled = True
+    config.TagRemovePreprocessor.remove_input_tags = {"no-source"}
+    exporter = SlidesExporter(
+        config=config,
+        template_name="slides",
+        extra_template_basedirs=[str(DOCS)],
+        reveal_url_prefix="_static/reveal",
+        reveal_theme="white",
+    )
+    made = nbformat.from_dict(as_slides(read_notebook(NOTEBOOKS / f"{notebook}.ipynb")))
+    text, _ = exporter.from_notebook_node(made)
+    text = re.sub(r'src="data:image/(\w+);base64,([^"]+)"', lambda m: f'src="{kept_picture(html, *m.groups())}"', text)
+    text = re.sub(r'href="/?([\w/]+)\.(?:ipynb|md)', r'href="\1.html', text)
+    (html / "slides.html").write_text(text, encoding="utf-8")
+
+
+def kept_picture(html: Path, kind: str, data: str) -> str:
+    "The picture that a page of the site has already, or a file of its own."
+    content = b64decode(data)
+    name = f"{sha256(content).hexdigest()}.{kind.replace('jpeg', 'jpg')}"
+    if not (html / "_images" / name).is_file():
+        (html / "_images" / name).write_bytes(content)
+    return f"_images/{name}"
+
+
 def build(target: Path):
     "Lay out, build, report."
     source, html = target / "source", target / "html"
@@ -208,10 +274,13 @@ def build(target: Path):
     if subprocess.run([*map(str, command), str(source), str(html)]).returncode:
         raise SystemExit("the site has warnings, which are errors")
     slim(html)
+    write_slides(html)
     told = report(html)
     (target / "report.txt").write_text(told + "\n", encoding="utf-8")
     print(told.splitlines()[-1], "in", html)
 
 
 if __name__ == "__main__":
+    if "--write-minutes" in sys.argv:
+        sys.exit(write_minutes())
     build(Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else ROOT / "_docs")

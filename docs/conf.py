@@ -13,6 +13,7 @@ extensions = ["myst_nb", "sphinx.ext.mathjax"]
 exclude_patterns = ["_static"]
 nb_execution_mode = "off"  # what a notebook has stored is what is shown
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # tables that a cell gives as Markdown
 
 myst_enable_extensions = ["dollarmath"]
 myst_dmath_double_inline = True
@@ -31,5 +32,7 @@ html_theme_options = {
     "show_toc_level": 2,
     "home_page_in_toc": True,
     "collapse_navbar": True,
+    "navbar_persistent": [],
 }
 mathjax_path = "mathjax/tex-chtml.js"
+html_context = {"default_mode": "auto"}

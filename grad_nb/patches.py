@@ -191,7 +191,7 @@ def change_sums(
     size: int,  # side of the pictures that crops are cut from
 ) -> Tensor:  # (M, size + 1, size + 1) float32: sums over what lies above and to the left of each corner
     "A table of sums of the change of pictures, resized."
-    x = torch.from_numpy(np.ascontiguousarray(change))[:, None].float()
+    x = torch.from_numpy(np.array(change))[:, None].float()  # a copy: memory maps cannot be written to
     x = functional.interpolate(x, size=(size, size), mode="bilinear", antialias=True)[:, 0]
     return functional.pad(x.double().cumsum(1).cumsum(2), (1, 0, 1, 0)).float()
 

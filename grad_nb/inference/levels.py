@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..accel import ops
-from ..accel.backends import in_bfloat16
+from ..accel.backends import wants_bfloat16
 from ..datasets.readers import resized
 from ..detector import Detector
 from .captured import Captured, captured_detectors
@@ -62,7 +62,7 @@ def score_levels_fast(
 ) -> Iterator[list[np.ndarray]]:  # batch by batch, for each detector (n, h, w) float32 logits
     "Score maps of several detectors by the fastest way that is there. `MemoryError` if not even one picture fits."
     device, done = torch.device(device), 0
-    bf16 = bf16 or in_bfloat16()
+    bf16 = bf16 or wants_bfloat16()
     nets = [_on_device(detector, device) for detector in detectors]
     if graph := _recording(nets, pictures, sizes, device, bf16):
         yield from graph.stream(pictures)

@@ -104,7 +104,7 @@ typedef int __attribute__((may_alias)) pair;
 #if @vnni@ && !defined __AVX512VNNI__ && !defined __AVXVNNI__
 #error the compiler does not know what the processor can do
 #endif
-/* the products of pairs, added to sums; sums as floats; a vector's total */
+/* the products of pairs, added to sums; sums as floats; a vector's total; a b + c, rounded once */
 #ifdef __AVX512VNNI__
 #define DOT(s, a, b) (ivec)_mm512_dpwssd_epi32((__m512i)s, (__m512i)a, (__m512i)b)
 #elif defined __AVX512F__
@@ -117,6 +117,7 @@ typedef int __attribute__((may_alias)) pair;
 #ifdef __AVX512F__
 INLINE vec floats(ivec s) { return (vec)_mm512_cvtepi32_ps((__m512i)s); }
 INLINE float total(vec v) { return _mm512_reduce_add_ps((__m512)v); }
+INLINE vec fused(vec a, vec b, vec c) { return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 #else
 INLINE vec floats(ivec s) { return (vec)_mm256_cvtepi32_ps((__m256i)s); }
 INLINE float total(vec v) {
@@ -124,6 +125,7 @@ INLINE float total(vec v) {
   a = _mm_add_ps(a, _mm_movehl_ps(a, a));
   return a[0] + a[1];
 }
+INLINE vec fused(vec a, vec b, vec c) { return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 #endif
 """
 
@@ -167,8 +169,8 @@ INLINE void block(const int n, long C, input a, long t, const float *b, const fl
       ALL(n) { ivec x = v[i * turns + c] - (ivec){0}; s[i][0] = DOT(s[i][0], x, left); s[i][1] = DOT(s[i][1], x, right); }
     }
     ALL(n) for (int k = 0; k < 2; k++) {
-      vec *to = (vec *)(y + i * ldy + k * W), z = floats(s[i][k]) * size[i * parts];
-      if (c > CH / 2) z += *to;
+      vec *to = (vec *)(y + i * ldy + k * W), z = c > CH / 2 ? *to : (vec){0};
+      z = fused(floats(s[i][k]), size[i * parts] - (vec){0}, z); /* as the compiler likes, a row's last bit would depend on n */
       *to = c < turns ? z : done(z * *(const vec *)(column + k * W), bias, k);
     }
   }

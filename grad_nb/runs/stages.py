@@ -448,7 +448,7 @@ def provenance(
     files = {f"generate-{n:02d}": run.made or run.folder for n in run.generator_levels}
     files |= {f"detect-{row.level:03d}": run.folder for row in run.levels}
     records = {name: read_json(folder / f"{name}.json") for name, folder in files.items()}
-    kept = ("device", "versions", "fingerprint", "products")
+    kept = ("device", "versions", "fingerprint", "products", "two_sample_auroc", "position_auroc", "wrong_coordinates")
     train, held = split_normals(run)
     return {
         "preset": run.preset.name,

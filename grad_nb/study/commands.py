@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastcore.script import call_parse, store_true
 
@@ -86,7 +86,8 @@ def grad_reproduce(
     retries: int = 1,  # how often a failed notebook is tried again
     table4: store_true = False,  # also the rows of Table 4, which `paper` has without being asked
     no_table4: store_true = False,  # not the rows of Table 4
-    dry_run: store_true = False,  # say what would be done and how long it may take
+    dry_run: store_true = False,  # say what would be done, how long it will take and what room it needs; write nothing
+    plan: str = "",  # only write the plan to this file, for those who call snakemake themselves
     report: store_true = False,  # run nothing: make one HTML page of the batch in --runs with --preset
     debug: store_true = False,  # show the traceback of an error
 ):
@@ -99,28 +100,20 @@ def grad_reproduce(
         raise ValueError(f"--dataset {dataset} needs --data, the folder that holds it")
     if table4 and no_table4:
         raise ValueError("--table4 and --no-table4 cannot both be meant")
-    from grad_nb.core.files import write_json
     from grad_nb.study import reproduce as batches
 
     if report:
         return print("report:", batches.report_of(runs, preset))
     rows = table4 or (False if no_table4 else None)
-    where = (data, dataset, preset, seeds, runs, categories, overrides, device, bench, retries, rows)
-    batch = batches.plan_batch(*where)
-    batches.snakemake_call(batch, executor=executor)
-    with batches.hold_folder(batch["folder"]) as held:
-        write_json(batch["batch"], batch)
-        for line in batches.announce(batch, dataset, executor, options):
-            print(line, flush=True)
-        if dry_run:
-            return batches.dry(batch, executor, options)
-        status = batches.run_batch(batch, held, executor, options)
-    for line in batches.batch_summary(batch):
-        print(line)
-    for path in sorted((Path(batch["folder"]) / "tables").glob("*.md")):
-        print("table:", path)
-    if status:
-        sys.exit(1)
+    where: dict[str, Any] = {"data": data, "dataset": dataset, "preset": preset, "seeds": seeds, "runs": runs}
+    where |= {"categories": categories, "overrides": overrides, "device": device, "bench": bench}
+    where |= {"retries": retries, "table4": rows}
+    if dry_run:
+        return batches.dry(where, executor, options)
+    batch = batches.plan_batch(**where)
+    if plan:
+        return batches.write_plan(batch, plan, executor, options)
+    sys.exit(batches.run_whole(batch, dataset, executor, options))
 
 # %% ../../nbs/study/11_commands.ipynb #scomm004
 @call_parse

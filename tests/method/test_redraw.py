@@ -58,6 +58,11 @@ def test_a_set_keeps_how_far_it_is_from_real_pictures(tmp_path):
     assert read_changes(tmp_path, [5]) == [], "from noise nothing is known, and nothing old is left"
 
 
+def test_changes_are_read_from_files_without_a_warning(tmp_path, recwarn):
+    make_contrastive(tmp_path, pictures(5), 5, TINY, progress=False)
+    assert change_sums(read_changes(tmp_path, [5])[0], 34).shape == (6, 35, 35) and not recwarn.list
+
+
 def test_a_set_is_drawn_again_the_same():
     model = new_patchdiff(5, TINY)
     first, again = (generate(model, TINY, 2, progress=False, normals=pictures(3)) for _ in range(2))

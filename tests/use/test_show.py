@@ -347,7 +347,7 @@ def test_the_page_in_a_browser(run, gallery, tmp_path):
         large = tmp_path / "large.png"
         large.write_bytes(os.urandom(110 * 2**20))
         page.locator("input[type=file]").set_input_files(large)
-        page.get_by_text("a file may have at most 64 MB").wait_for()
+        page.get_by_text("a file may have at most 64 MB").first.wait_for()
         page.screenshot(path=keep / "large.png", full_page=True)
         page.reload()
         page.get_by_text(gallery.title).wait_for()
