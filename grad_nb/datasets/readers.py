@@ -348,10 +348,10 @@ MOST_ENTRIES = 100_000  # files and folders that are looked through for what is 
 
 def passed_over(
     root: str | Path,  # a folder
-    used: Iterable[Path] = (),  # files in it that are used
+    used: Iterable[Path] | frozenset[str] = (),  # files in it that are used; a frozenset holds normalised paths
 ) -> tuple[str, ...]:  # a line for each place and ending
     "The pictures in a folder, and deeper, that are not used, counted by place."
-    known = {os.path.normpath(path) for path in used}
+    known = used if isinstance(used, frozenset) else {os.path.normpath(path) for path in used}
     found: dict[tuple[str, str], list[str]] = {}
     seen = 0
     for place, folders, names in os.walk(root):
