@@ -263,7 +263,7 @@ def test_errors_are_one_line(data, tmp_path):
     for args, said in (
         (("grad_predict", str(tmp_path / "m.grad"), str(data)), "m.grad is not a whole safetensors file"),
         (("grad_demo", "--data", str(tmp_path), "--category", "nothing"), "nothing"),
-        (("grad_fit", str(tmp_path / "empty")), "holds no pictures"),
+        (("grad_fit", str(tmp_path / "empty")), "does not exist"),
         (("grad_demo", "--device", "cuda:9", "--data", str(data), "--category", "trays"), "cuda:9"),
     ):
         done = command(*args)
