@@ -11,6 +11,7 @@ that cannot be read is named on stderr and passed over; the exit status is then 
 
 import argparse
 import csv
+import json
 import sys
 from pathlib import Path
 
@@ -22,27 +23,27 @@ FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # what a file may hold, whatev
 MIN_SIDE = 34  # pixels: one patch of the detector
 
 
-def grey(im: Image.Image) -> Image.Image:
-    "A picture of mode I or I;16 as 8-bit grey."
-    values = np.asarray(im).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
+def grey(im: Image.Image, white: float | None) -> Image.Image:
+    "A picture of mode I, I;16 or F as 8-bit grey; `white` is that of the model's training pictures."
+    values = np.asarray(im).astype(np.float64)
+    if not np.isfinite(values).all() or values.min() < 0 or (im.mode != "F" and values.max() > 65535):
         raise ValueError("its values are neither 8 nor 16 bits")
+    if white is None and im.mode == "F":
+        raise ValueError("it holds floating-point values; convert it to 8 or 16 bits")
     transparent = values == im.info.get("transparency", -1)
-    if im.mode != "I" or im.format == "PNG" or values.max() > 255:
-        values = (values + 128) // 257
+    eight = im.mode == "I" and im.format != "PNG" and values.max() <= 255
+    values = np.floor(np.minimum(values / (white or (255 if eight else 65535)), 1) * 255 + 0.5)
     return Image.fromarray(np.where(transparent, 0, values).astype(np.uint8))
 
 
-def read(path: str, size: int) -> np.ndarray:  # (size, size, 3) uint8
+def read(path: str, size: int, white: float | None = None) -> np.ndarray:  # (size, size, 3) uint8
     "A picture as the model wants it; errors of many kinds if it is damaged."
     with Image.open(path, formats=FORMATS) as im:
         im = ImageOps.exif_transpose(im)
     if min(im.size) < MIN_SIDE:
         raise ValueError(f"it has {im.width}x{im.height} pixels; {MIN_SIDE}x{MIN_SIDE} are needed")
-    if im.mode == "F":
-        raise ValueError("it holds floating-point values; convert it to 8 or 16 bits")
-    if im.mode.startswith("I"):
-        im = grey(im)
+    if im.mode == "F" or im.mode.startswith("I"):
+        im = grey(im, white)
     elif im.has_transparency_data:
         rgba = im.convert("RGBA")
         im = Image.new("RGB", im.size)
@@ -50,13 +51,13 @@ def read(path: str, size: int) -> np.ndarray:  # (size, size, 3) uint8
     return np.asarray(im.convert("RGB").resize((size, size), Image.Resampling.LANCZOS))
 
 
-def read_all(paths: list[str], size: int) -> tuple[list[str], list[np.ndarray]]:
+def read_all(paths: list[str], size: int, white: float | None) -> tuple[list[str], list[np.ndarray]]:
     "Those of the pictures that can be read; the others are named on stderr."
     found = []
     pictures = []
     for path in paths:
         try:
-            pictures.append(read(path, size))
+            pictures.append(read(path, size, white))
         except Exception as e:
             print(f"{path} cannot be judged ({type(e).__name__}: {e})", file=sys.stderr)  # decoders raise anything
         else:
@@ -88,11 +89,12 @@ def main() -> int:
     about = session.get_modelmeta().custom_metadata_map
     if about.get("kind") != "grad_nb.Scorer":
         parser.error(f"{given.model} was not made by grad_export")
+    white = json.loads(about.get("white", "null"))
     rows = csv.writer(sys.stdout, lineterminator="\n")
     judged = 0
     rows.writerow(["path", "score", "anomalous"])
     for i in range(0, len(given.pictures), given.batch):
-        paths, pictures = read_all(given.pictures[i : i + given.batch], int(about["size"]))
+        paths, pictures = read_all(given.pictures[i : i + given.batch], int(about["size"]), white)
         if not paths:
             continue
         scores, labels, maps = session.run(["scores", "labels", "maps"], {"pictures": np.stack(pictures)})

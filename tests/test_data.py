@@ -610,7 +610,9 @@ def test_load_images(tmp_path):
     assert str(c.train[2].path) in refused(load_images, c.train, 34)
 
 
-def test_progress_is_shown_only_when_asked(tmp_path, capsys):
+def test_progress_is_shown_only_when_asked(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("GRAD_NB_BARS", "1")  # as on a terminal
+    monkeypatch.setattr("grad_nb.core.progress.DELAY", 0.0)
     c = read_category(make_ad(tmp_path / "part"))
     load_images(c.train, 34)
     assert capsys.readouterr().err == ""

@@ -7,8 +7,8 @@ __all__ = ['log', 'IMAGE_SUFFIXES', 'OTHER_SUFFIXES', 'NORMAL_NAMES', 'MIN_SIDE'
            'MOST_ENTRIES', 'HALF_DOWN', 'LABELS', 'OFFICIAL', 'DataError', 'UnavailableError', 'max_pixels',
            'find_white', 'read_image', 'picture_array', 'resize_image', 'Sample', 'Defect', 'Category', 'picture_files',
            'passed_over', 'no_pictures', 'mask_files', 'read_category', 'hold_out', 'load_images', 'resized',
-           'resize_pictures', 'shrink_mask', 'load_mask', 'load_masks', 'load_defects', 'manifest', 'data_sha256',
-           'check_category', 'Official', 'Survey', 'survey', 'category_folders']
+           'resize_pictures', 'shrink_mask', 'load_mask', 'load_masks', 'check_masks', 'load_defects', 'manifest',
+           'data_sha256', 'check_category', 'Official', 'Survey', 'survey', 'category_folders']
 
 # %% ../../nbs/datasets/01_readers.ipynb #84b4b173
 import errno
@@ -348,10 +348,10 @@ MOST_ENTRIES = 100_000  # files and folders that are looked through for what is 
 
 def passed_over(
     root: str | Path,  # a folder
-    used: Iterable[Path] = (),  # files in it that are used
+    used: Iterable[Path] | frozenset[str] = (),  # files in it that are used; a frozenset holds normalised paths
 ) -> tuple[str, ...]:  # a line for each place and ending
     "The pictures in a folder, and deeper, that are not used, counted by place."
-    known = {os.path.normpath(path) for path in used}
+    known = used if isinstance(used, frozenset) else {os.path.normpath(path) for path in used}
     found: dict[tuple[str, str], list[str]] = {}
     seen = 0
     for place, folders, names in os.walk(root):
@@ -698,6 +698,16 @@ def load_masks(
     for i, sample in enumerate(tqdm(samples, desc="reading masks", disable=not progress)):
         masks[i] = load_mask(sample, size)
     return masks
+
+
+def check_masks(
+    samples: Sequence[Sample],  # test pictures
+) -> None:
+    "Open every mask once, before hours of training: `DataError` names the first that the evaluation would refuse."
+    for sample in samples:
+        if sample.masks:
+            for _ in _open_masks(sample):
+                pass
 
 # %% ../../nbs/datasets/01_readers.ipynb #cf8a9468
 def _defect(path: Path, values: np.ndarray, defects: tuple[Defect, ...]) -> tuple[np.ndarray, float]:

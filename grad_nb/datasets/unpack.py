@@ -202,7 +202,7 @@ def _own_folder(folder: Path) -> int | None:
         pass
     if os.name != "posix":
         return None
-    advice = "; remove it, or give another folder"
+    advice = "; move it away, or give another folder"
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['TRAYS_SEED', 'GRACE', 'package_file', 'template', 'template_parameters', 'check_parameters', 'Task', 'plan',
-           'run_notebook', 'last_progress', 'threads_for', 'run_phase']
+           'planned', 'run_notebook', 'last_progress', 'share_shown', 'threads_for', 'run_phase']
 
 # %% ../../nbs/runs/03_driver.ipynb #driver03
 import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,10 +27,10 @@ from tqdm import tqdm
 
 from ..core.files import read_json
 from ..core.processes import PARENT
-from ..core.progress import BARS
+from ..core.progress import BARS, Plan
 from ..core.stages import stage_done
 from ..patchdiff import check_level
-from .stages import Run, detect_key, generate_key
+from .stages import Run, detect_key, generate_key, split_normals
 
 # %% ../../nbs/runs/03_driver.ipynb #e0a72c13
 def package_file(
@@ -101,6 +102,28 @@ def plan(
     ]
     return [phase for phase in (generate, detect, [Task("table", "table")]) if phase]
 
+
+def planned(
+    run: Run,  # the run
+    phases: Sequence[Sequence[Task]],  # what is still to be done, see `plan`
+) -> Plan:
+    "The stages of a run as a plan; those that were done before are left out of it."
+    costs = {task.name: task.cost for phase in phases for task in phase}
+    before = [f"generate-{n:02d}" for n in run.generator_levels] + [f"detect-{row.level:03d}" for row in run.levels]
+    done = [name for name in before if name not in costs]
+    found = Plan(dict.fromkeys(done, 1.0) | costs, parts={"generate": (0.85, 0.15)})
+    for name in done:
+        found.skip(name)
+    train, held = split_normals(run)
+    detectors = "1 detector" if len(run.levels) == 1 else f"{len(run.levels)} detectors"
+    text = f"{len(found.costs)} stages: {len(run.generator_levels)} generators, {detectors} and the table"
+    size = run.preset.generator.size
+    text += f"; {len(train)} pictures to learn from, seen at {size} x {size} pixels, {len(held)} held out"
+    found.announce(f"{text}; {len(done)} stages are done" if done else text)
+    if others := [name for name in costs if (run.folder / f"{name}.json").is_file()]:
+        found.announce(f"of other pictures or settings, and made again: {', '.join(others)}")
+    return found
+
 # %% ../../nbs/runs/03_driver.ipynb #4a44d123
 TRAYS_SEED = 0  # every run sees the same trays; its own seed is that of the training
 
@@ -113,6 +136,7 @@ def run_notebook(
     line: int = 0,  # on which terminal line its progress is shown
     stop: threading.Event | None = None,  # set from outside to end it early
     hold: Sequence[int] = (),  # open files that the process inherits: a lock on one lasts as long as the process
+    plan: Plan | None = None,  # is told how far it is
 ) -> float:  # seconds
     "Run one template with papermill in its own process; `RuntimeError` names the executed notebook if it fails."
     source = template(task.notebook)
@@ -124,13 +148,15 @@ def run_notebook(
     executed.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     process = _start((source, executed, log), values, threads, hold)
-    error = _follow(process, log, task.name, line, stop or threading.Event())
+    error = _follow(process, log, task.name, line, stop or threading.Event(), plan)
     if process.returncode:
         reason = _last_line(error)
         if process.returncode < 0:
             reason = f"it was ended from outside, by signal {-process.returncode}"
         raise RuntimeError(f"{task.name} failed: {reason}\nits notebook, with the traceback: {executed}")
     log.unlink(missing_ok=True)
+    if plan:
+        plan.end(task.name)
     return time.perf_counter() - start
 
 
@@ -164,7 +190,17 @@ def last_progress(
 GRACE = 10.0  # seconds that a notebook has to end itself (our choice)
 
 
-def _follow(process: subprocess.Popen, log: Path, name: str, line: int, stop: threading.Event) -> str:
+def share_shown(
+    text: str,  # a progress line, see `last_progress`
+) -> float | None:  # 0..1; None if it says no share
+    "How far a notebook says it is."
+    found = re.search(r"(\d+)%\|", text)
+    return int(found[1]) / 100 if found else None
+
+
+def _follow(
+    process: subprocess.Popen, log: Path, name: str, line: int, stop: threading.Event, plan: Plan | None
+) -> str:
     "Show a notebook's last progress line, or how long it has run, until it ends or is to stop; gives its stderr."
     start = time.perf_counter()
     ended = 0.0
@@ -178,7 +214,11 @@ def _follow(process: subprocess.Popen, log: Path, name: str, line: int, stop: th
                     late = time.perf_counter() - ended > GRACE
                     process.send_signal(signal.SIGKILL if late else signal.SIGTERM)
                 shown = last_progress(log) or "starting the notebook"
-                bar.set_description_str(f"{name}, {time.perf_counter() - start:.0f} s: {shown}"[:110])
+                share = share_shown(shown)
+                if plan and share is not None:
+                    plan.at(name, share)
+                before = f"{plan} · " if plan else ""
+                bar.set_description_str(f"{before}{name}, {time.perf_counter() - start:.0f} s: {shown}"[:110])
 
 # %% ../../nbs/runs/03_driver.ipynb #1260d34a
 def threads_for(
@@ -201,6 +241,7 @@ def run_phase(
     tasks: Sequence[Task],  # notebooks that do not wait for each other
     run: Run,  # the run
     values: dict,  # parameters of the templates
+    plan: Plan | None = None,  # is told how far each is
 ) -> None:
     "Run the notebooks of a phase side by side: one for each core, or one after the other on a GPU."
     if run.device.startswith("cuda"):
@@ -213,7 +254,7 @@ def run_phase(
     stop = threading.Event()
     jobs = {}
     for i, task in enumerate(tasks):
-        job = pool.submit(run_notebook, task, run.folder, values, threads[i], i % side_by_side, stop)
+        job = pool.submit(run_notebook, task, run.folder, values, threads[i], i % side_by_side, stop, (), plan)
         jobs[job] = task.name
     try:
         for job in as_completed(jobs):

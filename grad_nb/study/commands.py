@@ -39,6 +39,7 @@ def grad_run(
     config.preset(preset)
     from grad_nb.core.devices import device_name
     from grad_nb.core.loop import TimeUp, time_limit
+    from grad_nb.datasets.readers import check_masks
     from grad_nb.runs.stages import open_run, result_table
     from grad_nb.study.runner import MORE, do_stages, write_pictures
 
@@ -54,6 +55,9 @@ def grad_run(
             problem = f"{run.category.root} has no test pictures, so there will be nothing to evaluate"
             raise ValueError(f"{problem}; grad_fit trains without")
         where = f"{device_name(run.device)}, up to {minutes:g} minutes, in {run.folder}"
+        for note in run.category.notes:
+            say(note)
+        check_masks(run.category.test)
         say(f"{run.category.name}, preset {run.preset.name}, seed {seed}, {where}")
         try:
             result = do_stages(run, say)

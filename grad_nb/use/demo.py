@@ -133,8 +133,9 @@ def grad_demo(
     """
     start = time.perf_counter()
     _before_demo(data, category, preset)
+    from grad_nb.datasets.readers import check_masks
     from grad_nb.datasets.trays import make_trays
-    from grad_nb.runs.driver import TRAYS_SEED, plan, run_phase
+    from grad_nb.runs.driver import TRAYS_SEED, plan, planned, run_phase
     from grad_nb.runs.stages import evaluate_stage, open_run
 
     if not data:
@@ -147,8 +148,11 @@ def grad_demo(
     print(f"{run.category}\n{run.preset.name}, seed {seed}, {run.device}; everything goes to {run.folder}", flush=True)
     where = {"data": str(Path(os.path.abspath(root)).parent), "category": run.category.name, "runs": runs}
     values = where | {"preset": preset, "seed": seed, "overrides": overrides, "device": device}
-    for phase in plan(run):
-        run_phase(phase, run, values)
+    check_masks(run.category.test)
+    phases = plan(run)
+    stages = planned(run, phases)
+    for phase in phases:
+        run_phase(phase, run, values, stages)
     _print_result(run.folder, evaluate_stage(run), time.perf_counter() - start)
 
 # %% ../../nbs/use/06_demo.ipynb #demo0005

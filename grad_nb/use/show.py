@@ -82,5 +82,5 @@ def grad_show(
     if host not in LOOPBACK:
         print(f"grad_show: every machine that reaches {host} and has the token can see these pictures", file=sys.stderr)
     print(f"{address}  (Ctrl-C ends it)", flush=True)
-    serve(found, door, port, address if browser else "")
+    serve(found, door, port, address if browser else "", Path(run).name)
     raise KeyboardInterrupt  # the server returns only when it is told to stop

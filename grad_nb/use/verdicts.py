@@ -46,8 +46,9 @@ def expand(
             folders += [path] if inside != [path] else []
     if not found:
         raise DataError("there is nothing to judge; give pictures, folders of pictures, or a folder to --watch")
-    for folder in folders:
-        for line in passed_over(folder, found):
+    used = frozenset(os.path.normpath(path) for path in found)
+    for folder in dict.fromkeys(folders):
+        for line in passed_over(folder, used):
             print(f"grad_predict: {printable(folder)}: {printable(line)}", file=sys.stderr)
     return found
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from shared import TINY
 
 from grad_nb.accel.backends import PRODUCTS
@@ -113,6 +115,20 @@ def test_executed_notebooks_hold_no_error_and_got_their_parameters(demo):
         assert any(
             "injected-parameters" in c["metadata"].get("tags", []) and TINY in "".join(c["source"]) for c in cells
         )
+
+
+def test_demo_says_what_is_planned_and_what_is_done_already(demo):
+    plan = "5 stages: 3 generators, 1 detector and the table; 8 pictures to learn from, seen at 64 x 64 pixels"
+    assert plan in demo[0].stderr and "%|" not in demo[0].stderr
+
+
+def test_a_mask_that_the_evaluation_would_refuse_stops_the_demo_before_the_training(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    mask = next((tmp_path / "data/trays/ground_truth").rglob("*.png"))
+    Image.fromarray(np.zeros_like(np.asarray(Image.open(mask)))).save(mask)
+    done = command("grad_demo", *demo_options(tmp_path / "data", tmp_path / "runs"))
+    assert done.returncode == 2 and str(mask) in done.stderr and "marks no pixel" in done.stderr
+    assert not list((tmp_path / "runs").rglob("*.safetensors"))
 
 
 def test_second_run_does_nothing_again(demo, data):
@@ -247,7 +263,7 @@ def test_errors_are_one_line(data, tmp_path):
     for args, said in (
         (("grad_predict", str(tmp_path / "m.grad"), str(data)), "m.grad is not a whole safetensors file"),
         (("grad_demo", "--data", str(tmp_path), "--category", "nothing"), "nothing"),
-        (("grad_fit", str(tmp_path / "empty")), "holds no pictures"),
+        (("grad_fit", str(tmp_path / "empty")), "does not exist"),
         (("grad_demo", "--device", "cuda:9", "--data", str(data), "--category", "trays"), "cuda:9"),
     ):
         done = command(*args)

@@ -26,7 +26,7 @@ from grad_nb.datasets.readers import IMAGE_SUFFIXES, read_image
 from grad_nb.datasets.trays import make_trays
 from grad_nb.grad import GRAD, colour_limits
 from grad_nb.plots import heat_overlay
-from grad_nb.use.daily import card_path, grad_fit, grad_predict
+from grad_nb.use.daily import _kept_until_done, card_path, grad_fit, grad_predict
 from grad_nb.use.errors import options_anywhere, plain_errors
 from grad_nb.use.verdicts import expand, map_paths
 
@@ -99,6 +99,54 @@ def test_nothing_to_judge(model, tmp_path, capsys):
     ):
         status, rows, err = called(capsys, model, *args)
         assert status == 2 and not rows and said in err and len(err.splitlines()) == 1
+
+
+def test_a_folder_without_pictures_says_what_may_have_been_meant(model, parts, tmp_path, capsys):
+    (tmp_path / "part/train").mkdir(parents=True)
+    shutil.copytree(parts, tmp_path / "part/train/good")
+    (tmp_path / "scans").mkdir()
+    Image.open(parts / "000.png").save(tmp_path / "scans/0.jfif", format="JPEG")
+    (tmp_path / "scans/deeper").mkdir()
+    shutil.copy(parts / "000.png", tmp_path / "scans/deeper")
+    for name, said in (
+        ("part", "did you mean " + str(tmp_path / "part/train/good")),
+        ("prat", "beside it lie part, parts, scans"),
+        ("scans", "1 .jfif picture beside them (0.jfif), an ending that is not read"),
+        ("scans", "1 picture in deeper (000.png)"),
+    ):
+        for command in (grad_fit, lambda folder: grad_predict(str(model), folder)):
+            with pytest.raises(SystemExit) as stop:
+                command(str(tmp_path / name))
+            err = capsys.readouterr().err
+            assert stop.value.code == 2 and len(err.splitlines()) == 1
+            assert said in err or (name == "prat" and "does not exist" in err), err
+
+
+def test_what_is_passed_over_is_told(model, parts, capsys):
+    (parts / "deeper").mkdir()
+    shutil.copy(parts / "000.png", parts / "deeper/x.png")
+    Image.open(parts / "000.png").save(parts / "y.gif")
+    status, rows, err = called(capsys, model, parts)
+    assert status == 0 and len(rows) == 3
+    assert "not used: 1 picture in deeper (x.png)" in err and "not used: 1 .gif picture" in err
+    status, rows, err = called(capsys, model, parts, parts / "deeper")
+    assert len(rows) == 4 and "deeper" not in err
+
+
+def test_an_interrupted_fit_says_how_to_go_on_and_a_finished_one_leaves_no_stages(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/bin/grad_fit", "my parts", "--model", "m.grad"])
+    model = str(tmp_path / "m.grad")
+    with pytest.raises(KeyboardInterrupt), _kept_until_done(None, model) as folder:
+        Path(folder).mkdir()
+        raise KeyboardInterrupt
+    err = capsys.readouterr().err
+    assert f"kept in {model}.work; to go on: grad_fit 'my parts' --model m.grad" in err and Path(folder).is_dir()
+    with _kept_until_done(None, model) as folder:
+        assert Path(folder).is_dir()
+    assert not Path(folder).exists()
+    with _kept_until_done(str(tmp_path), model) as folder:
+        pass
+    assert tmp_path.is_dir() and capsys.readouterr().err == ""
 
 
 def test_a_broken_picture_stops_or_is_passed_over(model, parts, capsys):

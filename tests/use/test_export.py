@@ -453,6 +453,10 @@ def test_the_example_reads_as_the_library_does(tmp_path):
     for f in files:
         for size in (64, SIZE):
             assert (read(f, size) == load_images([f], size)[0]).all(), f.name
+    ramp = np.tile(np.linspace(0, 4095, 90), (80, 1))
+    for name, kind in (("deep.png", np.uint16), ("deep.tif", np.int32), ("real.tif", np.float32)):
+        Image.fromarray(ramp.astype(kind)).save(tmp_path / name)
+        assert (read(tmp_path / name, SIZE, 4095.0) == read_image(tmp_path / name, SIZE, 4095.0)).all(), name
     for f in broken_pictures(tmp_path):
         for reader in (read, read_image):
             with pytest.raises((OSError, ValueError)):

@@ -1,5 +1,6 @@
 """The page to look at a run: what it shows, what it refuses, and (slow) a real browser that clicks through it."""
 
+import base64
 import io
 import json
 import os
@@ -40,7 +41,7 @@ from grad_nb.use.gallery import (
     told,
     verdict_line,
 )
-from grad_nb.use.page import make_page, or_text, plain_text, png
+from grad_nb.use.page import grey_map_words, judged_views, make_page, or_text, plain_text, png, verdict_view
 from grad_nb.use.show import free_port, grad_show, open_for_show
 
 
@@ -332,7 +333,7 @@ def test_the_page_in_a_browser(run, gallery, tmp_path):
         page.locator("img").nth(2).wait_for()
         page.wait_for_timeout(1500)
         page.screenshot(path=keep / "explained.png", full_page=True)
-        page.get_by_text("a picture of your own").click()
+        page.get_by_text("pictures of your own").click()
         page.locator("input[type=file]").set_input_files(good.path)
         score = gallery.scores[gallery.samples.index(good)]
         page.get_by_text(re.compile(rf"(normal|anomalous): score {score:.3f}")).wait_for()
@@ -356,6 +357,72 @@ def test_the_page_in_a_browser(run, gallery, tmp_path):
         browser.close()
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(60) == 130 and "Traceback" not in server.process.stderr.read()
+
+
+def dropped(page, files: dict[str, bytes]) -> None:
+    "Drop files on the page, beside the field for files."
+    encoded = [[name, base64.b64encode(content).decode()] for name, content in files.items()]
+    transfer = page.evaluate_handle(
+        """files => {
+            const transfer = new DataTransfer()
+            for (const [name, text] of files) {
+                const bytes = Uint8Array.from(atob(text), c => c.charCodeAt(0))
+                transfer.items.add(new File([bytes], name, {type: 'image/png'}))
+            }
+            return transfer
+        }""",
+        encoded,
+    )
+    page.dispatch_event("body", "drop", {"dataTransfer": transfer})
+
+
+@pytest.mark.slow
+def test_several_pictures_dropped_anywhere_have_a_verdict_each(gallery, tmp_path):
+    pytest.importorskip("panel")
+    playwright = pytest.importorskip("playwright.sync_api")
+    model = gallery.model
+    model.n_pictures_ = (4, 4)
+    threshold = float(np.median(gallery.scores))
+    model.save(tmp_path / "part.grad")
+    strict = GRAD.load(tmp_path / "part.grad", "cpu")
+    strict.offset_, strict.map_limits_ = threshold, (float(gallery.scores.max()) + 1, float(gallery.scores.max()) + 2)
+    strict.save(tmp_path / "part.grad")
+    high, low = (gallery.samples[int(choose(gallery)[i])].path.read_bytes() for i in (0, -1))
+    with Server(tmp_path, tmp_path / "part.grad") as server, playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        page = browser.new_page()
+        page.set_default_timeout(120_000)
+        page.goto(server.address)
+        page.get_by_text(f"part.grad, threshold {threshold:.3f}").wait_for()
+        page.locator("input[type=file]").wait_for()
+        page.wait_for_timeout(1500)
+        dropped(page, {"high.png": high, "low.png": low, "bad.png": b"nonsense"})
+        page.get_by_text("bad.png is not a PNG").wait_for()
+        assert page.get_by_text("ANOMALOUS", exact=True).count() == 1 == page.get_by_text("NORMAL", exact=True).count()
+        assert page.get_by_text("high.png", exact=True).count() == 1 == page.get_by_text("low.png", exact=True).count()
+        page.get_by_text("The map is grey although the score is above the threshold").wait_for()
+        browser.close()
+
+
+def test_a_grey_map_of_an_anomalous_picture_has_words(gallery):
+    found = gallery.model.explain(gallery.samples[0].path)
+    peak = float(found.heat_map.max())
+    anomalous = replace(found, threshold=found.score - 1)
+    assert "where colour begins" in grey_map_words(replace(anomalous, limits=(peak + 1, peak + 2)))
+    assert grey_map_words(replace(anomalous, limits=(peak - 1, peak + 2))) == ""
+    assert grey_map_words(replace(found, threshold=found.score + 1, limits=(peak + 1, peak + 2))) == ""
+
+
+def test_verdicts_are_a_word_in_a_colour_under_the_name_of_the_file(gallery):
+    pn = pytest.importorskip("panel")
+    found = gallery.model.explain(gallery.samples[0].path)
+    for threshold, word, colour in ((found.score - 1, "ANOMALOUS", "#b00020"), (found.score + 1, "NORMAL", "#1b6e34")):
+        title, large, *_ = verdict_view("<b>.png", replace(found, threshold=threshold))
+        assert "&lt;b&gt;.png" in title.object and word in large.object and large.styles["color"] == colour
+    content = gallery.samples[0].path.read_bytes()
+    views = judged_views(gallery.model, [content, b"x"] * 11, [f"{i}.png" for i in range(22)])
+    assert len(views) == 21 and "1.png is not a PNG" in views[1].object and "first 20 of 22" in views[20].object
+    assert isinstance(judged_views(gallery.model, None, None), pn.pane.HTML)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from PIL import Image
 from scipy.stats import beta
 from shared import TINY_FIT
 
+from grad_nb.config import override, preset
 from grad_nb.datasets.readers import DataError
 from grad_nb.datasets.trays import make_trays
 from grad_nb.evaluation import image_auroc
@@ -283,3 +284,20 @@ def test_the_command_evaluates_in_a_table_json_and_a_page(model, parts, tmp_path
     assert "<b>" not in page and html.escape("<b>bent & torn") in page and "m.grad on " in page
     assert page.count("<figure>") == len(found.missed) + len(found.false_alarms) + found.figures["confusion"]["found"]
     assert not re.search(r"https?://", page) and "Missed" in page and f"{calibration(fitted).n} held-out" in page
+
+
+@pytest.mark.slow
+def test_five_small_trainings_flag_no_more_of_200_new_normal_pictures_than_promised(tmp_path):
+    counts = {"train": 40, "validation": 0, "good": 200, "logical": 0, "structural": 0}
+    real, promised, bounds = [], [], []
+    for seed in range(5):
+        root = make_trays(tmp_path / str(seed), seed=seed, size=64, progress=False, **counts)
+        settings = override(preset("demo"), TINY_FIT | {"detector.steps": 60})
+        model = GRAD(settings, random_state=seed, device="cpu", progress=False).fit(root / "train/good")
+        real.append(model.predict(root / "test/good", maps=False).labels.mean())
+        known = calibration(model)
+        promised.append(known.expected)
+        bounds.append(known.bound)
+    spread = beta.std(known.k, known.n + 1 - known.k) / np.sqrt(5)
+    assert np.mean(real) <= np.mean(promised) + spread, (real, promised)
+    assert np.mean(np.array(real) <= bounds) >= 0.6 and np.mean(real) <= np.mean(bounds)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -298,6 +299,8 @@ def test_what_comes_before_is_done_before_the_line_is_written(model, inbox, pict
     assert lines(journal) == []
     (row,) = watch(model, inbox, every=0.001, looks=3, before=lambda path, heat_map: {"top": float(heat_map.max())})
     assert lines(journal)[0]["top"] == row["top"]
+    told = datetime.fromisoformat(lines(journal)[0]["time"])
+    assert abs((datetime.now(timezone.utc) - told).total_seconds()) < 600 and "time" not in row
 
 
 def test_two_watchers_do_not_share_a_journal(saved, inbox):
