@@ -3,7 +3,6 @@
 It takes bounded time and memory. A hundred or so of each in the fast suite, thousands with `pytest -m slow`.
 """
 
-import io
 import json
 import resource
 import time
@@ -12,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from harness.damage import damaged, whole_pictures
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from test_faults import rewritten, small
 
 from grad_nb.core.files import read_array, read_json, write_array
@@ -29,32 +28,6 @@ from grad_nb.use.watch import Journal
 
 FAST = pytest.param(1, id="some")
 SLOW = pytest.param(40, id="thousands", marks=pytest.mark.slow)
-
-
-def damaged(whole: bytes, rng: np.random.Generator) -> bytes:
-    "A file with bytes changed, cut off, doubled, left out, or a number made extreme; a third of it hits the head."
-    data = bytearray(whole)
-    for _ in range(rng.integers(1, 6)):
-        end = max(1, len(data) if rng.random() < 0.6 else min(len(data), 200))
-        at = int(rng.integers(end))
-        match rng.integers(7):
-            case 0 | 1:
-                data[at : at + 1] = bytes([rng.integers(256)])
-            case 2:
-                data[at : at + 1] = bytes([data[at] ^ (1 << int(rng.integers(8)))]) if data else b"x"
-            case 3:
-                data = data[: at + 1]
-            case 4:
-                data[at:at] = data[at : at + int(rng.integers(1, 60))]
-            case 5:
-                del data[at : at + int(rng.integers(1, 60))]
-            case 6:
-                data[at : at + 4] = [b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\0\0\xff\xff"][
-                    rng.integers(4)
-                ]
-        if not data:
-            data = bytearray(b"\0")
-    return bytes(data)
 
 
 class Watch:
@@ -75,43 +48,11 @@ class Watch:
         assert self.slowest < seconds and more < gigabytes * 1e9, f"{self.slowest:.1f} s, {more / 1e9:.1f} GB"
 
 
-def pictures() -> dict[str, bytes]:
-    "Whole pictures of many kinds, small so that damage hits what matters."
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    smooth = Image.fromarray(np.random.default_rng(5).integers(0, 256, (5, 6, 3), np.uint8)).resize((60, 50))
-    deep = Image.fromarray(np.asarray(smooth.convert("L")).astype(np.uint16) * 200)
-    kinds = {
-        "png": (smooth, dict(format="PNG", exif=exif)),
-        "palette": (smooth.quantize(9), dict(format="PNG", transparency=1)),
-        "rgba": (smooth.convert("RGBA"), dict(format="PNG")),
-        "png16": (deep, dict(format="PNG")),
-        "one bit": (smooth.convert("1"), dict(format="PNG")),
-        "jpeg": (smooth, dict(format="JPEG", exif=exif)),
-        "progressive": (smooth, dict(format="JPEG", progressive=True)),
-        "cmyk": (smooth.convert("CMYK"), dict(format="JPEG")),
-        "bmp": (smooth, dict(format="BMP")),
-        "bmp palette": (smooth.quantize(9), dict(format="BMP")),
-        "tiff": (smooth, dict(format="TIFF")),
-        "lzw": (smooth, dict(format="TIFF", compression="tiff_lzw")),
-        "deflate": (deep, dict(format="TIFF", compression="tiff_adobe_deflate")),
-        "tiff jpeg": (smooth, dict(format="TIFF", compression="jpeg")),
-        "webp": (smooth, dict(format="WEBP", exif=exif)),
-        "webp lossless": (smooth.convert("RGBA"), dict(format="WEBP", lossless=True)),
-    }
-    made = {}
-    for name, (picture, options) in kinds.items():
-        stream = io.BytesIO()
-        picture.save(stream, **options)
-        made[name] = stream.getvalue()
-    return made
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("times", [FAST, SLOW])
 def test_pictures(tmp_path, times):
     rng, path, watch, outcomes = np.random.default_rng(times), tmp_path / "fuzz.img", Watch(), {"read": 0, "refused": 0}
-    for name, whole in pictures().items():
+    for name, whole in whole_pictures().items():
         path.write_bytes(whole)
         assert read_image(path, 40).shape == (40, 40, 3), name
         for _ in range(10 * times):

@@ -27,7 +27,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from ..core.files import file_sha256
+from ..core.files import file_sha256, open_plain
 from ..core.seeds import stage_seed
 
 # %% ../../nbs/datasets/01_readers.ipynb #4c6d7e3e
@@ -282,7 +282,8 @@ def _read_defects(path: Path) -> tuple[Defect, ...]:
     if not path.exists():
         return ()
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        with open_plain(path) as f:
+            rows = json.loads(f.read().decode("utf-8"))
         defects = tuple(
             Defect(str(r["defect_name"]), r["pixel_value"], float(r["saturation_threshold"]), r["relative_saturation"])
             for r in rows
@@ -649,7 +650,7 @@ class Survey:
 def _head(path: Path) -> tuple[tuple[int, int] | None, str]:
     "Width and height of a picture from the head of its file, and what is wrong with it; a PNG must also have its end."
     try:
-        with open(path, "rb") as f:
+        with open_plain(path) as f:
             with Image.open(f, formats=_FORMATS) as im:
                 size, kind = im.size, im.format
             if kind == "PNG":
