@@ -1,4 +1,4 @@
-# The two commands of the README: `make demo` and `make test`. Both make .venv first if it is not there.
+# `make demo`, `make lab`, `make docs`, `make test`: each makes .venv first if it is not there.
 PYTHON ?= python3
 SEED ?= 0
 PRESET ?= demo
@@ -10,7 +10,7 @@ SET ?=
 BIN := .venv/bin
 GPU_TESTS = $(shell grep -rl "mark.gpu" tests)
 
-.PHONY: demo test lab gpu install export collect clean
+.PHONY: demo test lab docs gpu install export collect fixture clean
 
 install: .venv/installed
 
@@ -35,19 +35,26 @@ test: install  ## notebooks clean and in sync, lines, imports, types, notebook t
 lab: install  ## the whole method in one notebook, in JupyterLab
 	$(BIN)/jupyter lab nbs/00_one_sitting.ipynb
 
+docs: install  ## the site, into _docs/html, without a network; a warning is an error
+	$(BIN)/python docs/build.py
+
 gpu: $(if $(filter .venv/bin,$(BIN)),install)  ## on a machine with a CUDA device: its tests and its speed, into results/gpu; BIN=folder takes the Python there and installs nothing
 	$(BIN)/python -m pytest -q -m gpu $(GPU_TESTS)
 	mkdir -p results/gpu
 	$(BIN)/python -m grad_nb.bench.command --device cuda --quick --protocol --json-file results/gpu/gpu.json
 	$(BIN)/python -m grad_nb.bench.command --device cuda --preset paper --json-file results/gpu/gpu-steps.json
 
-export: install  ## after editing a notebook: clean the notebooks, write grad_nb/ and README.md
+export: install  ## after editing a notebook: clean the notebooks, write grad_nb/, README.md and the minutes of docs/method.md
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
 	$(BIN)/python tests/check_sync.py --write-readme
+	$(BIN)/python docs/build.py --write-minutes
 
 collect:  ## the records of finished runs and ablations, without pictures, into results/: the sets of results/sets.json
 	$(BIN)/python -m grad_nb.study.results --runs "$(RUNS)"
 
+fixture: install  ## the small trained run whose pictures the notebooks show, into nbs/fixture
+	$(BIN)/python -m grad_nb.study.fixture
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist _docs *.egg-info

@@ -29,10 +29,10 @@ cfg = config["DEFAULT"]
 
 extras = {
     name: cfg[f"{name}_requirements"].split()
-    for name in ("run", "batch", "export", "show", "compare", "openvino", "dev")
+    for name in ("run", "batch", "export", "show", "compare", "openvino", "docs", "dev")
 }
 extras["batch"] += extras["run"]
-extras["dev"] += extras["batch"] + extras["export"]
+extras["dev"] += extras["batch"] + extras["export"] + extras["docs"]
 
 setup(
     name=cfg["lib_name"],

@@ -62,20 +62,36 @@ class GeneratorConfig:
     bf16: bool = True  # mixed precision where the processor has it (our choice)
     light: int = -1  # of all pictures, evened out: 0 brightness, 1 and a gradient, 2 and a bulge, -1 = not (the paper)
     start: float = 1.0  # earliest time, as a share of T, at which a noised real picture is taken; 1 = the paper
+    start_to: float = 1.0  # latest such time (our choice)
+    redraw: float = 1.0  # share of a real picture that is drawn anew, in blobs; with start < 1 (our choice)
+    blobs: int = 8  # blobs along a side (our choice)
+    shared: bool = False  # one stem, way down and bottleneck for all levels, trained once (our choice)
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "size", "steps", "batch", "T", "n_samples", "sample_steps", "sample_batch", "spacing")
-        _at_least(self, 0, "fourier", "crop", "lr", "weight_decay", "timestep_weighting", "sigma_g")
-        _one_of(self, "field_of", "network", "bottleneck")
-        _shares(self, "warm_up")
-        if self.light not in (-1, 0, 1, 2):
-            raise ValueError(f"light must be -1, 0, 1 or 2, not {self.light}")
-        if not 0 < self.start <= 1:
-            raise ValueError(f"start is a share of the diffusion's steps, above 0 and at most 1, not {self.start}")
-        if self.width < 2 or self.width % 2:
-            raise ValueError(f"width must be even and at least 2, not {self.width}")
-        if self.sample_steps > self.T:
-            raise ValueError(f"sample_steps={self.sample_steps} is more than T={self.T}")
+        _check_generator(self)
+
+# %% ../nbs/01_config.ipynb #cfgcheck3
+def _check_generator(config: GeneratorConfig) -> None:
+    "Refuse values that cannot be meant."
+    _at_least(config, 1, "size", "steps", "batch", "T", "n_samples", "sample_steps", "sample_batch", "spacing", "blobs")
+    _at_least(config, 0, "fourier", "crop", "lr", "weight_decay", "timestep_weighting", "sigma_g")
+    _one_of(config, "field_of", "network", "bottleneck")
+    _shares(config, "warm_up")
+    if config.light not in (-1, 0, 1, 2):
+        raise ValueError(f"light must be -1, 0, 1 or 2, not {config.light}")
+    if not 0 < config.start <= config.start_to <= 1:
+        shares = f"start={config.start} and start_to={config.start_to}"
+        raise ValueError(f"start and start_to are rising shares of the steps, above 0 and at most 1, not {shares}")
+    if not 0 < config.redraw <= 1:
+        raise ValueError(f"redraw is a share of the picture, above 0 and at most 1, not {config.redraw}")
+    if config.redraw < 1 and config.start == 1:
+        raise ValueError(f"redraw={config.redraw} keeps a part of real pictures; set start below 1 to begin with them")
+    if config.shared and config.field_of != "network":
+        raise ValueError('shared generators have no mirrored decoder; set field_of="network"')
+    if config.width < 2 or config.width % 2:
+        raise ValueError(f"width must be even and at least 2, not {config.width}")
+    if config.sample_steps > config.T:
+        raise ValueError(f"sample_steps={config.sample_steps} is more than T={config.T}")
 
 # %% ../nbs/01_config.ipynb #e106cc21
 @dataclass(frozen=True)
@@ -106,7 +122,9 @@ class DetectorConfig:
     steps: int = 0  # a fixed number of steps instead of epochs, 0 = use epochs (our choice)
     block: int = 1  # patches lie in block x block neighbourhoods that share a forward pass, 1 = the paper (our choice)
     bf16: bool = True  # mixed precision where the processor has it (our choice)
-    min_position: float = 0.0  # no wrong coordinates where `position_auroc` is lower; 0 = the paper (our choice)
+    min_position: float = 0.0  # no coordinates, right or wrong, where `position_auroc` is lower; 0 = the paper
+    coordinates: bool = True  # False: the detector does not see where a patch lies (our choice)
+    tries: int = 1  # crops of a contrastive picture of which the one that differs most from the real one is taken
 
     def __post_init__(self) -> None:
         _check_detector(self)
@@ -114,7 +132,7 @@ class DetectorConfig:
 # %% ../nbs/01_config.ipynb #cfgcheck2
 def _check_detector(config: DetectorConfig) -> None:
     "Refuse values that cannot be meant."
-    _at_least(config, 1, "pictures", "patches", "block", "bank_size", "epochs")
+    _at_least(config, 1, "pictures", "patches", "block", "bank_size", "epochs", "tries")
     _at_least(config, 0, "steps", "lr", "weight_decay", "alpha_1", "alpha_2", "sigma_c", "sigma_z")
     _shares(config, "warm_up", "min_position")
     _one_of(config, "penalise", "logit", "probability")

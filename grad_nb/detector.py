@@ -86,7 +86,7 @@ class Detector(nn.Module):
         self,
         x: Tensor,  # (B, 5, H, W)
     ) -> Tensor:  # (B, 1, h, w): logits, positive = anomalous
-        return self.classify(self.features(x)).contiguous()
+        return self.classify(self.features(x))
 
 # %% ../nbs/07_detector.ipynb #e0e211bd
 def map_side(

@@ -13,10 +13,10 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .accel import ops
 from .coords import coord_map, with_coords
+from .core.progress import tqdm
 
 # %% ../nbs/03_diffusion.ipynb #diffmod1
 def to_model(
@@ -125,6 +125,7 @@ def sample(
     clip: bool = True,  # clip the estimate of x_0 (our choice)
     progress: bool = False,  # show a progress bar
     first: Tensor | None = None,  # (n, 3, size, size) at the first of the times; noise if not given
+    keep: Callable[[Tensor, Tensor], Tensor] | None = None,  # x_s, alpha_bar at s → what goes on in its place
 ) -> Tensor:  # (n, 3, size, size) in [-1, 1] if clipped
     "Pictures from noise: Algorithm 2, or fewer of its times."
     x = torch.randn(n, 3, size, size, generator=generator, device=generator.device) if first is None else first
@@ -132,4 +133,5 @@ def sample(
     table = _time_table(alpha_bar, times).to(generator.device)
     for i, now in enumerate(tqdm(table, "sampling", disable=not progress, leave=False)):
         x = step(x, now, i + 1 == len(table))
+        x = keep(x, now[2]) if keep else x
     return x

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 
 from .core.files import atomic_path
+from .core.progress import tqdm
 from .core.seeds import stage_seed
 from .datasets.readers import Sample
 

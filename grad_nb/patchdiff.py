@@ -4,11 +4,12 @@ r"""A diffusion model that sees only $n\times n$ pixels: what it draws is right 
 
 # %% auto #0
 __all__ = ['GENERATOR_FORMAT', 'PixelNorm', 'Pointwise', 'time_embedding', 'Block', 'check_level', 'UNetLayers', 'PatchDiff',
-           'field_side', 'new_patchdiff', 'gradient_support', 'bounding_box', 'save_patchdiff', 'load_patchdiff']
+           'field_side', 'new_patchdiff', 'gradient_support', 'bounding_box', 'save_patchdiff', 'load_patchdiff',
+           'SharedPatchDiff']
 
 # %% ../nbs/04_patchdiff.ipynb #d7dbafac
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,7 @@ class UNetLayers(nn.Module):
         fourier: int = 0,  # octaves of Fourier features of the coordinates, 0 = the paper
         norm: Callable[[int], nn.Module] = PixelNorm,  # channels → normalisation; any other breaks the field
         field_of: str = "network",  # whose field that is: "network", or "bottleneck" with a mirrored decoder
+        head: int = 2,  # blocks at full resolution after the way up
     ):
         super().__init__()
         self.level = level
@@ -119,7 +121,7 @@ class UNetLayers(nn.Module):
         self.decoder = nn.ModuleList(Block(2 * width, dim, 3, norm) for _ in range(depth * mirrored))
         self.up = Pointwise(2 * width, 4 * width) if half else None
         self.merge = Pointwise(2 * width if half else width, width)
-        kernels = [3 if mirrored and i < level // 2 else 1 for i in range(2)]
+        kernels = [3 if mirrored and i < level // 2 else 1 for i in range(head)]
         self.head = nn.ModuleList(Block(width, dim, k, norm) for k in kernels)
         self.norm = norm(width)
         self.out = Pointwise(width, 3)
@@ -216,6 +218,7 @@ def save_patchdiff(
 ) -> None:
     "Write a generator: weights and architecture, no code."
     architecture = {name: getattr(model, name) for name in ("level", "width", "fourier", "field_of")}
+    architecture |= {"head": len(model.head)}
     write_tensors(path, model.state_dict(), {"kind": "PatchDiff", "format": GENERATOR_FORMAT} | architecture)
 
 
@@ -225,6 +228,57 @@ def load_patchdiff(
     "Read a generator; `ValueError` names a file that is not one, or whose version is not read."
     tensors, meta = read_tensors(path)
     checked_format(meta, path, "PatchDiff", GENERATOR_FORMAT)
-    model = PatchDiff(meta["level"], meta["width"], meta["fourier"], field_of=meta["field_of"])
+    settings = {"field_of": meta["field_of"], "head": meta.get("head", 2)}
+    model = PatchDiff(meta["level"], meta["width"], meta["fourier"], **settings)
     model.load_state_dict(tensors)
     return model.eval()
+
+# %% ../nbs/04_patchdiff.ipynb #patchsh2
+class SharedPatchDiff(nn.Module):
+    """PatchDiffs of several levels that share time, stem, way down and bottleneck (our choice).
+
+    `ValueError` for a level that cannot share them: 1, and those of `check_level`.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[int],  # sides of the receptive fields: 3, 5, 9, 13, 17, ...
+        width: int = 64,  # channels at full resolution; twice as many at half
+        fourier: int = 0,  # octaves of Fourier features of the coordinates
+    ):
+        super().__init__()
+        self.levels = tuple(sorted(set(levels)))
+        if len(self.levels) < 2 or self.levels[0] < 3:
+            raise ValueError(f"two levels or more, from 3 on, can share a trunk, not {list(levels)}")
+        nets = [PatchDiff(level, width, fourier, head=1) for level in self.levels]
+        for net in nets[:-1]:
+            net.time = nets[-1].time
+            net.stem = nets[-1].stem
+            net.bottleneck = nets[-1].bottleneck[: len(net.bottleneck)]
+            net.down = None if net.down is None else nets[-1].down
+        self.layers = nn.ModuleList(nets)
+
+    @property
+    def nets(self) -> list[PatchDiff]:
+        "The PatchDiff of each level; the last one holds all that is shared."
+        return [net for net in self.layers if isinstance(net, PatchDiff)]
+
+    def forward(
+        self,
+        x: Tensor,  # (B, 5, H, W): noised RGB in about [-1, 1], then the coordinate map
+        t: Tensor,  # (B,) int64 in 0..T-1
+    ) -> Tensor:  # (levels, B, 3, H, W): the predicted noise of each level
+        "The noise in noised pictures, as each level sees it, in one pass."
+        nets = self.nets
+        x, time = nets[-1].inputs(x, t)
+        x = ops.conv(x, nets[-1].stem)
+        h = x if nets[-1].down is None else ops.conv(x, nets[-1].down)
+        depth = 0
+        found = []
+        for net in nets:
+            for block in net.bottleneck[depth:]:
+                h = block(h, time)
+            depth = len(net.bottleneck)
+            up = net.merge(x) if net.up is None else ops.merge_skip(x, h, net.up, net.merge)
+            found.append(ops.blocks_to_noise(up, time, net.head, net.norm, net.out))
+        return torch.stack(found)

@@ -29,7 +29,7 @@ from .core.stages import stage_key, write_table
 from .datasets.compare import position_auroc
 from .datasets.readers import resize_pictures
 from .detector import Decoder, Detector, save_detector
-from .patches import PATCH, Batch, Pictures, draw_batch
+from .patches import PATCH, Batch, Pictures, Redrawn, change_sums, draw_batch
 from .regularizers import decoding_loss, gradient_penalty, noised, one_patch_each
 from .reweighting import MemoryBank, effective_sample_size, negative_weight, reweighted_bce, tail_weight
 
@@ -61,12 +61,19 @@ class Learner:
         with seeded_weights(seed, f"{stage}-init"):
             self.detector = Detector(config.width, config.init)
             self.decoder = Decoder(self.detector.head.in_channels)
+        self.forget_places()
         for net in (self.detector, self.decoder):
             ops.place(net, self.device)
         self.generator = stage_generator(seed, f"{stage}-train", self.device)
         self.banks = {"pos": MemoryBank(config.bank_size), "neg": MemoryBank(config.bank_size)}
         parameters = [*self.detector.parameters(), *self.decoder.parameters()]
         self.optimizer, self.schedule = one_cycle(parameters, steps, config.lr, config.warm_up, config.weight_decay)
+
+    def forget_places(self) -> None:
+        "Without coordinates: hold the weights that see them at zero."
+        if not self.config.coordinates:
+            with torch.no_grad():
+                next(self.detector.parameters())[:, 3:] = 0  # of the first layer: RGB, then coordinates
 
     @property
     def state(self) -> dict:
@@ -187,20 +194,28 @@ def batch_gradients(
 LOGGED = ("loss", "rbce", "feat", "grad", "ess_pos", "ess_neg")  # what is written down at every step
 
 
+def _near(made: Pictures | Redrawn, device: torch.device) -> Pictures | Redrawn:
+    "A contrastive set where batches are drawn from it."
+    if isinstance(made, Redrawn):
+        return Redrawn(ops.near(made.pictures, device), made.sums.to(device))
+    return ops.near(made, device)
+
+
 def batches_of(
     learner: Learner,  # its configuration and generator
     normal: Pictures,  # (N, size, size, 3) uint8
-    contrastive: Sequence[Pictures],  # k sets (M, size, size, 3) uint8
+    contrastive: Sequence[Pictures | Redrawn],  # k sets (M, size, size, 3) uint8
     augmentation: Augmentation,  # of the category
     own: torch.Generator,  # of the batches, where several are drawn at once
 ) -> ops.Prefetcher:
     "The batches of a training."
     config = learner.config
-    normal, *contrastive = (ops.near(pictures, learner.device) for pictures in (normal, *contrastive))
+    normal = ops.near(normal, learner.device)
+    sets = [_near(made, learner.device) for made in contrastive]
 
     def draw(generator: torch.Generator, n: int) -> Tensor:
         many = replace(config, pictures=n * config.pictures, patches=n * config.patches)
-        return draw_batch(normal, contrastive, many, augmentation, generator).patches
+        return draw_batch(normal, sets, many, augmentation, generator).patches
 
     return ops.Prefetcher(draw, 1 + config.wrong_coordinates + len(contrastive), learner.generator, own)
 
@@ -215,12 +230,14 @@ def train_detector(
     device: str | torch.device = "cpu",  # where to train
     checkpoint: str | Path | None = None,  # file to save the state in and to resume from
     progress: bool = True,  # show a progress bar
+    changes: Sequence[np.ndarray] = (),  # (M, S, S) uint8 for each set, see `read_changes`; none if not known
 ) -> tuple[Detector, pd.DataFrame]:  # the detector after the last step, and the figures of every step
     "Train one patch-level detector (Eq. 7); resumes from `checkpoint` if that is of this very training."
     steps = training_steps(config, len(normal))
     learner = Learner(config, steps, seed, stage, device)
-    supply = batches_of(learner, normal, contrastive, augmentation, stage_generator(seed, f"{stage}-draw", device))
-    pictures = [array_sha256(p) for p in (normal, *contrastive)]
+    sets = [Redrawn(p, change_sums(c, p.shape[1])) for p, c in zip(contrastive, changes)] or contrastive
+    supply = batches_of(learner, normal, sets, augmentation, stage_generator(seed, f"{stage}-draw", device))
+    pictures = [array_sha256(p) for p in (normal, *contrastive, *changes)]
     settings = [to_dict(config), to_dict(augmentation)]
     key = stage_key("detect", stage, *settings, seed, device_kind(device), pictures, supply.depth)
     micro_batches = ops.MicroBatches(supply.groups * config.patches // config.block**2)
@@ -238,6 +255,7 @@ def train_detector(
         supply.prepare(i)
         figures = learn()
         learner.optimizer.step()
+        learner.forget_places()
         learner.schedule.step()
         return figures
 
@@ -248,17 +266,17 @@ def train_detector(
 
 # %% ../nbs/10_training.ipynb #trainpc1
 def settled(
-    config: DetectorConfig,  # with wrong coordinates or without
+    config: DetectorConfig,  # with coordinates or without
     normals: np.ndarray,  # (N, size, size, 3) uint8 training pictures, at the detector's size
     seed: int = 0,  # of the choice of patches
 ) -> tuple[DetectorConfig, float | None]:  # to train with, and the position AUROC, None where it was not asked for
-    "Wrong coordinates are left out where the training pictures say that a patch may lie anywhere."
+    "Coordinates, right and wrong, are left out where the training pictures say that a patch may lie anywhere."
     if not (config.min_position and config.wrong_coordinates):
         return config, None
     found = position_auroc(normals, min(PATCH, normals.shape[1] - 1), seed=seed)
     keep = not found < config.min_position
-    log.info("place of a patch told with AUROC %.3f: wrong coordinates %s", found, "used" if keep else "left out")
-    return replace(config, wrong_coordinates=keep), found
+    log.info("place of a patch told with AUROC %.3f: coordinates %s", found, "used" if keep else "left out")
+    return replace(config, wrong_coordinates=keep, coordinates=config.coordinates and keep), found
 
 # %% ../nbs/10_training.ipynb #pipe0002
 def make_detector(
@@ -271,6 +289,7 @@ def make_detector(
     seed: int = 0,  # of the run
     device: str | torch.device = "cpu",  # where to compute
     progress: bool = True,  # show a progress bar
+    changes: Sequence[np.ndarray] = (),  # how far each set is from real pictures, see `read_changes`
 ) -> tuple[dict, list[str]]:  # figures, and the files: detector and history
     "Train a detector and keep it; its checkpoint stays until the caller has written everything else."
     tag = f"{row.level:03d}"
@@ -280,7 +299,8 @@ def make_detector(
     config, position = settled(config, normals, seed)
     stage = f"detector-{row.level}"
     checkpoint = folder / f"detector-{tag}.checkpoint"
-    detector, history = train_detector(normals, sets, config, augmentation, seed, stage, device, checkpoint, progress)
+    rest = (seed, stage, device, checkpoint, progress, changes)
+    detector, history = train_detector(normals, sets, config, augmentation, *rest)
     save_detector(folder / files[0], detector, row.size, row.level)
     write_table(folder / files[1], history)
     last = history.tail(100).mean()

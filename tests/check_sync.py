@@ -25,11 +25,13 @@ def readme(root: Path) -> str:
         "--stdout",
         "--TagRemovePreprocessor.enabled=True",
         "--TagRemovePreprocessor.remove_cell_tags=hide",
+        "--TagRemovePreprocessor.remove_input_tags=remove-input",
         root / "nbs" / "index.ipynb",
     ]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     text = re.sub(r"^#\| .*\n+", "", text, flags=re.MULTILINE)
     text = re.sub(r"(\]\(|src=\")(images/|(?:\w+/)?[0-9]\w*\.ipynb|reproduce/)", r"\1nbs/\2", text)
+    text = text.replace("](../", "](")
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 

@@ -85,7 +85,7 @@ def test_samples_from_real_pictures_need_them_and_repeat(trays):
         generate(model, config, progress=False)
     normals = np.ascontiguousarray(trays[:, ::4, ::4])
     first, again = (generate(model, config, 3, progress=False, normals=normals) for _ in range(2))
-    assert first.shape == (10, 16, 16, 3) and np.array_equal(first, again)
+    assert first.shape == (10, 16, 16, 4) and np.array_equal(first, again)
     other = generate(model, config, 4, progress=False, normals=normals)
     assert not np.array_equal(first, other)
 
@@ -98,11 +98,26 @@ def test_the_later_the_start_the_nearer_the_real_picture():
         return (x[:, :3] - a.sqrt() * 0.5) / (1 - a).sqrt()
 
     normals = torch.full((3, 16, 16, 3), 191, dtype=torch.uint8)
-    found = draw_from_real(exact, normals, 6, replace(TINY, start=0.05), torch.Generator().manual_seed(0))
+    found, _ = draw_from_real(exact, normals, 6, replace(TINY, start=0.05), torch.Generator().manual_seed(0))
     assert found.shape == (6, 3, 16, 16) and (found - 0.5).abs().max() < 0.05
 
 
-@pytest.mark.parametrize("wrong", [dict(start=0.0), dict(start=1.5), dict(light=3), dict(light=-2)])
+def test_samples_start_between_the_two_times():
+    seen = []
+
+    def listen(x, t):
+        seen.append(int(t[0]))
+        return torch.zeros_like(x[:, :3])
+
+    normals = torch.full((3, 16, 16, 3), 191, dtype=torch.uint8)
+    config = replace(TINY, start=0.3, start_to=0.5, sample_steps=1000)
+    for seed in range(5):
+        seen.clear()
+        draw_from_real(listen, normals, 1, config, torch.Generator().manual_seed(seed))
+        assert 299 <= seen[0] <= 499 and seen[-1] == 0
+
+
+@pytest.mark.parametrize("wrong", [dict(start=0.0), dict(start=1.5), dict(start_to=0.5), dict(light=3), dict(light=-2)])
 def test_values_that_cannot_be_meant_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         replace(TINY, **wrong)

@@ -31,6 +31,7 @@ from grad_nb.datasets.readers import (
     load_masks,
     read_category,
     read_image,
+    shrink_mask,
     survey,
 )
 
@@ -632,12 +633,160 @@ def test_mask_is_the_union_of_any_value(tmp_path):
     assert load_masks([], 64).shape == (0, 64, 64)
 
 
-def test_masks_shrink_by_nearest_neighbour(tmp_path):
+def test_a_cell_of_a_smaller_mask_is_defective_by_the_share_of_its_area(tmp_path):
     c = read_category(make_ad(tmp_path / "part"))
-    speckles = noise(channels=1) > 150
-    save(np.uint8(255 * speckles), c.test[0].masks[0])
-    rows, columns = (np.arange(10) + 0.5) * 4, (np.arange(10) + 0.5) * 5
-    assert (load_mask(c.test[0], 10) == speckles[rows.astype(int)][:, columns.astype(int)]).all()
+    mask = np.zeros((40, 50), np.uint8)
+    mask[4:20, 10:30] = 255  # whole cells of 4 x 5 pixels
+    mask[20:22, 10:30] = 255  # half of a row of cells
+    mask[4:20, 30:32] = 255  # two fifths of a column
+    save(mask, c.test[0].masks[0])
+    want = np.zeros((10, 10), bool)
+    want[1:6, 2:6] = True
+    assert (load_mask(c.test[0], 10) == want).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 999), size=st.integers(5, 40), height=st.integers(34, 130), width=st.integers(34, 130))
+def test_no_defect_vanishes_when_a_mask_is_made_smaller(seed, size, height, width):
+    "Specks and scratches of a pixel's width: each has a cell, and each keeps at least its area."
+    rng = np.random.default_rng(seed)
+    for _ in range(4):
+        mask = np.zeros((height, width), bool)
+        y, x = rng.integers(height), rng.integers(width)
+        mask[y : y + rng.integers(1, height), x : x + rng.integers(1, 4)] = True
+        small = shrink_mask(mask, size)
+        if max(height, width) > size:
+            assert small.sum() >= max(1, round(mask.sum() * size * size / (height * width)))
+    both = np.zeros((200, 200), bool)
+    both[:100, :100] = both[150, 150] = True  # a large defect does not hide a speck
+    assert shrink_mask(both, 20)[15, 15] and shrink_mask(both, 20).sum() == 101
+
+
+def test_masks_mean_the_same_however_they_were_stored(tmp_path):
+    "Soft edges, JPEG's greys, a defect in the alpha channel, a palette without black, numbers of labels."
+    root = make_ad(tmp_path / "part")
+    y, x = np.mgrid[:200, :200]
+    true = (y - 90) ** 2 + (x - 110) ** 2 < 40**2
+    hard = Image.fromarray(np.uint8(255 * true))
+    palette = Image.fromarray(np.uint8(true)).convert("P")
+    palette.putpalette([255, 255, 255, 255, 0, 0] + [0] * 762)
+    soft = hard.resize((50, 50), Image.Resampling.LANCZOS).resize((200, 200), Image.Resampling.BICUBIC)
+    stored = {
+        "alpha.png": Image.merge("LA", [Image.new("L", hard.size, 255), hard]),
+        "palette.png": palette,
+        "soft.png": soft,
+        "jpeg.jpg": hard,
+        "labels.png": Image.fromarray(np.uint8(true) * (1 + (x > 110).astype(np.uint8))),
+        "deep.png": Image.fromarray(np.uint16(60_000 * true)),
+    }
+    save(noise(200, 200), root / "test/broken/000.png")
+    for name, mask in stored.items():
+        (root / "ground_truth/broken/000_mask.png").unlink(missing_ok=True)
+        (root / "ground_truth/broken/000_mask.jpg").unlink(missing_ok=True)
+        save(mask, root / f"ground_truth/broken/000_mask{Path(name).suffix}")
+        c = read_category(root)
+        assert (load_mask(c.test[0], 200) != true).mean() < 0.01, name
+        assert not [p for p, _ in check_category(c, progress=False)], name
+    (root / "ground_truth/broken/000_mask.jpg").unlink(missing_ok=True)
+    doubtful = {"inverted": Image.fromarray(np.uint8(255 * ~true)), "two-valued": soft.point(lambda v: v // 3 + 2)}
+    for said, mask in doubtful.items():
+        save(mask, root / "ground_truth/broken/000_mask.png")
+        problems = check_category(read_category(root), progress=False)
+        assert [said in text for _, text in problems] == [True] == [said in text for text in survey(root).problems]
+
+
+@pytest.mark.parametrize("ending, name", [(".PNG", "{}_mask.PNG"), (".png", "{}.png"), (".png", "{}_MASK.tif")])
+def test_the_check_and_the_reader_find_the_same_masks(tmp_path, ending, name):
+    root = make_ad(tmp_path / "part")
+    for i in range(3):
+        (root / f"test/broken/{i:03}.png").rename(root / f"test/broken/{i:03}{ending}")
+        mask = Image.open(root / f"ground_truth/broken/{i:03}_mask.png")
+        mask.load()
+        (root / f"ground_truth/broken/{i:03}_mask.png").unlink()
+        mask.save(root / f"ground_truth/broken/{name.format(f'{i:03}')}")
+    assert survey(root).problems == [] and load_masks(read_category(root).test, 40).any((1, 2)).sum() == 3
+    (root / f"ground_truth/broken/{name.format('001')}").unlink()
+    assert any("001" in problem for problem in survey(root).problems)
+    assert "holds masks of 000, 002" in refused(read_category, root)
+
+
+def test_the_check_refuses_what_the_reader_will_refuse(tmp_path):
+    root = make_ad(tmp_path / "part")
+    save(np.zeros((40, 50), np.uint8), root / "ground_truth/broken/000_mask.png")
+    assert any("marks no pixel" in problem for problem in survey(root).problems)
+    assert "marks no pixel" in refused(load_mask, read_category(root).test[0], 40)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for c in read_category(make_ad(tmp_path / "turned")).test[:3]:
+        save(np.ascontiguousarray(np.rot90(noise(), -1)), c.path, exif=exif, format="PNG")
+    assert survey(tmp_path / "turned").problems == []
+    assert load_masks(read_category(tmp_path / "turned").test, 40).any()
+    shutil.rmtree(tmp_path / "turned/ground_truth")
+    found = survey(tmp_path / "turned")
+    assert found.problems == [] and "pixel figures are n/a" in str(found)
+    for i in range(3):
+        (tmp_path / f"turned/train/good/{i:03}.png").unlink()
+    assert any("at least 4" in problem for problem in survey(tmp_path / "turned").problems)
+
+
+@pytest.mark.parametrize("name", ["Good", "GOOD", "OK", "normal"])
+def test_another_word_for_good_is_refused_with_what_to_do(tmp_path, name):
+    root = make_ad(tmp_path / "part")
+    (root / "test/good").rename(root / "test" / name)
+    assert name in refused(read_category, root) and "rename that folder to good" in refused(read_category, root)
+    assert any("rename" in problem for problem in survey(root).problems)
+    (root / "test" / name).rename(root / "test/good")
+    (root / "train/good").rename(root / "train" / name)
+    assert "must be called good" in refused(read_category, root)
+
+
+def test_what_is_not_used_is_counted_and_named(tmp_path):
+    root = make_ad(tmp_path / "part")
+    for name in ("test/dent/top/0.png", "test/dent/top/1.png", "train/good/cam2/0.png", "test/777.png"):
+        save(noise(), root / name)
+    save(noise(), root / "test/broken/x.jfif", format="JPEG")
+    save(np.uint8(255 * (noise(channels=1) > 99)), root / "ground_truth/broken/009_mask.png")
+    told = read_category(root).notes
+    for said in (
+        "2 pictures in test/dent/top",
+        "1 picture in train/good/cam2",
+        "1 picture in test (777.png)",
+        "1 .jfif picture in test/broken",
+        "1 picture in ground_truth/broken",
+    ):
+        assert any(said in note for note in told), told
+        assert said in str(survey(root)) and said in str(read_category(root))
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+@pytest.mark.parametrize("suffix, kind", [(".png", np.uint16), (".tif", np.uint16), (".tif", np.int32), (".tif", "F")])
+def test_pictures_of_a_camera_have_one_white(tmp_path, bits, suffix, kind):
+    "All pictures of a data set are scaled by one white, however dark each is, and the check knows it too."
+    kind = np.float32 if kind == "F" else kind
+    ramp = np.tile(np.linspace(0, 2**bits - 1, 256), (40, 1)).astype(kind)
+    for i, share in enumerate((1, 2, 4, 8)):
+        save(Image.fromarray((ramp // share).astype(kind)), tmp_path / f"train/good/{i}{suffix}")
+    c = read_category(tmp_path)
+    assert c.train[0].white == 2**bits - 1 and any(f"white is {2**bits - 1}" in note for note in c.notes)
+    x = load_images(c.train, 256)
+    assert x[0].max() == 255 and len(np.unique(x[0])) > 240
+    assert np.abs(x[0].astype(int) // 8 - x[3]).max() <= 1
+    assert check_category(c, progress=False) == []
+
+
+def test_floats_from_0_to_1_are_read_with_their_data_set(tmp_path):
+    for i in range(4):
+        save(np.random.default_rng(i).random((40, 40), np.float32), tmp_path / f"mine/{i}.tif")
+    c = read_category(tmp_path / "mine")
+    assert c.train[0].white == 1.0 and load_images(c.train, 40).max() == 255
+    save(np.full((40, 40), -1.0, np.float32), tmp_path / "mine/9.tif")
+    assert "9.tif" in refused(read_category, tmp_path / "mine")
+
+
+def test_a_picture_that_may_be_far_too_dark_is_named(tmp_path, caplog):
+    ramp = np.tile(np.arange(0, 4096, 16, dtype=np.uint16), (40, 1))
+    read_image(save(ramp, tmp_path / "a.png"))
+    assert "values up to 4080 only" in caplog.text
 
 
 def test_a_one_bit_mask_counts_as_255(tmp_path):

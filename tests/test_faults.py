@@ -81,11 +81,11 @@ def normal(trays) -> Path:
 
 @pytest.fixture(scope="module")
 def model(normal) -> GRAD:
-    return small().set_params(validation=0.1).fit(normal)
+    return small().fit(normal)
 
 
 def small(**changes) -> GRAD:
-    return tiny(**{k.replace(".", "__"): v for k, v in FEW.items()} | changes)
+    return tiny(**{k.replace(".", "__"): v for k, v in FEW.items()} | changes).set_params(validation=0.1)
 
 
 # ---- pictures that are none, and pictures of every kind -------------------------------------------------------------
@@ -343,7 +343,7 @@ def test_fit_changes_no_parameter_no_thread_count_and_no_global_generator(normal
 # ---- what is told, and what is seen ---------------------------------------------------------------------------------
 
 
-def test_a_library_user_hears_nothing_unless_asked(model, normal, trays, tmp_path, capfd, caplog):
+def test_a_library_user_hears_nothing_unless_asked(model, normal, trays, tmp_path, capfd, caplog, monkeypatch):
     with caplog.at_level(logging.INFO, "grad_nb"):
         quiet = small().fit(normal)
         quiet.save(tmp_path / "m.grad")
@@ -355,10 +355,18 @@ def test_a_library_user_hears_nothing_unless_asked(model, normal, trays, tmp_pat
         and sum("generate-" in line for line in told) == 3
         and sum("detector-034" in line for line in told) == 1
     )
+    monkeypatch.setattr("grad_nb.core.progress.SOON", 1e9)  # however slow this machine is
     model = clone(model).set_params(progress=True).fit(normal)
-    model.score_samples(normal)
+    for path in sorted(normal.iterdir()):
+        model.score_samples(path)
+    out, err = capfd.readouterr()
+    assert out == "" and [line.split(";")[0] for line in err.splitlines()] == ["4 stages: 3 generators and 1 detector"]
+    monkeypatch.setenv("GRAD_NB_BARS", "1")
+    monkeypatch.setattr("grad_nb.core.progress.DELAY", 0.0)
+    model.fit(normal).score_samples(normal)
     out, err = capfd.readouterr()
     assert out == "" and "reading pictures" in err and "PatchDiff" in err and "detector-34" in err and "judging" in err
+    assert "stage 4 of 4" in err
 
 
 AUDIT = {"on": False, "opened": []}

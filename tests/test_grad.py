@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from make_files import pictures
 from PIL import Image
 from sklearn.base import clone
@@ -119,7 +120,7 @@ def test_nothing_to_judge_or_to_learn_from_is_said(model, trays, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"nonsense")
     with pytest.raises(DataError, match="bad.png"):
         model.predict(tmp_path)
-    for wrong in (np.zeros((3, 64, 64), np.uint8), np.zeros((3, 64, 64, 3)), np.zeros((64, 64, 3), np.uint8)):
+    for wrong in (np.zeros((3, 64, 64, 3)), np.zeros((64, 64, 3), np.int64)):
         with pytest.raises(ValueError, match="uint8"):
             model.predict(wrong)
     for rate in (0, 1, -1, 5):
@@ -360,4 +361,128 @@ def test_parameters_are_those_of_the_constructor(model):
         "progress",
         "work_dir",
         "explain_patches",
+        "white",
     }
+
+
+def test_a_picture_in_any_form_has_the_same_score(model, trays):
+    "A file, its bytes, an array, one with transparency, a picture of Pillow, a tensor either way; alone or in a list."
+    path = sorted((trays / "test/good").iterdir())[0]
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    opaque = np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)])
+    tensor = torch.from_numpy(pixels.copy())
+    (want,) = model.score_samples([path])
+    forms = (path, path.read_bytes(), pixels, opaque, Image.open(path), tensor, tensor.permute(2, 0, 1))
+    for one in forms:
+        assert model.score_samples(one) == want == model.score_samples([one]), type(one)
+        assert model.explain(one).score == pytest.approx(want)
+    assert model.score_samples(list(forms)) == pytest.approx(want, abs=1e-6)
+    assert model.predict(list(forms)).paths == (path,)
+    batch = torch.stack([tensor, tensor])
+    for two in (batch, batch.permute(0, 3, 1, 2)):
+        assert model.score_samples(two) == pytest.approx(want, abs=1e-6)
+    grey = pixels[..., 0]
+    (grey_score,) = model.score_samples(np.repeat(grey[..., None], 3, -1))
+    for one in (grey, grey[..., None], torch.from_numpy(grey.copy()), Image.fromarray(grey), [grey]):
+        assert model.score_samples(one) == grey_score
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (np.zeros((64, 64, 3)), "float64"),
+        (np.zeros((3, 64, 64), np.uint8), "channels first or 3 grey"),
+        (torch.zeros(3, 64, 3, dtype=torch.uint8), "channels first or last"),
+        (torch.zeros(3, 64, 64), "float32"),
+        (b"no picture", "10 bytes is not a PNG"),
+        (np.zeros((20, 64, 3), np.uint8), "64x20"),
+        (7, "not a int"),
+        ([7], "not a int"),
+    ],
+)
+def test_a_picture_that_cannot_be_meant_is_refused_with_what_to_give(model, wrong, said):
+    with pytest.raises(ValueError, match=said):
+        model.predict(wrong)
+
+
+def test_labelled_pictures_are_left_out_of_the_training_and_counted(trays, caplog):
+    good = np.stack([np.asarray(Image.open(p)) for p in sorted((trays / "train/good").iterdir())])
+    both = np.concatenate([255 - good[:2], good])
+    y = np.arange(len(both)) < 2
+    mixed, alone = tiny().fit(both, y), tiny().fit(good)
+    assert (mixed.score_samples(good) == alone.score_samples(good)).all() and mixed.n_pictures_ == alone.n_pictures_
+    assert f"2 of {len(both)} pictures are labelled anomalous and left out" in caplog.text
+    assert (tiny().fit(good, [0] * len(good)).score_samples(good) == alone.score_samples(good)).all()
+    for wrong in ([2] * len(both), [-1] * len(both), ["good"] * len(both), [0]):
+        with pytest.raises(ValueError, match="label"):
+            tiny().fit(both, wrong)
+
+
+def test_a_rate_that_is_changed_after_the_fit_is_said_to_wait(model, trays, caplog):
+    again = GRAD(**model.get_params())
+    vars(again).update(vars(model))
+    offset = again.offset_
+    assert again.set_params(progress=False, false_alarm_rate=model.false_alarm_rate).offset_ == offset
+    assert not caplog.text
+    again.set_params(false_alarm_rate=0.3)
+    assert "the threshold stays where it is until calibrate or fit" in caplog.text and again.offset_ == offset
+    assert calibration(again.calibrate(trays / "test/good")).rate == 0.3
+
+
+def test_representations_are_short_and_an_explanation_draws_itself(model, trays):
+    assert repr(GRAD()) == "GRAD()" and repr(GRAD("demo", random_state=3)) == "GRAD(preset='demo', random_state=3)"
+    found = model.predict(trays / "test/good")
+    why = model.explain(sorted((trays / "test/good").iterdir())[0])
+    for one in (model, found, why):
+        assert len(repr(one)) < 200, repr(one)
+    assert f"pictures={len(found.scores)}" in repr(found) and why.plot().axes
+    assert all(f"`{name}`" in GRAD.__doc__ for name in model.get_params()) and "COLOR_BGR2RGB" in GRAD.__doc__
+
+
+def test_a_camera_of_twelve_bits_has_one_white_in_model_file_and_verdicts(trays, tmp_path):
+    "Trained on 12 bits in 16, a model judges as one that was trained on the same pictures in 8 bits."
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "flat").mkdir()
+    for i, path in enumerate(sorted((trays / "train/good").iterdir())):
+        grey = np.asarray(Image.open(path).convert("L"))
+        grey = np.where(np.arange(grey.size).reshape(grey.shape) == 0, 255, grey).astype(np.uint8)
+        Image.fromarray(grey).save(tmp_path / f"flat/{i:03}.png")
+        twelve = (grey.astype(np.uint32) * 4095 + 127) // 255
+        Image.fromarray(twelve.astype(np.uint16)).save(tmp_path / f"deep/{i:03}.png")
+    deep, flat = tiny().fit(tmp_path / "deep"), tiny().fit(tmp_path / "flat")
+    assert deep.white_ == 4095 and flat.white_ is None
+    deep.save(tmp_path / "deep.grad")
+    kept = GRAD.load(tmp_path / "deep.grad", "cpu")
+    want = flat.score_samples(tmp_path / "flat")
+    assert (deep.score_samples(tmp_path / "deep") == want).all() and kept.white_ == 4095
+    assert (kept.score_samples(tmp_path / "deep") == want).all() and '"white": 4095' in kept.card()
+    given = tiny().set_params(white=4095).fit(tmp_path / "deep")
+    assert (given.score_samples(tmp_path / "deep") == want).all()
+    with pytest.raises(ValueError, match="white must be above 0"):
+        tiny().set_params(white=0).fit(tmp_path / "deep")
+
+
+def test_a_child_of_a_process_that_has_judged_judges_too(model, trays, tmp_path):
+    "A server that forks after it has tried the model."
+    code = """
+import os, sys, time
+import torch
+from grad_nb.grad import GRAD
+torch.set_num_threads(2)
+model = GRAD.load(sys.argv[1], "cpu").set_params(progress=False)
+want = model.score_samples(sys.argv[2])
+child = os.fork()
+if not child:
+    os._exit(int(abs(model.score_samples(sys.argv[2]) - want).max() > 1e-6))
+end = time.time() + 60
+while time.time() < end:
+    done, status = os.waitpid(child, os.WNOHANG)
+    if done:
+        sys.exit(os.waitstatus_to_exitcode(status))
+    time.sleep(0.05)
+os.kill(child, 9)
+sys.exit("the child hangs")
+"""
+    model.save(tmp_path / "m.grad")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "m.grad", trays / "test/good"], timeout=120)
+    assert done.returncode == 0

@@ -339,7 +339,9 @@ def test_an_unknown_way_is_an_error_before_any_work(monkeypatch, tmp_path):
         lambda: GRAD("demo").fit(tmp_path),
         lambda: GRAD.load(tmp_path / "part.grad"),
     ):
-        with pytest.raises(ValueError, match="GRAD_NB_ACCEL must be made of .*'int16', 'float32', not 'int8'"):
+        with pytest.raises(
+            ValueError, match="GRAD_NB_ACCEL must be made of .*'int16', 'float32', 'bfloat16', not 'int8'"
+        ):
             work()
 
 
@@ -456,6 +458,15 @@ def test_bfloat16_is_computed_by_torch_when_it_is_asked_for():
     assert all(p.dtype == torch.float32 for p in d.parameters())
     assert arithmetic([d], [64], bf16=True) == "bf16"
     (judged,) = score_levels_fast([d], seen.numpy(), (64,), bf16=True)
+    with backends.use("bfloat16"):
+        assert arithmetic([d], [64]) == "bf16"
+        wished = evaluation.score_maps(d, seen.numpy(), 64)
+    assert np.array_equal(wished, half) and not np.array_equal(evaluation.score_maps(d, seen.numpy(), 64), half)
+    with (
+        pytest.raises(ValueError, match="several ways to multiply: bfloat16 and int16"),
+        backends.use("int16,bfloat16"),
+    ):
+        pass
     assert np.array_equal(judged[0], half)
     with torch.no_grad():
         d.head.bias += 1
@@ -800,14 +811,14 @@ def test_a_gpu_scores_like_the_cpu(monkeypatch, caplog):
 @pytest.mark.skipif(scorer_loops() is None, reason="there is no C compiler")
 def test_a_compiler_without_openmp_makes_the_loops_for_one_core(monkeypatch, tmp_path, fresh):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    calls, real = [], subprocess.run
+    calls, real = [], native._run
 
-    def run(command, **options):
+    def run(command, text):
         if "-shared" in command:
             calls.append("-fopenmp" in command)
         if "-fopenmp" in command:
             raise subprocess.CalledProcessError(1, command)
-        return real(command, **options)
+        return real(command, text)
 
-    monkeypatch.setattr(native.subprocess, "run", run)
+    monkeypatch.setattr(native, "_run", run)
     assert scorer_loops() is not None and calls == [True, False]

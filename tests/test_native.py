@@ -15,7 +15,7 @@ from grad_nb.inference import loops as scorer
 from grad_nb.patchdiff import new_patchdiff
 
 compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
-CLEAR = (pixelwise.pixelwise_loops.cache_clear, scorer._first_right.cache_clear, winograd.tile_loops.cache_clear)
+CLEAR = (pixelwise._compiled_once.cache_clear, scorer._first_right.cache_clear, winograd._compiled_tiles.cache_clear)
 
 
 @pytest.fixture
@@ -238,7 +238,7 @@ def test_a_default_type_changes_nothing(fresh):
         drawn(5, 2, 16, 3, 3),
     )
     expected = torch.autograd.grad(pixelwise.modulated_on_cpu(*given), given, g)
-    pixelwise.pixelwise_loops.cache_clear()
+    pixelwise._compiled_once.cache_clear()
     torch.set_default_dtype(torch.float64)
     try:
         assert all(
@@ -327,6 +327,16 @@ def test_the_word_in_force_is_asked_each_time(fresh):
 
 
 @compiler
+@pytest.mark.parametrize("loops", [pixelwise.pixelwise_loops, winograd.tile_loops])
+def test_loops_that_were_first_asked_for_where_they_are_forbidden_are_there_later(fresh, loops):
+    with backends.use("no-loops"):
+        assert loops() is None
+    assert loops() is not None
+    with backends.use("reference"):
+        assert loops() is None
+
+
+@compiler
 def test_a_library_is_compiled_once(fresh, tmp_path):
     calls, real = [], native._run
 
@@ -336,7 +346,7 @@ def test_a_library_is_compiled_once(fresh, tmp_path):
 
     fresh.setattr(native, "_run", run)
     for _ in range(2):
-        pixelwise.pixelwise_loops.cache_clear()
+        pixelwise._compiled_once.cache_clear()
         assert pixelwise.pixelwise_loops() is not None
     assert len(calls) == 1 and [p.suffix for p in (tmp_path / "grad_nb").iterdir()] == [".so"]
 
@@ -402,14 +412,14 @@ def test_without_the_loops_matrix_products_give_the_same(fresh, caplog):
     x, weight, found = drawn(1, 3, 32, 16, 16).requires_grad_(), drawn(2, 5, 32, 4, 4).requires_grad_(), []
     for switch in ("auto", "no-loops"):
         fresh.setenv("GRAD_NB_ACCEL", switch)
-        winograd.tile_loops.cache_clear()
+        winograd._compiled_tiles.cache_clear()
         assert (winograd.tile_loops() is None) == (switch == "no-loops")
         y = winograd.small_conv(x, weight, None, (2, 2))
         found.append([y, *torch.autograd.grad(y.square().sum(), (x, weight))])
     for a, b in zip(*found):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
     fresh.setenv("GRAD_NB_ACCEL", "auto")
-    winograd.tile_loops.cache_clear()
+    winograd._compiled_tiles.cache_clear()
     fresh.setattr(winograd, "TURN", winograd.TURN.replace("M[q * n + k] * AT(d + k * far);", "M[k] * AT(d + k * far);"))
     with caplog.at_level("INFO"):
         assert winograd.tile_loops() is None

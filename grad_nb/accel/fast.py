@@ -218,11 +218,22 @@ def conv_back(
     return back[:, : below[1]] if back.shape[1] > below[1] else back  # without the zeros that filled up eights
 
 
+def _is_chain(body: Any, head: Any) -> bool:
+    "Whether a body is plain convolutions, each with its ReLU, and a head looks at one pixel."
+    if not (isinstance(body, nn.Sequential) and isinstance(head, nn.Conv2d) and head.kernel_size == (1, 1)):
+        return False
+    layers = [*body]
+    pairs = zip(layers[::2], layers[1::2])
+    alternate = len(layers) % 2 == 0 and all(type(a) is nn.Conv2d and type(b) is nn.ReLU for a, b in pairs)
+    plain = (layer.padding == (0, 0) and layer.dilation == (1, 1) and layer.groups == 1 for layer in layers[::2])
+    return alternate and all(plain)
+
+
 def input_gradient_fast(net: Any, x: Tensor) -> Any:
     "The gradient of a chain of convolutions and ReLUs as a chain of transposed convolutions."
-    body = getattr(net, "body", None)
-    head = getattr(net, "head", None)
-    if not (isinstance(body, nn.Sequential) and isinstance(head, nn.Conv2d) and x.ndim == 4):
+    body: Any = getattr(net, "body", None)
+    head: Any = getattr(net, "head", None)
+    if x.ndim != 4 or not _is_chain(body, head):
         return NotImplemented
     convs = [layer for layer in body if isinstance(layer, nn.Conv2d)]
     x = x.detach().contiguous(memory_format=torch.channels_last)

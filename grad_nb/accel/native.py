@@ -47,8 +47,8 @@ PATIENCE = 120  # seconds after which a compiler is given up (our choice)
 
 def _run(command: list[str], text: str) -> str:
     "What a compiler prints; it is ended, with all that it has started, when its time is up."
-    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, start_new_session=True, **options) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
         try:
             out, err = process.communicate(text, timeout=PATIENCE)
         except BaseException:
@@ -108,7 +108,9 @@ def compiled(
     if not allowed("loops") or sys.platform not in ("linux", "darwin"):
         return None
     error: object = None
-    for openmp, again in ((True, False), (True, True), (False, False), (False, True)):  # Apple's has no OpenMP
+    tries = [(True, False), (True, True), (False, False), (False, True)]  # Apple's compiler has no OpenMP
+    while tries:
+        openmp, again = tries.pop(0)
         try:
             home = folder_variable("XDG_CACHE_HOME") or Path.home() / ".cache"
             library = ctypes.CDLL(str(compile_c(source, name, home / "grad_nb", openmp, again)))
@@ -117,6 +119,10 @@ def compiled(
             error = "they are not right"
         except (OSError, subprocess.SubprocessError, AttributeError, RuntimeError, ValueError) as e:
             error = getattr(e, "stderr", None) or e
+            if isinstance(e, subprocess.TimeoutExpired):
+                break
+            if isinstance(e, subprocess.CalledProcessError):  # it would fail in the same way again
+                tries = [way for way in tries if way[0] != openmp]
     log.info("the loops of %s cannot be had (%s); %s", name, error, instead)
     return None
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .backends import allowed
 from .native import VECTORS, call, compiled, ordinary
 
 # %% ../../nbs/accel/06_pixelwise.ipynb #pixl0005
@@ -243,9 +244,14 @@ def _pixelwise_right(library: ctypes.CDLL) -> bool:
     return True
 
 
-@lru_cache(maxsize=1)
 def pixelwise_loops() -> ctypes.CDLL | None:
-    "The compiled loops, or None where they cannot be had or do not do what they should."
+    "The compiled loops, or None where they are not allowed, cannot be had or do not do what they should."
+    return _compiled_once() if allowed("loops") else None
+
+
+@lru_cache(maxsize=1)
+def _compiled_once() -> ctypes.CDLL | None:
+    "The loops as far as this machine has them."
     without = "torch's layers do the work, and a PatchDiff trains and samples a tenth slower, in bfloat16 half as fast"
     return compiled(pixelwise_source(), "pixelwise", _pixelwise_right, without)
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backends import allowed
 from .native import VECTORS, call, compiled, ordinary
 
 # %% ../../nbs/accel/07_winograd.ipynb #_inf0005
@@ -266,9 +267,14 @@ def _tiles_right(library: ctypes.CDLL) -> bool:
     return True
 
 
-@lru_cache(maxsize=1)
 def tile_loops() -> ctypes.CDLL | None:
-    "The compiled loop, or None where it cannot be had or does not do what it should."
+    "The compiled loop, or None where it is not allowed, cannot be had or does not do what it should."
+    return _compiled_tiles() if allowed("loops") else None
+
+
+@lru_cache(maxsize=1)
+def _compiled_tiles() -> ctypes.CDLL | None:
+    "The loop as far as this machine has it."
     return compiled(VECTORS + TURN + COLUMN_LOOP, "tiles", _tiles_right, "matrix products do its work, and a detector trains a tenth slower")
 
 # %% ../../nbs/accel/07_winograd.ipynb #wino0044

@@ -7,93 +7,19 @@ __all__ = ['grad_bench']
 
 # %% ../../nbs/bench/10_command.ipynb #bcom0002
 import importlib.util
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 
-import pandas as pd
-import torch
 from fastcore.script import call_parse, store_true
 
+from .. import config
 from ..accel.backends import accel_help
-from .backends import bench_backends
-from .charts import bench_charts
-from .detectors import bench_detectors, bench_path
-from .growth import bench_growth
-from .operations import ceilings, threads_of
-from .peers import bench_peers
-from .recorded import bench_protocol, bench_throughput
-from .stages import bench_stages, bench_terms
-from .ways import bench_precisions, bench_ways
-from ..config import Preset
-from ..config import preset as preset_of
-from ..core.devices import bf16_supported, pick_device
-from ..core.files import write_json
-from ..core.provenance import versions
-from ..datasets.readers import Category, read_category
-from ..grad import GRAD
-from ..plots import save_figure
 from ..use.errors import plain_errors
-
-# %% ../../nbs/bench/10_command.ipynb #bnchprnt
-_TABLES = "detectors path ways precisions protocol peers stages terms growth backends".split()  # as they are printed
-
-
-def _print_bench(found: Mapping) -> None:
-    "What was measured, table by table."
-    units = {name: "GB/s" if name == "copy" else "GFLOP/s" for name in found["ceilings"]}
-    print("ceilings:", ", ".join(f"{name} {rate:.0f} {units[name]}" for name, rate in found["ceilings"].items()), "\n")
-    for name in _TABLES:
-        if rows := found.get(name):
-            weights = "trained" if name == "precisions" else "random"
-            print(f"{name}: {weights} weights, milliseconds, {rows[0]['device']}\n{_bench_table(rows)}\n")
-
-
-def _bench_table(rows: list[dict]) -> str:
-    "The rows of a benchmark as text; the device stands above them."
-    return pd.DataFrame(rows).drop(columns="device").round(2).to_string(index=False, na_rep="-")
-
-# %% ../../nbs/bench/10_command.ipynb #benchbef
-def _before_bench(model: str, data: str, peers: bool) -> tuple[GRAD, Category] | None:
-    "The model and the pictures of `--model` and `--data`, if any. `ValueError` or `RuntimeError` for what is missing."
-    if bool(model) != bool(data):
-        raise ValueError("--model and --data belong together: a trained model and the part's own pictures")
-    if peers and importlib.util.find_spec("anomalib") is None:
-        raise RuntimeError("peers need the package anomalib; install it with: pip install 'grad_nb[compare]'")
-    if not model:
-        return None
-    folder = Path(data).resolve()
-    return GRAD.load(model, "cpu"), read_category(folder.parent, folder.name)
-
-
-def _whole_bench(settings: Preset, device: torch.device, batch: int, threads: int, runs: int, compiled: bool) -> dict:
-    "What `--quick` leaves out; growth first, because memory that others leave behind would count."
-    on_cpu, size = device.type == "cpu", settings.levels("mvtec_ad")[0].size
-    with threads_of(threads):
-        growth = bench_growth() if on_cpu else []
-    limits = ceilings(device, threads=threads)
-    return {
-        "ceilings": limits,
-        "growth": growth,
-        "stages": bench_stages(settings, device=device, threads=threads, limits=limits),
-        "terms": bench_terms(settings.detector, size, device=device, threads=threads, limits=limits),
-        "ways": bench_ways(batch=batch, threads=threads, runs=runs, compiled=compiled) if on_cpu else [],
-    }
 
 # %% ../../nbs/bench/10_command.ipynb #bcom0005
 def _with_accel_help(command: Callable) -> Callable:
     "A command whose help ends with the values of `GRAD_NB_ACCEL`."
     command.__doc__ = f"{command.__doc__}\n\n{accel_help()}"
     return command
-
-
-def _usual_tables(device: torch.device, batch: int, threads: int, runs: int, limits: Mapping[str, float]) -> dict:
-    "The tables that every run has."
-    rows, path = [], []
-    for bf16 in (False, True) if bf16_supported(device) else (False,):
-        rows += bench_detectors(device=device, batch=batch, bf16=bf16, threads=threads, runs=runs)
-    if device.type == "cpu":
-        path = bench_path(batch=batch, threads=threads, runs=min(runs, 15), limits=limits)
-    return {"path": path, "detectors": rows}
 
 # %% ../../nbs/bench/10_command.ipynb #bce7ad8f
 @call_parse
@@ -116,25 +42,24 @@ def grad_bench(
     json_file: str = "",  # also write the rows, with their protocol, here
     debug: store_true = False,  # show the traceback of an error
 ):
-    "Time the detectors, every stage from a picture to a verdict, and a step of every training and sampling."
-    settings, where, runs = preset_of(preset), pick_device(device), min(runs, 5) if quick else runs
-    judged = _before_bench(model, data, peers)
-    rest = {} if quick else _whole_bench(settings, where, batch, threads, min(runs, 10), compiled)
-    limits = rest.get("ceilings") or ceilings(where, threads=threads)
-    found = {"versions": versions(), "preset": preset, "ceilings": limits, **rest}
-    found |= _usual_tables(where, batch, threads, runs, limits)
-    if judged:
-        found["precisions"] = bench_precisions(*judged, threads, min(runs, 10))
-    if protocol:
-        with threads_of(threads):
-            found["protocol"] = [bench_protocol(device=where), *bench_throughput(where)]
-    if peers:
-        found["peers"] = bench_peers(batch=batch, threads=threads, runs=min(runs, 10), device=where)
-    if backends:
-        found["backends"] = bench_backends({name: preset_of(name) for name in ("demo", "fast")}, where, threads, runs)
-    _print_bench(found)
+    """Time the detectors, every stage from a picture to a verdict, and a step of every training and sampling.
+
+    Example: grad_bench --quick
+    """
+    config.preset(preset)
+    if bool(model) != bool(data):
+        raise ValueError("--model and --data belong together: a trained model and the part's own pictures")
+    if peers and importlib.util.find_spec("anomalib") is None:
+        raise RuntimeError("peers need the package anomalib; install it with: pip install 'grad_nb[compare]'")
+    from grad_nb.bench import whole
+    from grad_nb.core.files import write_json
+
+    judged = whole.open_judged(model, data) if model else None
+    runs = min(runs, 5) if quick else runs
+    more = {"quick": quick, "protocol": protocol, "peers": peers, "backends": backends, "compiled": compiled}
+    found = whole.measure(preset, device, batch, threads, runs, judged, **more)
+    whole.print_bench(found)
     if json_file:
         write_json(json_file, found)
     if plots:
-        charts = {name: save_figure(c, Path(plots) / f"{name}.png") for name, c in bench_charts(found).items()}
-        print("figures:", ", ".join(map(str, charts.values())))
+        print("figures:", ", ".join(map(str, whole.save_charts(found, plots))))

@@ -6,7 +6,18 @@
 __all__ = ['device_name', 'pick_device', 'device_kind', 'float32_name', 'bf16_supported']
 
 # %% ../../nbs/core/04_devices.ipynb #_devices_i
+import os
+
 import torch
+
+# %% ../../nbs/core/04_devices.ipynb #devfork1
+def _one_thread() -> None:
+    "Compute with one thread: those of the parent do not live on in its child, which would wait for them forever."
+    torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_one_thread)
 
 # %% ../../nbs/core/04_devices.ipynb #a8bd8893b
 def device_name(

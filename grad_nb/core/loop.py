@@ -19,8 +19,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
-from tqdm import tqdm
 
+from .progress import step_done, tqdm
 from .tensors import load_checkpoint, save_checkpoint
 
 log = logging.getLogger(__name__)  # what the library has to tell besides results; nothing is printed
@@ -144,6 +144,7 @@ def run_steps(
             figures.save(i)
             raise TimeUp(f"{label}: {i:,} of {steps:,} steps done")
         figures.add(i, step(i))
+        step_done(i + 1, steps)
         if progress and (i + 1) % 50 == 0:
             bar.set_postfix({names[0]: f"{figures.recent(i):.4f}"})
         if (i + 1) % every == 0 and i + 1 < steps and time.monotonic() - saved_at >= pause:

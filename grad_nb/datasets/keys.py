@@ -129,9 +129,9 @@ def key_distance(
     return np.minimum(np.maximum(_straight(u, v, scene.missing), u - BEND), front)
 
 # %% ../../nbs/datasets/04_keys.ipynb #keysc004
-def _mark_on(scene: KeyScene, size: int) -> np.ndarray:
-    "How much the scratch or the stain of a scene covers every pixel of the key."
-    mark, (u, v) = scene.mark, _axes(scene, size)
+def _mark_on(scene: KeyScene, mark: Mark, size: int) -> np.ndarray:
+    "How much a scratch or a stain covers every pixel of the key."
+    u, v = _axes(scene, size)
     x, y = _turn(u - mark.x, v - mark.y, mark.angle)
     away = np.hypot(x - np.clip(x, -mark.length / 2, mark.length / 2), y) - max(mark.radius, 0.5 / size)
     soft = _cover(away, size) if mark.length else np.clip(0.5 - away / 0.012, 0, 1)
@@ -152,7 +152,7 @@ def render_key(
     _paint(picture, _rgb(0.27, 0.26, 0.24), _cover(np.maximum(groove, d + 0.008), size))
     if scene.mark:
         ink = _rgb(0.75, 0.74, 0.70) if scene.mark.length else _rgb(0.30, 0.17, 0.08)
-        _paint(picture, ink, 0.9 * _mark_on(scene, size))
+        _paint(picture, ink, 0.9 * _mark_on(scene, scene.mark, size))
     (left, top, height), (right, down) = scene.bulge, scene.slope
     bump = height * np.exp(-((x - left) ** 2 + (y - top) ** 2) / (2 * 0.35**2))
     picture *= scene.gain * (1 + 2 * (right * x + down * y) + bump)
@@ -170,7 +170,7 @@ def key_mask(
     mask = now ^ whole
     if scene.bend:
         mask |= now & (_axes(scene, size)[0] > BEND)
-    return mask | (_mark_on(scene, size) >= 0.5) if scene.mark else mask
+    return mask | (_mark_on(scene, scene.mark, size) >= 0.5) if scene.mark else mask
 
 # %% ../../nbs/datasets/04_keys.ipynb #keysc005
 KEYS_VERSION = 1  # of the drawing; raise it when a picture would change

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..accel import ops
+from ..accel.backends import wants_bfloat16
 from ..datasets.readers import resized
 from ..detector import Detector
 from .captured import Captured, captured_detectors
@@ -57,10 +58,11 @@ def score_levels_fast(
     sizes: Sequence[int],  # side of each detector's input, pixels
     device: str | torch.device = "cpu",  # where to compute
     batch: int = 16,  # pictures scored together; CUDA takes batches by its memory
-    bf16: bool = False,  # weights and activations in bfloat16: other scores, see `score_map`
+    bf16: bool = False,  # in bfloat16, also without the word in `GRAD_NB_ACCEL`: other scores, see `score_map`
 ) -> Iterator[list[np.ndarray]]:  # batch by batch, for each detector (n, h, w) float32 logits
     "Score maps of several detectors by the fastest way that is there. `MemoryError` if not even one picture fits."
     device, done = torch.device(device), 0
+    bf16 = bf16 or wants_bfloat16()
     nets = [_on_device(detector, device) for detector in detectors]
     if graph := _recording(nets, pictures, sizes, device, bf16):
         yield from graph.stream(pictures)

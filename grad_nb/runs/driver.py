@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from ..core.files import read_json
 from ..core.processes import PARENT
+from ..core.progress import BARS
 from ..core.stages import stage_done
 from ..patchdiff import check_level
 from .stages import Run, detect_key, generate_key
@@ -136,7 +137,7 @@ def run_notebook(
 def _start(paths: Sequence[Path], values: dict, threads: int, hold: Sequence[int]) -> subprocess.Popen:
     "Start papermill with its three files (see `grad_nb.runs.notebooks`) and the values of the parameters."
     command = [sys.executable, "-m", "grad_nb.runs.notebooks", *map(str, paths), json.dumps(values, default=str)]
-    environment = os.environ | {PARENT: str(os.getpid())}
+    environment = os.environ | {PARENT: str(os.getpid()), BARS: "1"}
     if threads:
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     return subprocess.Popen(

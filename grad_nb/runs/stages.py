@@ -33,7 +33,7 @@ from grad_nb.config import (
     preset,
     to_dict,
 )
-from ..contrastive import make_contrastive
+from ..contrastive import make_contrastive, read_changes
 from ..core.devices import float32_name, pick_device
 from grad_nb.core.files import (
     read_array,
@@ -84,6 +84,7 @@ class Run:
     data_sha256: str  # of every picture and mask
     device: str = "cpu"  # where to compute
     progress: bool = True  # show progress bars
+    made: Path | None = None  # folder of the run whose contrastive sets these are; its own if None
 
     @property
     def levels(self) -> tuple[Level, ...]:
@@ -169,7 +170,8 @@ def generate_key(
     "The fingerprint of a generate stage: everything that its result depends on."
     names = [sample.path.name for sample in split_normals(run)[0]]
     config = to_dict(run.preset.generator)
-    return stage_key("generate", level, config, run.seed, run.data_sha256, names)
+    together = [run.generator_levels] if run.preset.generator.shared else []
+    return stage_key("generate", level, config, run.seed, run.data_sha256, names, *together)
 
 
 def generate_stage(
@@ -183,7 +185,8 @@ def generate_stage(
 
     def make() -> tuple[dict, list[str]]:
         config = run.preset.generator
-        return make_contrastive(run.folder, load_normals(run), level, config, run.seed, run.device, run.progress)
+        rest = (run.seed, run.device, run.progress, run.generator_levels)
+        return make_contrastive(run.folder, load_normals(run), level, config, *rest)
 
     return run_stage(run.folder, f"generate-{level:02d}", generate_key(run, level), make, run.device)
 
@@ -193,10 +196,11 @@ def contrastive_set(
     level: int,  # of the PatchDiff
 ) -> np.ndarray:  # (n_samples, size, size, 3) uint8, a memory map
     "The contrastive pictures of one level. `FileNotFoundError` says which stage is missing or out of date."
-    if not stage_done(run.folder, f"generate-{level:02d}", generate_key(run, level)):
-        missing = f"{run.folder} has no contrastive pictures of level {level} for these settings"
+    folder = run.made or run.folder
+    if not stage_done(folder, f"generate-{level:02d}", generate_key(run, level)):
+        missing = f"{folder} has no contrastive pictures of level {level} for these settings"
         raise FileNotFoundError(f"{missing}; run the generate stage for it first")
-    return read_array(run.folder / "contrastive" / f"level-{level:02d}.npy")
+    return read_array(folder / "contrastive" / f"level-{level:02d}.npy")
 
 # %% ../../nbs/runs/01_stages.ipynb #f940885f
 def detect_key(
@@ -226,7 +230,8 @@ def _detect(run: Run, row: Level) -> tuple[dict, list[str]]:
     "The work of a detect stage."
     tag = f"{row.level:03d}"
     sets = [contrastive_set(run, n) for n in row.generators]
-    settings = (run.preset.detector, augmentation(run.category.name), run.seed, run.device, run.progress)
+    changes = read_changes(run.folder, row.generators)
+    settings = (run.preset.detector, augmentation(run.category.name), run.seed, run.device, run.progress, changes)
     figures, files = make_detector(run.folder, load_normals(run), sets, row, *settings)
     detector, _ = load_detector(run.folder / files[0])
     start = time.perf_counter()
@@ -440,9 +445,10 @@ def provenance(
     run: Run,  # the run
 ) -> dict:
     "What a result says about how it was made: settings, seed, versions, device, data, and each of its stages."
-    names = [f"generate-{n:02d}" for n in run.generator_levels] + [f"detect-{row.level:03d}" for row in run.levels]
-    records = {name: read_json(run.folder / f"{name}.json") for name in names}
-    kept = ("device", "versions", "fingerprint", "products")
+    files = {f"generate-{n:02d}": run.made or run.folder for n in run.generator_levels}
+    files |= {f"detect-{row.level:03d}": run.folder for row in run.levels}
+    records = {name: read_json(folder / f"{name}.json") for name, folder in files.items()}
+    kept = ("device", "versions", "fingerprint", "products", "two_sample_auroc", "position_auroc", "wrong_coordinates")
     train, held = split_normals(run)
     return {
         "preset": run.preset.name,

@@ -8,7 +8,7 @@ __all__ = ['OFF', 'ON', 'TABLE_4', 'REMOVED', 'ADDED', 'SETS', 'METRICS', 'SHARE
            'figures_on_test', 'train_cell', 'judge_generator', 'Piece', 'pieces', 'run_pieces', 'read_results',
            'seed_interval', 'pictures_interval', 'image_metric', 'compare', 'common_seeds', 'rank_correlation',
            'ablation_chart', 'table_4_figures', 'compare_generators', 'curve_chart', 'picture_sheets', 'tables_of',
-           'collect_results', 'ablate', 'grad_ablate']
+           'collect_results', 'ablate']
 
 # %% ../../nbs/study/06_ablation.ipynb #abl00004
 import json
@@ -18,13 +18,11 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
-from fastcore.script import call_parse, store_true
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
@@ -32,6 +30,7 @@ from scipy.stats import t as student
 
 # %% ../../nbs/study/06_ablation.ipynb #abl0004b
 from ..config import PRESETS, Preset, augmentation, override, to_dict
+from ..contrastive import read_changes
 from ..core.files import fingerprint, lock, read_array, read_json, write_json
 from ..core.stages import run_stage, stage_done
 from ..datasets.light import even_light
@@ -41,7 +40,6 @@ from ..detector import Detector, load_detector
 from ..evaluation import image_scores, pixel_map, score_maps, summary, trivial
 from ..metrics import pixel_auroc_ap
 from ..plots import picture_rows, save_figure
-from ..runs.driver import TRAYS_SEED
 from grad_nb.runs.stages import (
     Run,
     contrastive_set,
@@ -61,7 +59,6 @@ from .quality import generator_report, loss_curve
 from .records import current_figures
 from .selection import SelectionConfig, criterion, pseudo_sets, selection_split
 from .tables import COLUMNS, VARIANTS, variant, write_tables
-from ..use.errors import plain_errors
 
 # %% ../../nbs/study/06_ablation.ipynb #abl00007
 OFF = MappingProxyType(
@@ -468,6 +465,7 @@ def train_cell(
         run.seed,
         run.device,
         run.progress,
+        read_changes(run.folder, row.generators),
     )
     detector = load_detector(cell.folder / files[0])[0]
     history = pd.read_csv(cell.folder / files[1])
@@ -500,9 +498,8 @@ def judge_generator(
     run = cell.run
     normals = load_normals(run)
     train, held = selection_split(normals, run.seed, cell.ablation.selection)
-    figures, files = make_contrastive(
-        cell.folder, normals[train], cell.level, run.preset.generator, run.seed, run.device, run.progress
-    )
+    rest = (run.seed, run.device, run.progress, run.generator_levels)
+    figures, files = make_contrastive(cell.folder, normals[train], cell.level, run.preset.generator, *rest)
     made = read_array(cell.folder / files[1])
     history = pd.read_csv(cell.folder / files[2])
     report = generator_report(normals[train], normals[held], np.array(made), cell.level, run.seed)
@@ -1109,40 +1106,3 @@ def ablate(
         for level, sheet in picture_sheets(ablation).items():
             save_figure(sheet, home(ablation) / f"pictures-{level:02d}.png", dpi=72)
     return made
-
-# %% ../../nbs/study/06_ablation.ipynb #abl0053b
-@call_parse
-@plain_errors
-def grad_ablate(
-    data: str = "",  # folder that holds the category's folder; the trays are made if it is not given
-    category: str = "trays",  # name of the category
-    preset: str = "demo",  # "paper", "fast" or "demo"
-    seeds: Annotated[Sequence[int], {"nargs": "+", "type": int, "metavar": "SEED"}] = (0, 1, 2),  # of every variant
-    variants: str = "",  # sets: table4 removed added sensitivity regularizers generators; or {"name": {setting: value}}
-    overrides: str = "",  # settings changed for all variants, for instance "detector.steps=500"
-    selection: str = "",  # settings of the selection, for instance "share=0.2 per_kind=40"
-    runs: str = "runs",  # folder of normal runs, whose contrastive sets are used
-    folder: str = "ablation",  # where the results go
-    device: str = "auto",  # "auto", "cpu" or "cuda"
-    threads: int = 0,  # of CPU work, 0 = torch's default; 1 if the command runs once per core
-    collect: str = "",  # copy the records that are there into this folder, without weights, make the tables, and end
-    quiet: store_true = False,  # no progress bars
-    debug: store_true = False,  # show the traceback of an error
-):
-    """Train every variant with every seed; judge each by the selection criterion and report the test figures.
-
-    Run it again to go on, or beside itself to share the work.
-    """
-    if collect:
-        return print(f"{len(collect_results(folder, collect))} files in {collect}")
-    if threads:
-        torch.set_num_threads(threads)
-    if not data and category == "trays":
-        data = str(make_trays(Path(runs) / "data", seed=TRAYS_SEED, progress=not quiet).parent)
-    if not data:
-        raise ValueError(f"--category {category} needs --data, the folder that holds it")
-    ablation = open_ablation(
-        data, category, preset, seeds, variants, overrides, runs, folder, device, selection, not quiet
-    )
-    for name in ablate(ablation):
-        print("table:", Path(folder) / f"{name}.md")

@@ -133,9 +133,10 @@ def _facts(made: ResultSet, folder: Path) -> dict[str, str]:
 _HEAD = """# Results
 
 Every folder is a question, and holds the records that answer it: the `result.json` of runs, the records and tables of
-ablations. What they say is told in [findings](../nbs/20_findings.ipynb). This page is written from `sets.json` and the
-records by `python -m grad_nb.study.results --page`; `make collect` brings what a command left in the repository's
-folder into the set of its name.
+ablations. What they say is told in [conclusions](../nbs/findings/01_conclusions.ipynb).
+
+This page is written from `sets.json` and the records by `python -m grad_nb.study.results --page`; `make collect`
+brings what a command left in the repository's folder into the set of its name.
 
 The commands name today's folders and settings. *Code* is the commit that a run names; records of ablations name none.
 *Settings that are gone* were dropped after 0.1.0: the tables read such records as all others, but only version 0.1.0

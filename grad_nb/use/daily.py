@@ -6,9 +6,13 @@
 __all__ = ['grad_fit', 'card_path', 'grad_calibrate', 'grad_predict', 'grad_export']
 
 # %% ../../nbs/use/05_daily.ipynb #daily003
+import contextlib
 import os
+import shlex
+import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
 def grad_fit(
     pictures: str,  # folder of normal pictures
     model: str = "model.grad",  # file to write
-    preset: str = "fast",  # "paper", "fast" or "demo"
+    preset: str = "fast",  # "demo": minutes, to try it; "fast": up to an hour; "paper": hours on a GPU
     layout: str = "mvtec_ad",  # detectors of Table 7: "mvtec_ad" one level, "mvtec_loco" all of them
     category: str = "",  # take the augmentation of this MVTec category
     validation: float | None = None,  # share of the pictures held out for the threshold; 0.1, more of a small set
@@ -35,11 +39,15 @@ def grad_fit(
     seed: int = 0,  # random_state of the model
     overrides: str = "",  # settings to change, for instance "detector.steps=10"
     device: str = "auto",  # "auto", "cpu" or "cuda"
-    work_dir: str | None = None,  # folder for the stages: an interrupted training then continues
+    work_dir: str | None = None,  # folder for the stages: an interrupted training goes on; <model>.work if not given
+    white: float | None = None,  # value of white in pictures of more than 8 bits; found if not given
     quiet: bool = False,  # no progress bars
     debug: bool = False,  # show the traceback of an error
 ):
-    "Train a model on a folder of normal pictures; write it to one file, and a model card (Markdown) beside it."
+    """Train a model on a folder of normal pictures; write it to one file, and a model card (Markdown) beside it.
+
+    Example: grad_fit my_parts/train/good --model part.grad --preset fast
+    """
     settings = config.preset(preset, layout)
     from grad_nb.core.files import atomic_path
     from grad_nb.grad import GRAD
@@ -49,11 +57,27 @@ def grad_fit(
     card = _before_fit(model, category)
     augmentation = config.augmentation(category)
     shares = (validation, false_alarm_rate)
-    fitted = GRAD(settings, layout, augmentation, *shares, seed, device, not quiet, work_dir).fit(pictures)
+    with _kept_until_done(work_dir, model) as folder:
+        made = GRAD(settings, layout, augmentation, *shares, seed, device, not quiet, folder, white=white)
+        fitted = made.fit(pictures)
     fitted.save(model)
     with atomic_path(card) as temporary:
         temporary.write_text(fitted.card(), encoding="utf-8")
     _print_threshold(fitted, model)
+
+# %% ../../nbs/use/05_daily.ipynb #daily007
+@contextlib.contextmanager
+def _kept_until_done(work_dir: str | None, model: str) -> Iterator[str]:
+    "The folder for the stages; one that nobody asked for is gone at the end. Tells how an interrupted fit goes on."
+    folder = work_dir or f"{model}.work"
+    try:
+        yield folder
+    except KeyboardInterrupt:
+        again = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        print(f"what is done is kept in {folder}; to go on: {again}", file=sys.stderr)
+        raise
+    if not work_dir:
+        shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../../nbs/use/05_daily.ipynb #fitbefore
 def card_path(
@@ -121,7 +145,10 @@ def grad_calibrate(
     quiet: bool = False,  # no progress bars
     debug: bool = False,  # show the traceback of an error
 ):
-    "Set a model's threshold and colour scale again with new pictures, without training; its card is written anew too."
+    """Set a model's threshold and colour scale again with new pictures, without training; its card is written anew too.
+
+    Example: grad_calibrate part.grad my_parts/kept_aside/good
+    """
     from grad_nb.core.files import atomic_path
     from grad_nb.datasets.readers import picture_files
     from grad_nb.grad import GRAD
@@ -161,7 +188,10 @@ def grad_predict(
     device: str = "auto",  # "auto", "cpu" or "cuda"
     debug: bool = False,  # show the traceback of an error
 ):
-    "Judge pictures: path, score and verdict of each on stdout."
+    """Judge pictures: path, score and verdict of each on stdout.
+
+    Example: grad_predict part.grad my_parts/incoming --maps maps > verdicts.csv
+    """
     _before_predict(pictures, format, watch, maps)
     from grad_nb.grad import GRAD
     from grad_nb.use.verdicts import RowWriter, expand, judge, map_drawer
@@ -170,7 +200,7 @@ def grad_predict(
     fitted = GRAD.load(model, device).set_params(progress=sys.stderr.isatty() and not watch)
     files = [] if watch else expand(pictures)
     draw = map_drawer(fitted, files, maps)
-    told = RowWriter(["path", "score", "anomalous"] + ["map"] * bool(maps), format == "jsonl")
+    told = RowWriter(["path", "score", "anomalous"] + ["map_path"] * bool(maps), format == "jsonl")
     if watch:
         rows = watch_folder(fitted, watch, journal, every, before=draw)
     else:
@@ -199,15 +229,18 @@ def _before_predict(pictures: tuple[str, ...], format: str, watch: str | None, m
 def grad_export(
     model: str,  # file that grad_fit wrote
     output: str | None = None,  # file to write; beside the model, with the ending of the format, if not given
-    format: str = "onnx",  # "onnx" for ONNX Runtime, "int8" with 8-bit convolutions, "torch" for torch.export
+    format: str = "onnx",  # "onnx", "int8" (ONNX with 8-bit convolutions), "openvino" or "torch" (torch.export)
     normals: str = "",  # folder of normal pictures, for "int8": they set the ranges of the 8-bit numbers
     debug: bool = False,  # show the traceback of an error
 ):
-    "Write a model as one ONNX file, or as a program of torch.export, and compare it with the model on three pictures."
+    """Write a model for another runtime, and say how far it is from the model.
+
+    Example: grad_export part.grad --format int8 --normals my_parts/train/good
+    """
     if (format == "int8") != bool(normals):
         raise ValueError("--normals, a folder of normal pictures, belongs to --format int8, and int8 needs it")
     from grad_nb.grad import GRAD
-    from grad_nb.use.export import FORMATS, largest_difference, random_pictures, read_normals
+    from grad_nb.use.export import FORMATS, difference_words, largest_difference, random_pictures, read_normals
 
     if format not in FORMATS:
         raise ValueError(f"format must be {' or '.join(FORMATS)}, not {format!r}")
@@ -217,7 +250,7 @@ def grad_export(
         raise ValueError(f"{path} is the model itself; give another file to --output")
     fitted = GRAD.load(model, "cpu")
     size = fitted.preset_.generator.size
-    more = [read_normals(normals, size)] if normals else []
+    more = [read_normals(normals, size, white=fitted.white_)] if normals else []
     try:
         write(fitted, path, *more)
     except ImportError as e:
@@ -225,7 +258,10 @@ def grad_export(
     megabytes = path.stat().st_size / 1e6
     print(f"{path}: {megabytes:.1f} MB, pictures of {size} x {size} pixels as bytes, threshold {fitted.offset_:.3f}")
     try:
-        difference = largest_difference(fitted, reader(path), random_pictures(3, size))
-        print(f"largest difference to the model, scores and maps: {difference:.1e}")
+        if more:
+            print(difference_words(fitted.set_params(progress=False), reader(path), more[0]))
+        else:
+            difference = largest_difference(fitted, reader(path), random_pictures(3, size))
+            print(f"largest difference to the model, scores and maps: {difference:.1e}")
     except ImportError as e:
         print(f"not compared: {e}")

@@ -96,7 +96,10 @@ def grad_data(
     quiet: bool = False,  # no progress bars
     debug: bool = False,  # show the traceback of an error
 ):
-    "Check a data set against the official counts, unpack an official archive, or draw the trays."
+    """Check a data set against the official counts, unpack an official archive, or draw the trays.
+
+    Examples: grad_data check my_parts --decode; grad_data unpack bottle.tar.xz mvtec_ad; grad_data trays data
+    """
     if action not in DATA_FORMS or len(paths) != len(DATA_FORMS[action]):
         forms = [f"grad_data {name} {' '.join(needs)}" for name, needs in DATA_FORMS.items()]
         raise ValueError(f"say one of: {', '.join(forms)}")
@@ -117,14 +120,17 @@ def grad_data(
 def grad_demo(
     data: str = "",  # folder that holds the category's folder; the trays are made if it is not given
     category: str = "",  # name of the category; the trays if it is not given
-    preset: str = "demo",  # "paper", "fast" or "demo"
+    preset: str = "demo",  # "demo": minutes, to try it; "fast": up to an hour; "paper": hours on a GPU
     seed: int = 0,  # of the run; the trays stay the same
     runs: str = "runs",  # folder of all runs
     overrides: str = "",  # settings to change, for instance "detector.steps=10"
     device: str = "auto",  # "auto", "cpu" or "cuda"
     debug: bool = False,  # show the traceback of an error
 ):
-    "Run GRAD on one category, notebook by notebook, and print the table."
+    """Run GRAD on one category, notebook by notebook, and print the table.
+
+    Examples: grad_demo; grad_demo --data mvtec_ad --category bottle --preset fast
+    """
     start = time.perf_counter()
     _before_demo(data, category, preset)
     from grad_nb.datasets.trays import make_trays

@@ -35,7 +35,10 @@ def grad_evaluate(
     quiet: bool = False,  # no progress bars
     debug: bool = False,  # show the traceback of an error
 ):
-    "Tell how good a model is on labelled pictures: AUROC, F1, confusion table, kinds of defects, worst misses."
+    """Tell how good a model is on labelled pictures: AUROC, F1, confusion table, kinds of defects, worst misses.
+
+    Example: grad_evaluate part.grad my_parts/test --page part.html
+    """
     from grad_nb.core.files import atomic_path, write_json
     from grad_nb.grad import GRAD
     from grad_nb.verdicts import evaluation_lines
@@ -91,7 +94,7 @@ def _figure_of(found: "Evaluation", model: "GRAD", i: int) -> str:
     from grad_nb.datasets.readers import read_image
     from grad_nb.plots import heat_overlay
 
-    picture = Image.fromarray(read_image(found.paths[i]))
+    picture = Image.fromarray(read_image(found.paths[i], white=model.white_))
     picture.thumbnail((320, 320))
     data = _png_data(heat_overlay(_array(picture), found.maps[i], model.map_limits_))
     both = "".join(f'<img alt="" src="data:image/png;base64,{d}">' for d in (_png_data(_array(picture)), data))

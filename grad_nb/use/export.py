@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['OPSET', 'FORMATS', 'resize_matrix', 'float32_below', 'View', 'Scorer', 'metadata', 'to_onnx', 'to_torch', 'to_int8',
-           'read_normals', 'OnnxScorer', 'TorchScorer', 'random_pictures', 'largest_difference']
+           'read_normals', 'to_openvino', 'OpenvinoScorer', 'OnnxScorer', 'TorchScorer', 'random_pictures',
+           'largest_difference', 'difference_words']
 
 # %% ../../nbs/use/02_export.ipynb #2ba4f6d4
 import contextlib
 import copy
 import importlib
+import importlib.util
 import io
 import json
 import logging
@@ -30,7 +32,7 @@ from ..coords import coord_map
 from ..core.files import atomic_path
 from ..core.provenance import versions
 from ..datasets.light import even
-from ..datasets.readers import HALF_DOWN, picture_files, read_image
+from ..datasets.readers import HALF_DOWN, no_pictures, picture_files, read_image
 from ..detector import Detector, map_side
 from ..evaluation import MapStats, placing
 from ..grad import GRAD, check_is_fitted
@@ -174,6 +176,7 @@ def metadata(
         "size": str(model.preset_.generator.size),
         "map_size": str(model.preset_.evaluation.map_size),
         "threshold": repr(model.offset_),
+        "white": json.dumps(model.white_),  # of pictures of more than 8 bits, which become bytes by 255 / white
         "levels": json.dumps([[row.level, row.size] for row in model.levels_]),
         "versions": json.dumps(versions(), sort_keys=True),
     }
@@ -307,12 +310,75 @@ def read_normals(
     folder: str | Path,  # of normal pictures
     size: int,  # side that the model takes, pixels
     count: int = 64,  # at most so many, the first by name (our choice)
+    white: float | None = None,  # of pictures of more than 8 bits
 ) -> np.ndarray:  # (N, size, size, 3) uint8
     "Normal pictures to measure ranges with. `ValueError` if the folder holds none."
     files = picture_files(folder)[:count]
     if not files:
-        raise ValueError(f"{folder} holds no normal picture; give a folder of them to --normals")
-    return np.stack([read_image(path, size) for path in files])
+        raise ValueError(f"--normals gives no normal pictures: {no_pictures(Path(folder))}")
+    return np.stack([read_image(path, size, white) for path in files])
+
+# %% ../../nbs/use/02_export.ipynb #expov002
+def to_openvino(
+    model: GRAD,  # fitted
+    path: str | Path,  # the file, ending in .xml; its weights go beside it, ending in .bin
+) -> None:
+    "Write `Scorer(model)` for OpenVINO, in float32. `ImportError` if openvino, onnx or onnxscript is not installed."
+    _needs("onnx", "onnxscript")
+    _needs_openvino()
+    import openvino as ov
+
+    path = Path(path)
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        plain = Path(folder) / "plain.onnx"
+        made = Path(folder) / path.name
+        to_onnx(model, plain)
+        graph = ov.convert_model(plain)
+        for name, value in metadata(model).items():
+            graph.set_rt_info(value, ["grad_nb", name])
+        ov.save_model(graph, made, compress_to_fp16=False)
+        for file in (made.with_suffix(".bin"), made):
+            with atomic_path(path.with_suffix(file.suffix)) as temporary:
+                temporary.write_bytes(file.read_bytes())
+
+
+def _needs_openvino() -> None:
+    "`ImportError` that says what to install, if openvino is absent."
+    if importlib.util.find_spec("openvino") is None:
+        raise ImportError("this needs the package openvino; install it with: pip install 'grad_nb[openvino]'")
+
+
+class OpenvinoScorer:
+    "An exported model in OpenVINO: bytes in, scores, labels and maps out."
+
+    def __init__(
+        self,
+        path: str | Path,  # a file that `to_openvino` wrote
+    ):
+        "Open the file. `ImportError` without openvino, `ValueError` for a file that is not such a model."
+        _needs_openvino()
+        import openvino as ov
+
+        for file in (Path(path), Path(path).with_suffix(".bin")):
+            if not file.is_file():
+                raise FileNotFoundError(f"{file} does not exist; make it with grad_export --format openvino")
+        try:
+            graph = ov.Core().read_model(path)
+            names = ("kind", "size", "threshold", "white")
+            self.meta = {name: str(graph.get_rt_info(["grad_nb", name]).value) for name in names}
+        except Exception as e:
+            raise ValueError(f"{path} was not made by grad_export ({str(e).splitlines()[0]})") from None
+        exact = {"INFERENCE_PRECISION_HINT": "f32"}  # where a processor has bfloat16, it would round to that
+        self.run = ov.Core().compile_model(graph, "CPU", exact)
+
+    def __call__(
+        self,
+        pictures: np.ndarray,  # (B, S, S, 3) uint8
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # scores (B,), labels (B,), maps (B, M, M)
+        "Judge pictures."
+        found = self.run(np.ascontiguousarray(pictures))
+        scores, labels, maps = (found[name] for name in ("scores", "labels", "maps"))
+        return scores, labels.astype(bool), maps
 
 # %% ../../nbs/use/02_export.ipynb #51713859
 class OnnxScorer:
@@ -383,6 +449,7 @@ FORMATS: dict[str, tuple[str, Callable[..., None], Callable[[Path], Any]]] = {
     "onnx": (".onnx", to_onnx, OnnxScorer),
     "int8": (".onnx", to_int8, OnnxScorer),
     "torch": (".pt2", to_torch, TorchScorer),
+    "openvino": (".xml", to_openvino, OpenvinoScorer),
 }  # name → ending, writer, reader
 
 
@@ -405,3 +472,21 @@ def largest_difference(
     if (labels != expected.labels).any():
         return math.inf
     return float(max(np.abs(scores - expected.scores).max(), np.abs(maps - expected.maps).max()))
+
+
+def difference_words(
+    model: GRAD,  # fitted
+    scorer: Callable,  # of the file that was made of it
+    pictures: np.ndarray,  # (N, S, S, 3) uint8, normal ones
+) -> str:
+    "How far an export of fewer bits is from its model on normal pictures: scores, and verdicts."
+    expected = model.predict(pictures, maps=False)
+    found = [scorer(pictures[i : i + 8]) for i in range(0, len(pictures), 8)]
+    scores = np.concatenate([part[0] for part in found])
+    labels = np.concatenate([part[1] for part in found])
+    away = np.abs(scores - expected.scores).max()
+    return (
+        f"on the {len(pictures)} normal pictures: largest difference of a score {away:.2g}, where scores lie from "
+        f"{expected.scores.min():.3f} to {expected.scores.max():.3f} and the threshold at {model.offset_:.3f}; "
+        f"{int((labels != expected.labels).sum())} verdicts differ"
+    )

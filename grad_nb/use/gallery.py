@@ -8,7 +8,6 @@ __all__ = ['NORMALS', 'ORDERS', 'MAX_UPLOAD', 'model_of_run', 'Gallery', 'data_o
 
 # %% ../../nbs/use/07_gallery.ipynb #gallery4
 import contextlib
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +80,7 @@ def _detectors_of_run(folder: Path, category: Category, result: dict, device: st
         random_state=result["seed"],
         device=device,
         progress=False,
+        white=category.train[0].white,
     )
     model.levels_ = settings.levels(category.layout)
     model.light_ = run_light(Run(category, settings, result["seed"], folder, result["data_sha256"], progress=False))
@@ -235,7 +235,7 @@ def picture_figure(
 ) -> Figure:
     "A test picture, its map with the colour scale, and its true defect. `DataError` if a file cannot be read any more."
     sample = gallery.samples[i]
-    pixels = at_most(read_image(sample.path), 768)
+    pixels = at_most(read_image(sample.path, white=sample.white), 768)
     heat_map = np.asarray(gallery.maps[i], np.float32)
     limits = gallery.model.map_limits_
     figure = Figure(figsize=(9.4, 2.9 * pixels.shape[0] / pixels.shape[1] + 0.4), dpi=100, layout="constrained")
@@ -321,13 +321,10 @@ def judge_upload(
     if len(data) > MAX_UPLOAD:
         limit = f"at most {MAX_UPLOAD // 2**20} MB are taken, make the picture smaller"
         raise DataError(f"{shown} has {len(data) / 2**20:.0f} MB; {limit}")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "picture"
-        path.write_bytes(data)
-        try:
-            return model.explain(path)
-        except DataError as e:
-            raise DataError(str(e).replace(str(path), shown)) from None
+    try:
+        return model.explain(data)
+    except DataError as e:
+        raise DataError(str(e).replace(f"a picture of {len(data)} bytes", shown)) from None
 
 
 def told(

@@ -62,9 +62,13 @@ def grad_show(
     device: str = "auto",  # "auto", "cpu" or "cuda"
     debug: bool = False,  # show the traceback of an error
 ):
-    "Open a page on this machine to look at a run's test pictures, maps and scores, and to judge pictures of your own."
+    """Open a page on this machine to look at a run's test pictures, maps and scores, and to judge pictures of your own.
+
+    Example: grad_show part.grad --browser
+    """
     if importlib.util.find_spec("panel") is None:
         raise RuntimeError("the page needs the package panel; install it with: pip install 'grad_nb[show]'")
+    print("grad_show: starting, this takes some seconds", file=sys.stderr, flush=True)
     import matplotlib
 
     matplotlib.use("agg")

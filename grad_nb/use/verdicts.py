@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..datasets.readers import IMAGE_SUFFIXES, DataError, picture_files, read_image
+from ..datasets.readers import IMAGE_SUFFIXES, DataError, no_pictures, passed_over, picture_files, read_image
 from ..grad import GRAD
 from ..plots import heat_overlay, save_picture
 from .errors import printable
@@ -32,6 +32,7 @@ def expand(
     `DataError` for a folder without pictures, or for nothing at all.
     """
     found: list[Path] = []
+    folders: list[Path] = []
     for name in given:
         if str(name) == "-":
             paths = _names_on_stdin()
@@ -40,10 +41,14 @@ def expand(
         for path in paths:
             inside = picture_files(path) if _is_folder(path) else [path]
             if not inside:
-                raise DataError(f"{path} holds no pictures; give a folder of pictures, or files")
+                raise DataError(no_pictures(path))
             found += inside
+            folders += [path] if inside != [path] else []
     if not found:
         raise DataError("there is nothing to judge; give pictures, folders of pictures, or a folder to --watch")
+    for folder in folders:
+        for line in passed_over(folder, found):
+            print(f"grad_predict: {printable(folder)}: {printable(line)}", file=sys.stderr)
     return found
 
 
@@ -101,7 +106,7 @@ def write_map(
     side: int = 1024,  # longest side of the heat map, pixels (our choice)
 ) -> None:
     "Write a picture's heat map as PNG: the picture in grey, in its own proportions, with the map over it."
-    pixels = read_image(picture)
+    pixels = read_image(picture, white=model.white_)
     height, width = pixels.shape[:2]
     scale = side / max(height, width)
     if scale < 1:
@@ -123,7 +128,7 @@ def map_drawer(
             return {}
         place = places.get(picture) or map_paths([picture], folder)[picture]
         write_map(model, picture, heat_map, place)
-        return {"map": str(place)}
+        return {"map_path": str(place)}
 
     return draw
 

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import IO, Any
@@ -189,7 +190,9 @@ class Journal:
         **figures: Any,  # what is known of it now: score, error, ...
     ) -> None:
         "Write a line and wait until it is on the disk; on a full disk nothing of it stays."
-        row = {"name": path.name, "bytes": stamp[0], "changed_ns": stamp[1], "model": self.model, **figures}
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        about = {"name": path.name, "bytes": stamp[0], "changed_ns": stamp[1], "time": now, "model": self.model}
+        row = about | figures
         _append_line(self.file, self.path, json.dumps(row).encode() + b"\n")
         self.done.add((path.name, *stamp))
         self.progress.deaths.pop((path.name, *stamp), None)
@@ -220,7 +223,7 @@ def _read_line(line: bytes, number: int, path: Path, model: str) -> tuple:
             raise TypeError("a name is text, and a stamp is two whole numbers")
     except (ValueError, TypeError, KeyError, RecursionError):
         wrong = f"{path}, line {number}, is not a line of a journal"
-        raise ValueError(f"{wrong}; give another file, or remove it") from None
+        raise ValueError(f"{wrong}; give another file, or move it away") from None
     if made_with != model:
         raise ValueError(f"{path} was made with another model; give another journal for this one")
     return about
@@ -319,6 +322,7 @@ def _readable(
     progress: Progress,  # is told which is being read
     size: int,  # side to which they are resized, pixels
     broken: dict[Path, DataError],  # takes those that cannot be read
+    white: float | None,  # of pictures of more than 8 bits
 ) -> Iterator[tuple[Path, np.ndarray]]:  # (size, size, 3) uint8 of each
     "Read pictures; one in the middle of which processes have died is not read again."
     for path in sorted(paths, key=lambda p: -progress.deaths.get((p.name, *seen[p][0]), 0)):
@@ -329,7 +333,7 @@ def _readable(
             continue
         try:
             with progress.reading(path.name, stamp):
-                pixels = read_image(path, size)
+                pixels = read_image(path, size, white)
         except DataError as e:
             broken[path] = e
         else:
@@ -348,7 +352,7 @@ def _judge(
     paths: list[Path] = []
 
     def pictures() -> Iterator[np.ndarray]:
-        for path, pixels in _readable(ready, seen, progress, model.preset_.generator.size, broken):
+        for path, pixels in _readable(ready, seen, progress, model.preset_.generator.size, broken, model.white_):
             paths.append(path)
             yield pixels
 
@@ -456,5 +460,5 @@ def _record(
 
 def _row_of(folder: Path, line: dict) -> dict:
     "The row of a line of the journal."
-    about = ("name", "bytes", "changed_ns", "model")
+    about = ("name", "bytes", "changed_ns", "time", "model")
     return {"path": str(folder / line["name"])} | {key: value for key, value in line.items() if key not in about}

@@ -233,6 +233,15 @@ def test_equation_3(book):
     torch.testing.assert_close(book.reweighted_bce(*args), by_hand)
 
 
+def test_equation_5(book, pair):
+    detector, decoder, theirs, their_decoder = pair
+    c = randn(4, 5, 34, 34)
+    found = book.feature_loss(detector, decoder, c, seeded(), sigma=0.0)  # both draw noise, in another order
+    expected = regularizers.feature_loss(theirs, their_decoder, c, 0.0, 0.0)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(book.feature_loss(detector, decoder, c, seeded()), found, rtol=0.3, atol=0.0)
+
+
 def test_equation_6(book, pair):
     detector, _, theirs, _ = pair
     c = randn(4, 5, 34, 34)

@@ -768,6 +768,26 @@ def test_the_chain_of_products_is_the_gradient(side):
     assert torch.allclose(ops.input_gradient(detector, x.detach()), expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("body", ["padded", "with a sigmoid", "strange head"])
+def test_a_net_that_is_no_plain_chain_has_the_gradient_of_plain_torch(body):
+    torch.manual_seed(0)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            last = torch.nn.Sigmoid() if body == "with a sigmoid" else torch.nn.ReLU()
+            self.body = torch.nn.Sequential(torch.nn.Conv2d(5, 4, 3, padding=int(body == "padded")), last)
+            self.head = torch.nn.Conv2d(4, 1, 8 if body == "padded" else 6 if body == "strange head" else 1)
+
+        def forward(self, x):
+            return self.head(self.body(x)).mean((2, 3), keepdim=True)
+
+    net, x = Net(), torch.randn(2, 5, 8, 8)
+    with ops.use("reference"):
+        expected = ops.input_gradient(net, x)
+    torch.testing.assert_close(ops.input_gradient(net, x), expected)
+
+
 def test_the_penalty_refuses_several_outputs_whatever_the_shape():
     for shape in ((2, 5, 38, 34), (2, 5, 34, 38), (2, 5, 38, 38)):
         for of in ("logit", "probability"):

@@ -38,7 +38,6 @@ from grad_nb.study.ablation import (
     compare,
     compare_generators,
     curve_chart,
-    grad_ablate,
     loss_curve,
     open_ablation,
     parse_variants,
@@ -53,6 +52,7 @@ from grad_nb.study.ablation import (
     table_4_figures,
     tables_of,
 )
+from grad_nb.study.commands import grad_ablate
 from grad_nb.study.selection import SelectionConfig, selection_split
 from grad_nb.study.tables import collect, table_4, variant
 

@@ -16,10 +16,15 @@ import pytest
 from conftest import TINY
 from shared import ROOT
 
+from grad_nb.config import to_dict
 from grad_nb.core.files import read_json, write_json
+from grad_nb.runs.stages import generate_key, open_run
+from grad_nb.study import calibration
+from grad_nb.study import reproduce as reproduce_module
 from grad_nb.study.reproduce import (
     HOLDER,
     LAST,
+    announce,
     at_once,
     batch_summary,
     estimate,
@@ -32,8 +37,12 @@ from grad_nb.study.reproduce import (
     official,
     plan_batch,
     report_of,
+    room_left,
+    room_needed,
     snakemake_call,
 )
+from grad_nb.study.tables import VARIANTS, variant
+from grad_nb.study.variants import table_4_presets, variant_run
 
 COMMAND = Path(sys.executable).parent / "grad_reproduce"
 
@@ -135,6 +144,35 @@ def test_a_plan_has_every_stage_once_and_waits_for_what_it_needs(data, tmp_path)
     for i, job in enumerate(batch["jobs"]):
         assert set(job["needs"]) <= set(markers[:i])
     assert not any(job_done(batch["folder"], job) for job in batch["jobs"])
+
+
+def test_a_plan_with_table_4_takes_the_pictures_that_are_made_once(data, tmp_path):
+    plain, whole = (
+        plan_batch(data, "trays", "demo", (0,), tmp_path, overrides=TINY, device="cpu", table4=table4)
+        for table4 in (False, True)
+    )
+    there = [job["marker"] for job in plain["jobs"]]
+    more = [job for job in whole["jobs"] if job["marker"] not in there]
+    generate = {job["marker"] for job in plain["jobs"] if job["notebook"] == "generate"}
+    assert [job["values"]["variant"] for job in more] == list(VARIANTS.values())
+    assert all(set(job["needs"]) == generate and job["notebook"] == "variant" for job in more)
+    assert {job["marker"] for job in more} <= set(whole["jobs"][-1]["needs"]), "tables wait for the variants"
+    default = plan_batch(data, "trays", "demo", (0,), tmp_path, overrides=TINY, device="cpu")
+    assert len(default["jobs"]) == len(plain["jobs"]), "the rows of Table 4 are asked for, but for the paper's preset"
+
+
+def test_a_variant_has_the_paper_s_detectors_and_one_loss(data, tmp_path):
+    run = open_run(data, "trays", "demo", 0, tmp_path, TINY, "cpu", False)
+    variants = {name: variant_run(run, name) for name in table_4_presets(run.preset, run.category.layout)}
+    for name, other in variants.items():
+        assert {row.level: row.size for row in other.levels} == {34: 256, 68: 128, 136: 64}
+        assert variant(to_dict(other.preset.detector)) == name and other.made == run.folder
+        assert [generate_key(other, n) for n in other.generator_levels] == [
+            generate_key(run, n) for n in run.generator_levels
+        ]
+    assert len({other.folder for other in variants.values()}) == 4
+    with pytest.raises(ValueError, match="no variant of 'demo' here; there are baseline"):
+        variant_run(run, "whole")
 
 
 def test_a_category_that_cannot_be_read_leaves_only_its_check(data, tmp_path):
@@ -295,13 +333,39 @@ def test_times_in_words(seconds, words):
 
 @pytest.mark.slow
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(data, tmp_path):
-    done = reproduce(data, tmp_path, "--dry-run")
-    n = len(read_json(tmp_path / "demo/batch.json")["jobs"])
-    assert done.returncode == 0 and f"{n} of {n} notebooks to run" in done.stdout and "total" in done.stdout, (
-        done.stderr
-    )
-    assert "of work" in done.stdout and "guessed from single forward passes" in done.stdout
-    assert not list(tmp_path.rglob("result.json"))
+    done = reproduce(data, tmp_path / "runs", "--dry-run")
+    n = len(plan_batch(data, "trays", "demo", (0,), tmp_path / "runs", overrides=TINY, device="cpu")["jobs"])
+    assert done.returncode == 0 and f"{n} of {n} notebooks to run" in done.stdout, done.stderr
+    assert "of work" in done.stdout and "were timed just now" in done.stdout and "GB free" in done.stdout
+    assert not (tmp_path / "runs").exists()
+    plan = tmp_path / "plan.json"
+    done = reproduce(data, tmp_path / "runs", "--plan", str(plan))
+    assert done.returncode == 0 and str(plan) in done.stdout and len(read_json(plan)["jobs"]) == n
+    both = reproduce(data, tmp_path / "runs", "--table4", "--no-table4")
+    assert both.returncode and "cannot both be meant" in both.stderr
+
+
+def test_a_plan_that_is_not_run_draws_no_trays_into_the_runs(tmp_path):
+    batch = plan_batch("", "trays", "demo", (0,), tmp_path / "runs", device="cpu", scratch=tmp_path / "scratch")
+    assert len(batch["jobs"]) == 8 and not (tmp_path / "runs").exists()
+    assert 0 < room_needed(batch) < 2e9 and room_left(tmp_path / "a/b") == shutil.disk_usage(tmp_path).free
+
+
+def test_months_on_a_cpu_are_one_sentence(data, tmp_path, monkeypatch):
+    batch = plan_batch(data, "trays", "paper", (0,), tmp_path, device="cpu")
+    monkeypatch.setattr(reproduce_module, "guess", lambda job, threads: 3e6)
+    said = list(announce(batch, "trays", "", ""))
+    assert "this preset needs a GPU: on this CPU the batch would take more than 10.0 days" in said
+    assert not any("of work" in line for line in said)
+
+
+def test_the_time_of_a_stage_is_that_of_its_steps(monkeypatch):
+    now = iter([0.0, 1.0, 10.0, 13.0, 20.0, 27.0])  # one step 1 s, two 3 s, six 7 s
+    monkeypatch.setattr(calibration.time, "perf_counter", lambda: next(now))
+    done = []
+    assert calibration.seconds_of_a_step(done.append) == 1.0 and done == [1, 1, 2, 6]
+    now = iter([0.0, 100.0])
+    assert calibration.seconds_of_a_step(done.append) == 100.0, "a long step is its own measure"
 
 
 @pytest.mark.slow
@@ -328,11 +392,15 @@ def test_a_wheel_carries_all_that_a_batch_needs(data, tmp_path):
     code = (
         "import sys, grad_nb\n"
         "assert '/site/' in grad_nb.__file__, grad_nb.__file__\n"
-        "from grad_nb.study.reproduce import grad_reproduce\n"
+        "from grad_nb.study.commands import grad_reproduce\n"
         "grad_reproduce()\n"
     )
     (tmp_path / "run.py").write_text(code)  # what the installed command is
-    call = [sys.executable, str(tmp_path / "run.py"), *arguments(data, tmp_path / "runs", "--dry-run")[1:]]
+    call = [
+        sys.executable,
+        str(tmp_path / "run.py"),
+        *arguments(data, tmp_path / "runs", "--plan", str(tmp_path / "plan.json"))[1:],
+    ]
     done = subprocess.run(
         call,
         capture_output=True,
@@ -341,9 +409,7 @@ def test_a_wheel_carries_all_that_a_batch_needs(data, tmp_path):
         env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
         timeout=600,
     )
-    assert done.returncode == 0 and "/site/grad_nb/reproduce/Snakefile" in done.stdout and "total" in done.stdout, (
-        done.stdout + done.stderr
-    )
+    assert done.returncode == 0 and "/site/grad_nb/reproduce/Snakefile" in done.stdout, done.stdout + done.stderr
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
@@ -353,6 +419,20 @@ def whole(data, tmp_path_factory) -> Path:
     runs = tmp_path_factory.mktemp("whole")
     finish(data, runs)
     return runs
+
+
+@pytest.mark.slow
+def test_table_4_from_the_same_command(data, whole, tmp_path):
+    runs = tmp_path / "runs"
+    shutil.copytree(whole, runs)
+    made = {path: path.stat().st_mtime_ns for path in (runs / "demo/trays/trays/seed0").glob("generator-*.safetensors")}
+    said = finish(data, runs, "--table4")
+    assert {path: path.stat().st_mtime_ns for path in made} == made, "no generator is trained twice"
+    table = (runs / "demo/tables/table_4.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith(("| baseline", "| +"))]
+    assert len(rows) == 4 and not any("| -" in row for row in rows), table
+    assert (runs / "demo/tables/table_1.md").read_text() == (whole / "demo/tables/table_1.md").read_text()
+    assert "table_4.md" in said
 
 
 @pytest.mark.slow
@@ -457,7 +537,7 @@ def test_a_full_disk(data, whole, tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(runs)], capture_output=True).returncode:
         pytest.skip("this user may not mount a file system")
     try:
-        assert reproduce(data, runs, "--dry-run").returncode == 0
+        assert reproduce(data, runs, "--plan", str(tmp_path / "plan.json")).returncode == 0
         room = os.statvfs(runs)
         (runs / "filler").write_bytes(b"x" * (room.f_bavail * room.f_frsize - 150_000))
         full = reproduce(data, runs, "--retries", "0")

@@ -18,6 +18,7 @@ from grad_nb.core.loop import TimeUp, run_steps, time_left, time_limit
 from grad_nb.core.stages import run_stage
 from grad_nb.patchdiff import new_patchdiff
 from grad_nb.study import runner
+from grad_nb.study.commands import grad_run
 
 
 def after(monkeypatch, steps):
@@ -171,5 +172,5 @@ def test_a_category_without_test_pictures_is_refused_at_once(tmp_path, capsys):
             tmp_path / f"data/part/{i}.png"
         )
     with pytest.raises(SystemExit):
-        runner.grad_run(str(tmp_path / "data"), "part", "demo", runs=str(tmp_path / "runs"), device="cpu", quiet=True)
+        grad_run(str(tmp_path / "data"), "part", "demo", runs=str(tmp_path / "runs"), device="cpu", quiet=True)
     assert "no test pictures" in capsys.readouterr().err and not (tmp_path / "runs").exists()

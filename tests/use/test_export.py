@@ -26,6 +26,7 @@ from grad_nb.grad import GRAD
 from grad_nb.use.daily import grad_export
 from grad_nb.use.export import (
     OnnxScorer,
+    OpenvinoScorer,
     Scorer,
     TorchScorer,
     float32_below,
@@ -317,7 +318,43 @@ def test_the_command_for_eight_bits(tmp_path, capsys):
     for i, x in enumerate(pictures(4)):
         Image.fromarray(x).save(tmp_path / f"good/{i}.png")
     grad_export(str(tmp_path / "m.grad"), str(tmp_path / "m8.onnx"), "int8", str(tmp_path / "good"))
-    assert "m8.onnx" in capsys.readouterr().out and OnnxScorer(tmp_path / "m8.onnx")(pictures(2))[0].shape == (2,)
+    out = capsys.readouterr().out
+    assert "on the 4 normal pictures: largest difference of a score" in out and "of 4" not in out.split("verdicts")[1]
+    model, small, seen = GRAD.load(tmp_path / "m.grad", "cpu"), OnnxScorer(tmp_path / "m8.onnx"), pictures(4)
+    away = np.abs(small(seen)[0] - model.predict(seen).scores).max()
+    assert f"score {away:.2g}," in out and f"threshold at {model.offset_:.3f}" in out
+    assert "m8.onnx" in out and OnnxScorer(tmp_path / "m8.onnx")(pictures(2))[0].shape == (2,)
+
+
+@pytest.mark.parametrize("layout", ["mvtec_ad", "mvtec_loco"])
+def test_openvino_judges_as_the_model_does(layout, tmp_path, capsys):
+    for name in ("onnx", "onnxscript", "openvino"):
+        pytest.importorskip(name)
+    model = fitted(layout)
+    model.save(tmp_path / "m.grad")
+    grad_export(str(tmp_path / "m.grad"), format="openvino")
+    out = capsys.readouterr().out
+    assert str(tmp_path / "m.xml") in out and float(out.strip().rsplit(" ", 1)[1]) < 1e-3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.bin", "m.grad", "m.xml"]
+    scorer = OpenvinoScorer(tmp_path / "m.xml")
+    assert float(scorer.meta["threshold"]) == model.offset_ and scorer.meta["size"] == "96"
+    for n in (1, 5):
+        assert largest_difference(model, scorer, pictures(n)) < 1e-3
+    (tmp_path / "m.bin").rename(tmp_path / "away.bin")
+    with pytest.raises(FileNotFoundError, match="m.bin does not exist"):
+        OpenvinoScorer(tmp_path / "m.xml")
+    (tmp_path / "away.bin").rename(tmp_path / "m.bin")
+    (tmp_path / "m.xml").write_text("<net/>")
+    with pytest.raises(ValueError, match="m.xml was not made by grad_export"):
+        OpenvinoScorer(tmp_path / "m.xml")
+
+
+def test_without_openvino_it_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    fitted().save(tmp_path / "m.grad")
+    with pytest.raises(SystemExit):
+        grad_export(str(tmp_path / "m.grad"), format="openvino")
+    assert "pip install 'grad_nb[openvino]'" in capsys.readouterr().err and not (tmp_path / "m.xml").exists()
 
 
 def trays(n, size=SIZE):

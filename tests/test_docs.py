@@ -1,0 +1,125 @@
+"""The site lists every notebook, README says what the records say, and the exercises have solutions that run."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from shared import ROOT
+
+DOCS, NOTEBOOKS = ROOT / "docs", ROOT / "nbs"
+PAGES = [*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+
+
+def builder():
+    "docs/build.py as a module."
+    spec = importlib.util.spec_from_file_location("docs_build", DOCS / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def cells_of(path, kind):
+    "The texts of a notebook's cells of a kind."
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == kind]
+
+
+def outside_code(text):
+    "A page without its blocks and pieces of code."
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+
+
+# the site
+
+
+def test_the_contents_list_every_notebook_and_every_page_once():
+    build = builder()
+    listed = [page for pages in build.contents().values() for page in pages]
+    texts = {path.stem for path in DOCS.glob("*.md")} | {"contributing", "changelog", "results", "api/index"}
+    assert sorted(listed) == sorted({*build.all_notebooks(), *texts})
+
+
+def test_links_between_pages_lead_somewhere():
+    for path in PAGES:
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", outside_code(path.read_text(encoding="utf-8"))):
+            if not link.startswith("http"):
+                assert (path.parent / link).exists(), f"{path.name} links to {link}"
+
+
+def test_the_minutes_of_the_method_are_those_of_its_notebooks():
+    build = builder()
+    rows = re.findall(r"\.\./nbs/(\d\d_\w+)\.ipynb\).*\| (\d+) \|$", (DOCS / "method.md").read_text(), re.MULTILINE)
+    assert len(rows) == 17
+    for name, minutes in rows:
+        counted = build.reading(build.read_notebook(NOTEBOOKS / f"{name}.ipynb"))["minutes"]
+        assert abs(counted - int(minutes)) <= max(5, counted / 2), f"{name} takes {counted} minutes: make export"
+
+
+def test_the_reference_tells_what_the_comments_of_parameters_say():
+    sys.path.insert(0, str(DOCS))
+    import api
+
+    text = "\n".join(api.of_module(ROOT / "grad_nb" / "coords.py", "grad_nb.coords", "02_coords"))
+    assert "| `height` | `int` |  | rows of the picture, pixels |" in text
+    assert "**Returns** `Tensor`" in text
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path):
+    pytest.importorskip("sphinx_book_theme")
+    command = [sys.executable, DOCS / "build.py", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    pages = "\n".join(path.read_text() for path in (tmp_path / "html").rglob("*.html"))
+    assert not re.search(r'(?:src|link href)="https?://', pages), "a page loads something from elsewhere"
+
+
+# README
+
+
+def test_readme_is_short():
+    words = (ROOT / "README.md").read_text(encoding="utf-8").replace("|", " ").split()
+    assert len(words) <= 800
+
+
+def test_the_tables_of_readme_are_what_the_records_say(monkeypatch):
+    monkeypatch.chdir(NOTEBOOKS)
+    cells = json.loads((NOTEBOOKS / "index.ipynb").read_text(encoding="utf-8"))["cells"]
+    names = {}
+    tables = 0
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            *lines, last = "".join(cell["source"]).splitlines()
+            exec("\n".join(lines), names)
+            (output,) = cell["outputs"]
+            assert eval(last, names).data == "".join(output["data"]["text/markdown"]), "run nbs/index.ipynb again"
+            tables += 1
+    assert tables == 3
+
+
+# teaching
+
+
+@pytest.mark.slow
+def test_the_solutions_of_the_exercises_run():
+    names = {}
+    text = (DOCS / "teachers.md").read_text(encoding="utf-8")
+    for block in re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+        exec(block, names)
+    assert text.count("<details") == text.count("</details>") >= 22
+
+
+# language
+
+
+def test_numbers_have_a_digit_before_the_point():
+    texts = [(path, path.read_text(encoding="utf-8")) for path in PAGES]
+    for path in NOTEBOOKS.rglob("*.ipynb"):
+        if ".ipynb_checkpoints" not in path.parts:
+            texts += [(path, text) for text in cells_of(path, "markdown")]
+    for path, text in texts:
+        found = re.search(r"(?<![\w.\\/*)])\.\d.*", outside_code(text))
+        assert not found, f"{path.name}: {found[0][:60]}"

@@ -1,0 +1,103 @@
+"""How far work is: bars on a terminal, a line a minute in a log, a plan with the minutes that are left."""
+
+import io
+import sys
+
+import pytest
+from shared import tiny
+
+from grad_nb.core import progress
+from grad_nb.core.loop import run_steps
+from grad_nb.core.progress import Plan, plan_text, seconds_left, tqdm
+from grad_nb.datasets.trays import make_trays
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    "A clock that the test moves."
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_log_has_a_line_a_minute_and_short_work_none(clock, capsys):
+    for _ in tqdm(range(100), "judging"):
+        clock[0] += 0.5
+    assert capsys.readouterr().err == ""
+    for _ in tqdm(range(100), "judging"):
+        clock[0] += 3.0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 5 and lines[0] == "judging: 20 of 100 · 4 min left" and "\r" not in "".join(lines)
+    for _ in tqdm(range(100), "judging", disable=True):
+        clock[0] += 3.0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_has_bars_with_what_the_plan_says(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    plan = Plan({"generate-05": 1.0, "detect-034": 1.0})
+    with plan.stage("generate-05"):
+        for _ in tqdm(range(3), "PatchDiff 5", file=sys.stderr, delay=0.0):
+            pass
+    assert "stage 1 of 2 · PatchDiff 5" in sys.stderr.getvalue()
+
+
+def test_a_plan_measures_each_kind_and_leaves_the_first_step_out(clock):
+    plan = Plan({"generate-05": 1.0, "generate-09": 2.0, "detect-034": 3.0}, show=False)
+    clock[0] += 100.0  # the first step also prepares
+    plan.at("generate-05", 0.1)
+    assert seconds_left(plan) is None
+    clock[0] += 9.0
+    plan.at("generate-05", 0.2)
+    assert seconds_left(plan) == pytest.approx(90 * (0.8 + 2 + 3))
+    plan.end("generate-05")
+    plan.at("generate-09", 0.0)
+    clock[0] += 90.0
+    plan.at("generate-09", 0.5)
+    plan.end("generate-09")
+    plan.at("detect-034", 0.0)
+    clock[0] += 300.0
+    plan.at("detect-034", 0.5)
+    assert plan_text(plan) == "stage 3 of 3 · 5 min left"
+
+
+def test_a_stage_of_two_loops_does_not_begin_again(clock):
+    plan = Plan({"generate-05": 1.0}, show=False, parts={"generate": (0.8, 0.2)})
+    for share, whole in ((0.5, 0.4), (1.0, 0.8), (0.5, 0.9), (1.0, 1.0)):
+        plan.at("generate-05", share)
+        assert plan.shares["generate-05"] == pytest.approx(whole)
+
+
+def test_loops_tell_the_plan(clock, capsys):
+    import torch
+
+    def step(i):
+        clock[0] += 10.0
+        return torch.zeros(1)
+
+    plan = Plan({"a-1": 1.0, "a-2": 1.0})
+    plan.announce("2 stages")
+    for name in ("a-1", "a-2"):
+        with plan.stage(name):
+            run_steps(step, 20, ["loss"], {}, progress=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:3] == ["2 stages", "stage 1 of 2 · 6 min left", "stage 1 of 2 · 5 min left"]
+    assert lines[-1] == "stage 2 of 2 · less than 1 min left" and 6 <= len(lines) <= 9
+
+
+def test_fit_says_what_it_will_do_and_what_it_makes_again(tmp_path, capfd, caplog, monkeypatch):
+    monkeypatch.setattr(progress, "SOON", 1e9)  # however slow this machine is
+    good = make_trays(tmp_path, seed=1, size=64, train=8, validation=0, good=1, logical=0, structural=0, progress=False)
+    good = good / "train/good"
+    model = tiny().set_params(progress=True, work_dir=tmp_path / "work").fit(good)
+    line = "4 stages: 3 generators and 1 detector; 6 pictures to learn from, seen at 64 x 64 pixels\n"
+    assert capfd.readouterr().err == line and "made again" not in caplog.text
+    model.fit(good)
+    assert capfd.readouterr().err == f"{line.strip()}; 4 stages are done\n" and "made again" not in caplog.text
+    tiny(detector__lr=0.01).set_params(work_dir=tmp_path / "work").fit(good)
+    assert "detector-034 in" in caplog.text and "made again" in caplog.text and "generate-" not in caplog.text
+    assert capfd.readouterr().err == ""
