@@ -3,7 +3,9 @@
 It takes bounded time and memory. A hundred or so of each in the fast suite, thousands with `pytest -m slow`.
 """
 
+import io
 import json
+import os
 import resource
 import time
 from pathlib import Path
@@ -11,23 +13,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from harness.damage import damaged, whole_pictures
+from harness.damage import damaged, other_data, other_tensors, whole_pictures
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from shared import pictures
 from test_faults import rewritten, small
 
 from grad_nb.core.files import read_array, read_json, write_array
 from grad_nb.core.stages import stage_done
-from grad_nb.core.tensors import load_checkpoint, save_checkpoint
-from grad_nb.datasets.readers import DataError, _read_defects, read_image
+from grad_nb.core.tensors import load_checkpoint, read_tensors, save_checkpoint, write_tensors
+from grad_nb.datasets.readers import _FORMATS, DataError, _read_defects, read_image
 from grad_nb.detector import Detector, load_detector, save_detector
 from grad_nb.grad import GRAD
 from grad_nb.patchdiff import PatchDiff, load_patchdiff, save_patchdiff
 from grad_nb.runs.stages import write_json
 from grad_nb.use.watch import Journal
 
+TIMES = int(os.environ.get("GRAD_NB_FUZZ", "40"))  # how many times as much the slow ones do
 FAST = pytest.param(1, id="some")
-SLOW = pytest.param(40, id="thousands", marks=pytest.mark.slow)
+SLOW = pytest.param(TIMES, id="thousands", marks=pytest.mark.slow)
 
 
 class Watch:
@@ -70,6 +75,11 @@ def test_pictures(tmp_path, times):
     watch.check()
 
 
+def test_every_format_that_is_read_is_damaged():
+    found = {Image.open(io.BytesIO(data)).format for data in whole_pictures().values()}
+    assert found == set(_FORMATS)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> tuple[Path, GRAD]:
     "A fitted model and its file."
@@ -110,6 +120,29 @@ def test_models(saved, tmp_path, times):
         )
     assert refused >= 40 * times
     watch.check()
+
+
+@pytest.mark.parametrize("times", [FAST, SLOW])
+@pytest.mark.parametrize("what", ["data", "tensors"])
+def test_models_that_were_sealed_again(saved, tmp_path, what, times):
+    "Whatever a model with a right seal holds, `load` refuses it by name, or it judges with numbers that are some."
+    tensors, meta = read_tensors(saved[0])
+    path, rng, seen, refused = tmp_path / "fuzz.grad", np.random.default_rng(times), pictures(1, 64), 0
+    for _ in range(100 * times):
+        if what == "data":
+            write_tensors(path, tensors, other_data(meta, rng))
+        else:
+            write_tensors(path, other_tensors(tensors, rng), meta)
+        try:
+            found = GRAD.load(path, "cpu")
+        except ValueError as e:
+            refused += 1
+            assert str(path) in str(e)
+            continue
+        scores = found.set_params(progress=False).score_samples(seen)
+        assert scores.shape == (1,) and np.isfinite(scores).all()
+        assert isinstance(found.card(), str)
+    assert refused >= 40 * times
 
 
 @pytest.mark.parametrize("times", [FAST, SLOW])

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from harness.damage import damaged, whole_pictures
+from harness.damage import damaged, other_data, other_tensors, whole_pictures
 from harness.server import Command, litter, to_the_end
 from PIL import Image
 
@@ -359,6 +359,31 @@ def models(bench: Bench, rng: random.Random, n: int = 100) -> Outcome:
     return Outcome({"damaged models": n}, wrong)
 
 
+def sealed(bench: Bench, rng: random.Random, n: int = 100) -> Outcome:
+    "Models with other data or tensors under a right seal are refused by name, or judge with numbers that are some."
+    from grad_nb.core.tensors import read_tensors, write_tensors
+    from grad_nb.grad import GRAD
+
+    tensors, meta = read_tensors(bench.model)
+    path = bench.fresh("sealed") / "m.grad"
+    numbers = np.random.default_rng(rng.getrandbits(32))
+    seen = numbers.integers(0, 256, (1, 64, 64, 3), np.uint8)
+    wrong = []
+    for _ in range(n):
+        if numbers.random() < 0.7:
+            write_tensors(path, tensors, other_data(meta, numbers))
+        else:
+            write_tensors(path, other_tensors(tensors, numbers), meta)
+        try:
+            scores = GRAD.load(path, "cpu").set_params(progress=False).score_samples(seen)
+            wrong += [] if np.isfinite(scores).all() else ["a model judges with what is no number"]
+        except ValueError as e:
+            wrong += [] if str(path) in str(e) else [f"an error names no file: {e}"]
+        except Exception as e:
+            wrong.append(f"a model that was sealed again gave {type(e).__name__}: {e}")
+    return Outcome({"models sealed again": n}, wrong)
+
+
 def pictures(bench: Bench, rng: random.Random, n: int = 2000) -> Outcome:
     "Damaged pictures of every format are refused by name, or read."
     from grad_nb.datasets.readers import DataError, read_image
@@ -380,8 +405,8 @@ def pictures(bench: Bench, rng: random.Random, n: int = 2000) -> Outcome:
     return Outcome({"damaged pictures": n}, wrong)
 
 
-JOBS = {job.__name__: job for job in (fit, predict, watch, unpack, export, models, pictures, demo, reproduce)}
+JOBS = {job.__name__: job for job in (fit, predict, watch, unpack, export, models, sealed, pictures, demo, reproduce)}
 # what follows what: the long ones last, so that a short run has something of everything else
-ROUND = ("fit", "watch", "predict", "unpack", "models", "pictures")
+ROUND = ("fit", "watch", "predict", "unpack", "models", "sealed", "pictures")
 ROUND += ("fit", "export", "fit", "watch", "fit", "unpack")
 ORDER = (*ROUND, *ROUND, "demo", *ROUND, *ROUND, "reproduce")
