@@ -113,7 +113,14 @@ def of_module(path: Path, module: str, notebook: str) -> list[str]:
     "What a module holds."
     text = path.read_text(encoding="utf-8")
     tree, told = ast.parse(text), comments(text)
-    lines = [f"## {module}", "", ast.get_docstring(tree) or "", "", f"Its source is the notebook [{notebook}](../{notebook}.ipynb).", ""]
+    lines = [
+        f"## {module}",
+        "",
+        ast.get_docstring(tree) or "",
+        "",
+        f"Its source is the notebook [{notebook}](../{notebook}.ipynb).",
+        "",
+    ]
     for node in tree.body:
         if isinstance(node, Function) and not node.name.startswith("_"):
             lines += of_function(node, told, node.name, 3)

@@ -5,7 +5,7 @@ r"""A diffusion model that sees only $n\times n$ pixels: what it draws is right 
 # %% auto #0
 __all__ = ['GENERATOR_FORMAT', 'PixelNorm', 'Pointwise', 'time_embedding', 'Block', 'check_level', 'UNetLayers', 'PatchDiff',
            'field_side', 'new_patchdiff', 'gradient_support', 'bounding_box', 'save_patchdiff', 'load_patchdiff',
-           'SharedPatchDiff']
+           'SharedLayers', 'SharedPatchDiff']
 
 # %% ../nbs/04_patchdiff.ipynb #d7dbafac
 import math
@@ -234,8 +234,8 @@ def load_patchdiff(
     return model.eval()
 
 # %% ../nbs/04_patchdiff.ipynb #patchsh2
-class SharedPatchDiff(nn.Module):
-    """PatchDiffs of several levels that share time, stem, way down and bottleneck (our choice).
+class SharedLayers(nn.Module):
+    """The layers of PatchDiffs that share time, stem, way down and bottleneck.
 
     `ValueError` for a level that cannot share them: 1, and those of `check_level`.
     """
@@ -262,6 +262,10 @@ class SharedPatchDiff(nn.Module):
     def nets(self) -> list[PatchDiff]:
         "The PatchDiff of each level; the last one holds all that is shared."
         return [net for net in self.layers if isinstance(net, PatchDiff)]
+
+# %% ../nbs/04_patchdiff.ipynb #patchsh3
+class SharedPatchDiff(SharedLayers):
+    "PatchDiffs of several levels with one trunk (our choice). `ValueError` as for `SharedLayers`."
 
     def forward(
         self,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONFIDENCE', 'percent', 'rank_for', 'Calibration', 'too_few_words', 'threshold_of_normals', 'calibration_of_quantile',
            'f1_at', 'best_f1_threshold', 'threshold_of_labelled', 'checked_labels', 'checked_calibration',
-           'held_out_share', 'labelled_folder', 'printable', 'image_verdicts', 'localisation', 'Evaluation',
+           'held_out_share', 'labelled_folder', 'in_utf8', 'image_verdicts', 'localisation', 'Evaluation',
            'evaluation_lines']
 
 # %% ../nbs/17_verdicts.ipynb #rdictsi
@@ -261,7 +261,7 @@ def _number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def printable(
+def in_utf8(
     path: Path,  # any path
 ) -> str:
     "A path as text that can be written in UTF-8."

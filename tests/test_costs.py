@@ -18,7 +18,7 @@ from PIL import Image
 
 from grad_nb.core.tensors import read_tensors, write_tensors
 from grad_nb.datasets.readers import MAX_PIXELS, DataError, UnavailableError, max_pixels, read_image
-from grad_nb.datasets.unpack import MAX_HEADER, unpack
+from grad_nb.datasets.unpack import MAX_TAR_HEADER, unpack
 
 quickly = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -110,7 +110,7 @@ def test_what_cannot_be_opened_is_told_from_what_cannot_be_decoded(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [b"x", b"g", b"X", b"L", b"K", b"S"])
-@pytest.mark.parametrize("size", [MAX_HEADER + 1, 1 << 28, 1 << 33])
+@pytest.mark.parametrize("size", [MAX_TAR_HEADER + 1, 1 << 28, 1 << 33])
 def test_headers_of_archives_are_bounded(tmp_path, kind, size):
     info = tarfile.TarInfo("x")
     info.type, info.size = kind, size

@@ -596,7 +596,7 @@ def test_a_work_folder_in_use_is_refused_until_the_other_dies(normal, tmp_path):
 
 
 def test_a_stage_in_use_is_refused_and_is_not_made_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr(grad_nb.core.stages, "PATIENCE", 0.1)
+    monkeypatch.setattr(grad_nb.core.stages, "LOCK_PATIENCE", 0.1)
     made = []
 
     def make():

@@ -6,7 +6,7 @@ import torch
 
 from grad_nb.config import Level, override, preset
 from grad_nb.datasets.keys import KINDS, draw_key
-from grad_nb.datasets.light import ORDERS, Light, even_light, fit_light
+from grad_nb.datasets.light import LIGHT_ORDERS, Light, even_light, fit_light
 from grad_nb.datasets.trays import draw_tray
 from grad_nb.detector import Detector
 from grad_nb.evaluation import MapStats
@@ -106,7 +106,7 @@ def test_each_picture_is_evened_alone():
 def test_an_unknown_order_is_refused():
     with pytest.raises(ValueError, match="order"):
         fit_light(trays(2), 3)
-    assert set(ORDERS) == {-1, 0, 1, 2}
+    assert set(LIGHT_ORDERS) == {-1, 0, 1, 2}
 
 
 # ------------------------------------------------------------------ with a model

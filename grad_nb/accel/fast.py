@@ -228,7 +228,7 @@ def _is_chain(body: Any, head: Any) -> bool:
     plain = (layer.padding == (0, 0) and layer.dilation == (1, 1) and layer.groups == 1 for layer in layers[::2])
     return alternate and all(plain)
 
-
+# %% ../../nbs/accel/03_fast.ipynb #fastbac2p1
 def input_gradient_fast(net: Any, x: Tensor) -> Any:
     "The gradient of a chain of convolutions and ReLUs as a chain of transposed convolutions."
     body: Any = getattr(net, "body", None)

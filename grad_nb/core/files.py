@@ -103,7 +103,7 @@ def atomic_path(
             e.filename = str(path)  # a full disk says which file it was about
         raise
 
-
+# %% ../../nbs/core/01_files.ipynb #4640f5dap1
 def _part_of(path: Path) -> tuple[Path, int | None]:
     "A new file beside `path` with its mode if it is there, open and locked as long as we live."
     while True:
@@ -141,7 +141,7 @@ def _remove_left(folder: Path) -> None:
 
 DAY = 86_400  # seconds after which a file is a dead process's where locks cannot tell
 
-
+# %% ../../nbs/core/01_files.ipynb #4640f5dap2
 def is_left(
     handle: int,  # descriptor of a file or folder that its maker keeps locked
 ) -> bool:

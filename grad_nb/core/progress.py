@@ -23,7 +23,6 @@ BARS = "GRAD_NB_BARS"  # variable of the environment: "1" draws bars also where 
 EVERY = 60.0  # seconds between two lines in a log
 DELAY = 1.0  # seconds before a bar is drawn
 SOON = 5.0  # seconds of work after which it is said how long the rest will take (our choice)
-
 _plan: ContextVar["Plan | None"] = ContextVar("the plan of the work that is going on", default=None)
 
 
@@ -34,7 +33,7 @@ def draws_bars(
     file = file or sys.stderr
     return os.environ.get(BARS) == "1" or bool(getattr(file, "isatty", bool)())
 
-
+# %% ../../nbs/core/11_progress.ipynb #progr002p1
 class tqdm(PlainBar):
     "tqdm's bar on a terminal, a line a minute elsewhere; where there is a plan, with what that says."
 
@@ -81,7 +80,7 @@ class tqdm(PlainBar):
             shown["prefix"] = f"{plan} · {shown['prefix']}"
         return shown
 
-
+# %% ../../nbs/core/11_progress.ipynb #progr002p2
 def in_minutes(
     seconds: float,  # from 0 on
 ) -> str:  # for instance "6 min"
@@ -208,7 +207,7 @@ def plan_text(
     left = seconds_left(plan)
     return text if left is None else f"{text} · {in_minutes(left)} left"
 
-
+# %% ../../nbs/core/11_progress.ipynb #progr005p1
 def _tell_plan(plan: Plan) -> None:
     "In a log, say how long it will take as soon as that is known, and then once a minute."
     now = time.monotonic()

@@ -44,7 +44,7 @@ def tensors_sha256(
         digest.update(_raw(t))
     return digest.hexdigest()
 
-
+# %% ../../nbs/core/02_tensors.ipynb #b95cecb1p1
 def write_tensors(
     path: str | Path,  # the file, ending in .safetensors
     tensors: Mapping[str, Tensor],  # name → tensor, on any device

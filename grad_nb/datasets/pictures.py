@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 
 # %% ../../nbs/datasets/07_pictures.ipynb #pict0002
 Source = str | Path | bytes | bytearray | np.ndarray | torch.Tensor | Image.Image  # one picture
-
 # one picture or many: a folder, files, an array (N, H, W, 3) of uint8, RGB, or a stream of files or pictures
 Input = Source | Iterable[Source]
 
@@ -63,7 +62,7 @@ def _pictures_of(X: np.ndarray) -> Iterable[np.ndarray]:
         )
     return X
 
-
+# %% ../../nbs/datasets/07_pictures.ipynb #pict0002p1
 def _files_of(X: str | Path) -> list[str | Path]:
     "The pictures of a folder, or the file itself; what is passed over is told to the log."
     try:
@@ -96,7 +95,7 @@ def picture_pixels(
     if isinstance(source, Image.Image):
         return picture_array(ImageOps.exif_transpose(source), "a picture", white)
     if isinstance(source, torch.Tensor):
-        source = _channels_last(source)
+        source = _pixels_last(source)
     if not isinstance(source, np.ndarray):
         kinds = "a file, bytes, an array (H, W, 3) of uint8, a tensor or a picture of Pillow"
         raise ValueError(f"a picture is {kinds}, not a {type(source).__name__}")
@@ -114,7 +113,7 @@ def _decoded(data: bytes, white: float | None) -> np.ndarray:
             raise DataError(str(e).replace(str(path), f"a picture of {len(data)} bytes")) from None
 
 
-def _channels_last(x: torch.Tensor) -> np.ndarray:
+def _pixels_last(x: torch.Tensor) -> np.ndarray:
     "A tensor (H, W), (C, H, W) or (H, W, C) as an array with its channels last; `ValueError` if in doubt."
     if x.ndim == 3:
         first, last = x.shape[0] in (1, 3, 4), x.shape[2] in (1, 3, 4)

@@ -377,7 +377,7 @@ def _not_used(place: str, ending: str, names: list[str]) -> str:
     said = f"not used: {len(names)} {kind}{pictures} {where} ({_few(names, 3)})"
     return f"{said}, an ending that is not read; convert to PNG" if ending else said
 
-
+# %% ../../nbs/datasets/01_readers.ipynb #unused01p1
 def no_pictures(
     folder: Path,  # that holds no picture to read
 ) -> str:  # a line that names it
@@ -468,7 +468,7 @@ def _masks(root: Path, known: Mapping[str, tuple[Path, ...]], picture: Path, typ
         "copy it again, or leave the picture out"
     )
 
-
+# %% ../../nbs/datasets/01_readers.ipynb #a3a03f10p1
 def _test_samples(root: Path, layout: str) -> tuple[Sample, ...]:
     "The test pictures of a category with their masks, by type and name; `DataError` for other words for good."
     truth = (root / "ground_truth").is_dir()
@@ -518,7 +518,7 @@ def read_category(
         notes += ("no ground truth: pixel figures are n/a",)
     return _with_notes(replace(category, validation=validation, test=test, defects=defects, notes=notes))
 
-
+# %% ../../nbs/datasets/01_readers.ipynb #dd4e8030p1
 def _with_notes(category: Category) -> Category:
     "A category with what is not used among its notes, and the white of its pictures. `DataError` for a wrong name."
     _named_in_utf8(category)
@@ -637,7 +637,7 @@ def _marked(values: np.ndarray) -> np.ndarray:
     top = int(values.max())
     return values > 0 if top <= LABELS else values > top / 2
 
-
+# %% ../../nbs/datasets/01_readers.ipynb #53be5ab3p1
 def _open_masks(sample: Sample) -> Iterator[tuple[Path, np.ndarray]]:
     "Path and values (H, W) of each mask of a sample; nothing for a normal one. `DataError` for one that is empty."
     if sample.label and not sample.masks:
@@ -651,7 +651,7 @@ def _open_masks(sample: Sample) -> Iterator[tuple[Path, np.ndarray]]:
             yield path, values
 
 # %% ../../nbs/datasets/01_readers.ipynb #9aadf8a8
-def _shares(n: int, size: int) -> np.ndarray:  # (size, n), rows of sum 1
+def _cell_overlaps(n: int, size: int) -> np.ndarray:  # (size, n), rows of sum 1
     "How much of each of `size` cells each of n pixels fills."
     edges = np.arange(size + 1) * (n / size)
     pixels = np.arange(n)
@@ -666,7 +666,7 @@ def shrink_mask(
     "A mask at another size: cells of which at least half is defective, and of each region at least its area in cells."
     if max(mask.shape) <= size:
         return np.array(Image.fromarray(mask.astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST)) > 0
-    rows, columns = (_shares(n, size) for n in mask.shape)
+    rows, columns = (_cell_overlaps(n, size) for n in mask.shape)
     made = np.zeros((size, size), bool)
     regions, _ = ndimage.label(mask, np.ones((3, 3)))
     for i, place in enumerate(ndimage.find_objects(regions), 1):
@@ -688,7 +688,7 @@ def load_mask(
         union = marked if union is None else union | marked
     return np.zeros((size, size), bool) if union is None else shrink_mask(union, size)
 
-
+# %% ../../nbs/datasets/01_readers.ipynb #9aadf8a8p1
 def load_masks(
     samples: Sequence[Sample],  # N samples
     size: int,  # side, pixels

@@ -23,8 +23,18 @@ from ..core.processes import Stopped, clean_end, end_with_parent
 # %% ../../nbs/runs/02_notebooks.ipynb #exec0004
 def _engine() -> type:
     "papermill's engine, but for the end of a kernel whose cells have run."
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine
+
+    class ThisPython(AsyncKernelManager):
+        "The kernel of this interpreter, whatever kernels are installed under its name."
+
+        @property
+        def kernel_spec(self) -> KernelSpec:
+            command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+            return KernelSpec(argv=command, display_name="Python", language="python")
 
     class Client(PapermillNotebookClient):
         def papermill_execute_cells(self) -> None:
@@ -37,7 +47,7 @@ def _engine() -> type:
             cls, nb_man: Any, kernel_name: str, start_timeout: int = 60, stderr_file: Any = None, **_: Any
         ) -> Any:
             options = {"kernel_name": kernel_name, "startup_timeout": start_timeout, "stderr_file": stderr_file}
-            return Client(nb_man, **options).execute()
+            return Client(nb_man, kernel_manager_class=ThisPython, **options).execute()
 
     return Engine
 

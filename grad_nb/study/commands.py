@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastcore.script import call_parse, store_true
 
@@ -101,10 +101,12 @@ def grad_reproduce(
     if report:
         return print("report:", batches.report_of(runs, preset))
     rows = table4 or (False if no_table4 else None)
-    where = (data, dataset, preset, seeds, runs, categories, overrides, device, bench, retries, rows)
+    where: dict[str, Any] = {"data": data, "dataset": dataset, "preset": preset, "seeds": seeds, "runs": runs}
+    where |= {"categories": categories, "overrides": overrides, "device": device, "bench": bench}
+    where |= {"retries": retries, "table4": rows}
     if dry_run:
         return batches.dry(where, executor, options)
-    batch = batches.plan_batch(*where)
+    batch = batches.plan_batch(**where)
     if plan:
         return batches.write_plan(batch, plan, executor, options)
     sys.exit(batches.run_whole(batch, dataset, executor, options))

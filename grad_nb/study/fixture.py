@@ -157,9 +157,10 @@ class Trained:
     generators: dict[int, PatchDiff]  # by level
     on_the_way: dict[int, list[Tensor]]  # step → weights of the detector
     regularised: tuple[DetectorConfig, list[Tensor]]  # settings and last weights of the second detector
+    git: dict[str, Any] | None  # the state of the code when the training began
     seconds: float  # of all trainings
 
-
+# %% ../../nbs/study/11_fixture.ipynb #fixt0010p1
 def train_all(
     trays: Path,  # the category's folder
     chosen: Preset,  # settings
@@ -169,7 +170,7 @@ def train_all(
     progress: bool = True,  # show progress bars
 ) -> Trained:
     "Train generators and detectors, and the second detector with the regularisers."
-    start = perf_counter()
+    start, git = perf_counter(), git_state()
     category = read_category(trays)
     steps = training_steps(chosen.detector, len(category.train))
     at = sorted({max(1, round(share * steps)) for share in SHARES})
@@ -190,7 +191,7 @@ def train_all(
     generators = {n: load_patchdiff(work / f"generator-{n:02d}.safetensors") for n in sets}
     seconds = perf_counter() - start
     found = (model, category, normals, sets, histories, generators, on_the_way)
-    return Trained(*found, (config, last[config.steps]), seconds)
+    return Trained(*found, (config, last[config.steps]), git, seconds)
 
 # %% ../../nbs/study/11_fixture.ipynb #fixt0012
 def write_weights(
@@ -255,7 +256,7 @@ def describe(
         "regularised": {name: value for name, value in to_dict(config).items() if value != own[name]},
         "half_precision": ["generator-*.safetensors", "regularised.safetensors"],
         "versions": versions(),
-        "git": git_state(),
+        "git": trained.git,
         "device": device_name(model.device),
         "seconds": round(trained.seconds, 1),
         **found,

@@ -796,13 +796,13 @@ def _say(lines: Iterable[str]) -> None:
 
 # %% ../../nbs/study/05_reproduce.ipynb #reprodry
 def dry(
-    where: Sequence,  # the arguments of `plan_batch`, all but the last
+    where: Mapping[str, Any],  # the arguments of `plan_batch`
     executor: str = "",  # a plugin of Snakemake
     options: str = "",  # more options of snakemake
 ) -> None:
     "Say what a batch would do, how long that will take and what room it needs; nothing is written."
     with tempfile.TemporaryDirectory() as scratch:
-        _say(announce(plan_batch(*where, scratch), where[1], executor, options))
+        _say(announce(plan_batch(**where, scratch=scratch), where["dataset"], executor, options))
 
 
 def write_plan(

@@ -65,7 +65,7 @@ class Door:
             return "open the address that grad_show printed, with its token"
         return ""
 
-
+# %% ../../nbs/use/11_access.ipynb #access02p1
 def _is_number(name: str) -> bool:
     "Whether a name is an IP address."
     try:

@@ -65,7 +65,7 @@ def plain_errors(
 
     return wrapped
 
-
+# %% ../../nbs/use/01_errors.ipynb #3f96c9a3p1
 def _leave_pipe() -> None:
     "Send what is left in stdout nowhere: it cannot be written, and Python would complain about that at its end."
     try:

@@ -347,7 +347,7 @@ def _needs_openvino() -> None:
     if importlib.util.find_spec("openvino") is None:
         raise ImportError("this needs the package openvino; install it with: pip install 'grad_nb[openvino]'")
 
-
+# %% ../../nbs/use/02_export.ipynb #expov002p1
 class OpenvinoScorer:
     "An exported model in OpenVINO: bytes in, scores, labels and maps out."
 
@@ -473,7 +473,7 @@ def largest_difference(
         return math.inf
     return float(max(np.abs(scores - expected.scores).max(), np.abs(maps - expected.maps).max()))
 
-
+# %% ../../nbs/use/02_export.ipynb #7cb0c0d9p1
 def difference_words(
     model: GRAD,  # fitted
     scorer: Callable,  # of the file that was made of it

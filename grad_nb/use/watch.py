@@ -28,7 +28,7 @@ RECHECKED = 500  # files already judged that a look asks about, in turn: they ma
 SETTLED = 3.0  # seconds without a change after which a folder's own time is believed (our choice)
 RELISTED = 60.0  # seconds after which a folder is listed again whatever its time says (our choice)
 
-
+# %% ../../nbs/use/03_watch.ipynb #watknownp1
 class Known:
     "What looks at a folder have found out, so that a file which is judged already costs the next look nothing."
 
@@ -65,7 +65,7 @@ class Known:
         self.turn = start + RECHECKED
         return list(islice(self.judged.values(), start, start + RECHECKED))
 
-
+# %% ../../nbs/use/03_watch.ipynb #watknownp2
 def _picture_names(folder: Path) -> set[str]:
     "The names of the pictures in a folder, as in `picture_files`, without a question for each."
     try:
@@ -243,7 +243,7 @@ def _append_line(file: IO[bytes], path: Path, line: bytes) -> None:
 # %% ../../nbs/use/03_watch.ipynb #watread
 MOST_DEATHS = 2  # of processes in the middle of reading a picture, after which it is not read again
 
-
+# %% ../../nbs/use/03_watch.ipynb #watreadp1
 class Progress:
     """Which picture is being read, in a file beside the journal that is there only meanwhile.
 
@@ -339,7 +339,7 @@ def _readable(
         else:
             yield path, pixels
 
-
+# %% ../../nbs/use/03_watch.ipynb #7736104cp1
 def _judge(
     model: GRAD,  # fitted
     seen: Mapping[Path, tuple[Stamp, int]],  # pictures, with their stamps and how often they were found unchanged
@@ -403,7 +403,7 @@ def watch(
             if looks is None or i + 1 < looks:
                 time.sleep(every)
 
-
+# %% ../../nbs/use/03_watch.ipynb #bbbc0f45p1
 def _looks(
     folder: Path,  # the folder
     done: set[tuple],  # (name, *stamp) of what was judged or reported
@@ -425,7 +425,7 @@ def _looks(
             yield seen
         away = bool(wrong)
 
-
+# %% ../../nbs/use/03_watch.ipynb #bbbc0f45p2
 def _record(
     kept: Journal,  # takes the lines
     judged: Iterator[tuple[Path, dict, np.ndarray | None]],  # what `_judge` gives

@@ -324,7 +324,7 @@ def demo(bench: Bench, rng: random.Random) -> Outcome:
 
 def reproduce(bench: Bench, rng: random.Random) -> Outcome:
     "A batch is killed with its notebooks; the result is the undisturbed one."
-    from grad_nb.study.reproduce import grad_reproduce
+    from grad_nb.study.commands import grad_reproduce
 
     def work(runs: Path):
         settings = dict(dataset="trays", preset="demo", seeds=(0,), overrides=FIT, device="cpu")

@@ -31,7 +31,7 @@ def loaded() -> None:
     import torch
 
     import grad_nb.grad
-    import grad_nb.study.reproduce
+    import grad_nb.study.commands
     import grad_nb.use.daily
     import grad_nb.use.demo
     import grad_nb.use.export

@@ -1,13 +1,19 @@
 """The run that the notebooks show: can it be made and read, is it the preset's, is it small enough?"""
 
+import base64
+import io
+import json
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from shared import ROOT
 
 from grad_nb.config import override, preset
 from grad_nb.core.files import file_sha256
 from grad_nb.study.figures import field_arrays, localised, patch_arrays, weight_arrays
-from grad_nb.study.fixture import REGULARISED, as_run, fixture, make_fixture
+from grad_nb.study.fixture import LIMIT, REGULARISED, as_run, fixture, make_fixture
 
 FEW = dict(size=64, train=20, validation=10, good=4, logical=4, structural=4)
 TINY = {
@@ -72,3 +78,52 @@ def test_a_training_that_fails_leaves_the_older_fixture(made, monkeypatch):
 def test_what_is_not_there_says_how_to_make_it(tmp_path):
     with pytest.raises(FileNotFoundError, match="python -m grad_nb.study.fixture"):
         fixture(tmp_path)
+
+
+# --- the one that the notebooks show ----------------------------------------------------------------------------------
+
+REMAKE = "make it again with: python -m grad_nb.study.fixture"
+METHOD = [path for path in sorted((ROOT / "nbs").glob("*.ipynb")) if "02" <= path.name[:2] <= "10"]
+FINDINGS = "20_findings.ipynb"  # its charts are drawn for a wider page
+
+
+def pictures(notebook):
+    "The pictures that are stored in a notebook."
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        for output in cell.get("outputs", ()):
+            for kind, data in output.get("data", {}).items():
+                if kind in ("image/png", "image/jpeg"):
+                    yield Image.open(io.BytesIO(base64.b64decode("".join(data))))
+
+
+def test_the_fixture_is_whole_and_has_three_megabytes_at_most():
+    kept = fixture()
+    there = {path.name: file_sha256(path) for path in kept.folder.iterdir() if path.name != "record.json"}
+    assert there == kept.record["files"], REMAKE
+    assert sum(path.stat().st_size for path in kept.folder.iterdir()) <= LIMIT
+
+
+def test_the_fixture_is_the_preset_or_says_how_it_differs():
+    record = fixture().record
+    assert fixture().preset == override(preset("demo", "mvtec_loco"), record["changes"]), REMAKE
+    assert {"seed", "data", "versions", "git", "device"} <= set(record)
+
+
+def test_the_fixture_has_learnt_something():
+    assert fixture().record["figures"]["auroc"] > 0.85
+
+
+def test_every_notebook_of_the_method_has_a_picture_and_all_have_twenty():
+    found = {path.name: len(list(pictures(path))) for path in METHOD}
+    assert len(found) == 9 and all(found.values()) and sum(found.values()) >= 20, found
+
+
+def test_pictures_fit_on_a_page():
+    wide = {
+        f"{path.relative_to(ROOT)}: {picture.size}"
+        for path in (ROOT / "nbs").rglob("*.ipynb")
+        if path.name != FINDINGS and ".ipynb_checkpoints" not in path.parts
+        for picture in pictures(path)
+        if picture.width > 900
+    }
+    assert not wide, wide
