@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # what a file may hold, whatever its name says
 MIN_SIDE = 34  # pixels: one patch of the detector
+onnxruntime.disable_telemetry_events()  # what is judged here is nobody else's business
 
 
 def grey(im: Image.Image, white: float | None) -> Image.Image:

@@ -12,9 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shared import pictures, tiny
 
+from grad_nb.core.files import file_sha256, lock, read_array, read_json, write_json
 from grad_nb.core.tensors import read_tensors, write_tensors
+from grad_nb.datasets.readers import _head, _read_defects, read_image
+from grad_nb.datasets.unpack import unpack
 from grad_nb.grad import GRAD
 from grad_nb.runs.notebooks import leave_out_places
+from grad_nb.use.daily import _before_fit
 from grad_nb.use.errors import printable
 from grad_nb.use.watch import Journal
 
@@ -115,3 +119,33 @@ def test_an_executed_notebook_says_what_and_not_where(tmp_path):
 
 def test_scores_are_numbers(saved):
     assert np.isfinite(GRAD.load(saved, "cpu").set_params(progress=False).score_samples(pictures(2, 64))).all()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_pipe_or_a_device_in_the_place_of_a_file_is_refused_at_once(tmp_path, kind):
+    "To open a pipe would wait for ever, to read a device never end."
+    path = tmp_path / "a"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    (tmp_path / "in").mkdir()
+    jobs = {
+        "read_json": lambda: read_json(path),
+        "write_json": lambda: write_json(path, {}),
+        "read_array": lambda: read_array(path),
+        "file_sha256": lambda: file_sha256(path),
+        "lock": lambda: lock(path),
+        "read_tensors": lambda: read_tensors(path),
+        "read_image": lambda: read_image(path),
+        "head": lambda: _head(path)[1],
+        "defects": lambda: _read_defects(path),
+        "unpack": lambda: unpack(path, tmp_path / "out", True, False),
+        "journal": lambda: Journal(path, "m"),
+        "fit": lambda: _before_fit(str(tmp_path / "in" / "m"), ""),
+    }
+    os.link(path, tmp_path / "in" / "m.md", follow_symlinks=False)  # a card
+    for name, job in jobs.items():
+        try:
+            said = job()
+        except ValueError as e:
+            said = str(e)
+        assert "pipe" in said or "device" in said or "no regular file" in said, (name, said)

@@ -5,6 +5,7 @@ It takes bounded time and memory. A hundred or so of each in the fast suite, tho
 
 import io
 import json
+import os
 import resource
 import time
 from pathlib import Path
@@ -12,49 +13,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from harness.damage import damaged, other_data, other_tensors, whole_pictures
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from shared import pictures
 from test_faults import rewritten, small
 
 from grad_nb.core.files import read_array, read_json, write_array
 from grad_nb.core.stages import stage_done
-from grad_nb.core.tensors import load_checkpoint, save_checkpoint
-from grad_nb.datasets.readers import DataError, _read_defects, read_image
+from grad_nb.core.tensors import load_checkpoint, read_tensors, save_checkpoint, write_tensors
+from grad_nb.datasets.readers import _FORMATS, DataError, _read_defects, read_image
 from grad_nb.detector import Detector, load_detector, save_detector
 from grad_nb.grad import GRAD
 from grad_nb.patchdiff import PatchDiff, load_patchdiff, save_patchdiff
 from grad_nb.runs.stages import write_json
 from grad_nb.use.watch import Journal
 
+TIMES = int(os.environ.get("GRAD_NB_FUZZ", "40"))  # how many times as much the slow ones do
 FAST = pytest.param(1, id="some")
-SLOW = pytest.param(40, id="thousands", marks=pytest.mark.slow)
-
-
-def damaged(whole: bytes, rng: np.random.Generator) -> bytes:
-    "A file with bytes changed, cut off, doubled, left out, or a number made extreme; a third of it hits the head."
-    data = bytearray(whole)
-    for _ in range(rng.integers(1, 6)):
-        end = max(1, len(data) if rng.random() < 0.6 else min(len(data), 200))
-        at = int(rng.integers(end))
-        match rng.integers(7):
-            case 0 | 1:
-                data[at : at + 1] = bytes([rng.integers(256)])
-            case 2:
-                data[at : at + 1] = bytes([data[at] ^ (1 << int(rng.integers(8)))]) if data else b"x"
-            case 3:
-                data = data[: at + 1]
-            case 4:
-                data[at:at] = data[at : at + int(rng.integers(1, 60))]
-            case 5:
-                del data[at : at + int(rng.integers(1, 60))]
-            case 6:
-                data[at : at + 4] = [b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\0\0\xff\xff"][
-                    rng.integers(4)
-                ]
-        if not data:
-            data = bytearray(b"\0")
-    return bytes(data)
+SLOW = pytest.param(TIMES, id="thousands", marks=pytest.mark.slow)
 
 
 class Watch:
@@ -75,43 +53,11 @@ class Watch:
         assert self.slowest < seconds and more < gigabytes * 1e9, f"{self.slowest:.1f} s, {more / 1e9:.1f} GB"
 
 
-def pictures() -> dict[str, bytes]:
-    "Whole pictures of many kinds, small so that damage hits what matters."
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    smooth = Image.fromarray(np.random.default_rng(5).integers(0, 256, (5, 6, 3), np.uint8)).resize((60, 50))
-    deep = Image.fromarray(np.asarray(smooth.convert("L")).astype(np.uint16) * 200)
-    kinds = {
-        "png": (smooth, dict(format="PNG", exif=exif)),
-        "palette": (smooth.quantize(9), dict(format="PNG", transparency=1)),
-        "rgba": (smooth.convert("RGBA"), dict(format="PNG")),
-        "png16": (deep, dict(format="PNG")),
-        "one bit": (smooth.convert("1"), dict(format="PNG")),
-        "jpeg": (smooth, dict(format="JPEG", exif=exif)),
-        "progressive": (smooth, dict(format="JPEG", progressive=True)),
-        "cmyk": (smooth.convert("CMYK"), dict(format="JPEG")),
-        "bmp": (smooth, dict(format="BMP")),
-        "bmp palette": (smooth.quantize(9), dict(format="BMP")),
-        "tiff": (smooth, dict(format="TIFF")),
-        "lzw": (smooth, dict(format="TIFF", compression="tiff_lzw")),
-        "deflate": (deep, dict(format="TIFF", compression="tiff_adobe_deflate")),
-        "tiff jpeg": (smooth, dict(format="TIFF", compression="jpeg")),
-        "webp": (smooth, dict(format="WEBP", exif=exif)),
-        "webp lossless": (smooth.convert("RGBA"), dict(format="WEBP", lossless=True)),
-    }
-    made = {}
-    for name, (picture, options) in kinds.items():
-        stream = io.BytesIO()
-        picture.save(stream, **options)
-        made[name] = stream.getvalue()
-    return made
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("times", [FAST, SLOW])
 def test_pictures(tmp_path, times):
     rng, path, watch, outcomes = np.random.default_rng(times), tmp_path / "fuzz.img", Watch(), {"read": 0, "refused": 0}
-    for name, whole in pictures().items():
+    for name, whole in whole_pictures().items():
         path.write_bytes(whole)
         assert read_image(path, 40).shape == (40, 40, 3), name
         for _ in range(10 * times):
@@ -127,6 +73,11 @@ def test_pictures(tmp_path, times):
                     assert x.shape == (40, 40, 3) and x.dtype == np.uint8
     assert min(outcomes.values()) >= 10 * times, outcomes
     watch.check()
+
+
+def test_every_format_that_is_read_is_damaged():
+    found = {Image.open(io.BytesIO(data)).format for data in whole_pictures().values()}
+    assert found == set(_FORMATS)
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +120,29 @@ def test_models(saved, tmp_path, times):
         )
     assert refused >= 40 * times
     watch.check()
+
+
+@pytest.mark.parametrize("times", [FAST, SLOW])
+@pytest.mark.parametrize("what", ["data", "tensors"])
+def test_models_that_were_sealed_again(saved, tmp_path, what, times):
+    "Whatever a model with a right seal holds, `load` refuses it by name, or it judges with numbers that are some."
+    tensors, meta = read_tensors(saved[0])
+    path, rng, seen, refused = tmp_path / "fuzz.grad", np.random.default_rng(times), pictures(1, 64), 0
+    for _ in range(100 * times):
+        if what == "data":
+            write_tensors(path, tensors, other_data(meta, rng))
+        else:
+            write_tensors(path, other_tensors(tensors, rng), meta)
+        try:
+            found = GRAD.load(path, "cpu")
+        except ValueError as e:
+            refused += 1
+            assert str(path) in str(e)
+            continue
+        scores = found.set_params(progress=False).score_samples(seen)
+        assert scores.shape == (1,) and np.isfinite(scores).all()
+        assert isinstance(found.card(), str)
+    assert refused >= 40 * times
 
 
 @pytest.mark.parametrize("times", [FAST, SLOW])

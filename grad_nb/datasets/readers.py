@@ -30,7 +30,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 from torch import Tensor
 
-from ..core.files import file_sha256
+from ..core.files import file_sha256, open_plain
 from ..core.progress import tqdm
 from ..core.seeds import stage_seed
 
@@ -418,7 +418,8 @@ def _read_defects(path: Path) -> tuple[Defect, ...]:
     if not path.exists():
         return ()
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        with open_plain(path) as f:
+            rows = json.loads(f.read().decode("utf-8"))
         defects = tuple(
             Defect(str(r["defect_name"]), r["pixel_value"], float(r["saturation_threshold"]), r["relative_saturation"])
             for r in rows
@@ -896,7 +897,7 @@ class Survey:
 def _head(path: Path) -> tuple[tuple[int, int] | None, str]:
     "Width and height of an upright picture from the head of its file, and what is wrong; a PNG must have its end."
     try:
-        with open(path, "rb") as f:
+        with open_plain(path) as f:
             with Image.open(f, formats=_FORMATS) as im:
                 known = im.format != "PNG" or "exif" in im.info  # to look at its end, Pillow would decode a PNG
                 turned = known and im.getexif().get(0x0112, 1) in (5, 6, 7, 8)

@@ -19,11 +19,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from tqdm import tqdm
 
-from ..core.files import lock_file
+from ..core.files import lock_file, open_plain
 from .readers import DataError
 
 # %% ../../nbs/datasets/02_unpack.ipynb #a1c40005
@@ -110,7 +110,7 @@ class _Member(tarfile.TarInfo):
 class _Progress:
     "A file that moves a bar as it is read."
 
-    def __init__(self, file: BinaryIO, bar: tqdm):
+    def __init__(self, file: IO[bytes], bar: tqdm):
         self.file, self.bar = file, bar
 
     def read(self, n: int = -1) -> bytes:
@@ -119,7 +119,7 @@ class _Progress:
         return piece
 
 
-def _decompressed(file: BinaryIO, bar: tqdm) -> Any:
+def _decompressed(file: IO[bytes], bar: tqdm) -> Any:
     "An open archive as a plain tar file, by its first bytes; one that was cut off fails when it is read to its end."
     head = file.read(6)
     file.seek(0)
@@ -130,7 +130,7 @@ def _decompressed(file: BinaryIO, bar: tqdm) -> Any:
     return _Progress(file, bar)
 
 
-def _hash(file: BinaryIO, bar: tqdm) -> str:
+def _hash(file: IO[bytes], bar: tqdm) -> str:
     "The SHA-256 of an open file, which is then at its beginning again."
     digest, reader = hashlib.sha256(), _Progress(file, bar)
     while piece := reader.read(1 << 20):
@@ -255,7 +255,11 @@ def _refusal(archive: Path, found: str) -> str:
 # %% ../../nbs/datasets/02_unpack.ipynb #a1c40010
 def _unpack_into(target: Path, archive: Path, any_archive: bool, progress: bool) -> int:
     "The work of `unpack`: the hash, then the members into a hidden folder, then one rename; the number of files."
-    with open(archive, "rb") as file:
+    try:
+        opened = open_plain(archive)
+    except ValueError as e:
+        raise DataError(str(e)) from None
+    with opened as file:
         size = os.fstat(file.fileno()).st_size
 
         def bar(what: str) -> tqdm:

@@ -123,8 +123,10 @@ class FastDetector:
         self.group = max(1, min(16, 2 * 128**2 // size**2))  # pictures that go through together (our choice)
         convs = [layer for layer in detector.body if isinstance(layer, nn.Conv2d)]
         with torch.no_grad():
+            self.layers = _layers(convs[1:5], (size - 4) // 2 + 1)
+            if not all(isinstance(layer, Winograd) for layer in self.layers):
+                self.group = 1  # the last bits of torch's own layers depend on how many pictures there are
             self.first = _FirstLayer(convs[0], size, self.group)
-            self.layers = _layers(convs[1:5], self.first.out)
             self.one_pixel = [_OnePixelLayer(conv, self.group * self.side**2) for conv in convs[5:]]
             self.head = detector.head.weight.flatten().clone(), _bias_of(detector.head)
         self.memory = [in_large_pages(self.group, layer.out, layer.out, layer.K) for layer in self.layers]

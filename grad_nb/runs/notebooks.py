@@ -72,7 +72,9 @@ def execute(
     options = {"engine_name": "grad_nb", "kernel_name": "python3", "progress_bar": False}
     with Path(log).open("w", encoding="utf-8") as stderr:
         try:
-            execute_notebook(str(source), str(executed), values, stderr_file=stderr, **options)
+            # papermill fills parameters into names of files, wherever these have braces
+            names = [str(path).replace("{", "{{").replace("}", "}}") for path in (source, executed)]
+            execute_notebook(*names, values, stderr_file=stderr, **options)
         finally:
             if Path(executed).is_file():
                 leave_out_places(executed, values)
@@ -88,6 +90,7 @@ def leave_out_places(
     given = [value for value in values.values() if isinstance(value, str) and os.path.isabs(value)]
     package = Path(str(files("grad_nb"))).parent
     places = {*given, str(package), str(Path.home()), os.getcwd(), sys.prefix, tempfile.gettempdir()}
+    places.add(os.path.abspath(Path(notebook).parent))
     known = {}
     for place in places:
         for form in (place, os.path.realpath(place)):

@@ -383,13 +383,21 @@ def to_markdown(
     head = [str(table.index.name or ""), *map(str, table.columns)]
     rows = [head, ["---"] * len(head)]
     rows += [[str(name), *map(str, row)] for name, row in zip(table.index, table.to_numpy())]
-    lines = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows]
-    return "\n".join([*lines, "", *(f"- {note}" for note in table.attrs.get("notes", []))]) + "\n"
+    lines = ["| " + " | ".join(map(_as_cell, row)) + " |" for row in rows]
+    return "\n".join([*lines, "", *(f"- {_as_cell(note)}" for note in table.attrs.get("notes", []))]) + "\n"
+
+
+def _as_cell(text: str) -> str:
+    "Text as a cell of Markdown: one line, and no tag, link, formula or emphasis of its own."
+    line = " ".join(text.splitlines())
+    return "".join(f"\\{c}" if c in "\\`*[]<>|$" else c for c in line if c.isprintable())
 
 
 def _escape(text: str) -> str:
     "Text with LaTeX's special characters made plain."
-    return str(text).translate({ord(c): f"\\{c}" for c in "&%$#_{}"})
+    plain = {ord(c): f"\\{c}" for c in "&%$#_{}"}
+    plain |= {ord("\\"): r"\textbackslash{}", ord("~"): r"\textasciitilde{}", ord("^"): r"\textasciicircum{}"}
+    return " ".join(str(text).splitlines()).translate(plain)
 
 
 def to_latex(

@@ -99,6 +99,14 @@ def _writable(path: str | Path) -> None:
         raise ValueError(f"{path} cannot be written ({e.strerror}); give another file") from None
 
 
+def _is_card(path: Path) -> bool:
+    "Whether a file that is there begins as a model card."
+    from grad_nb.core.files import open_plain
+
+    with open_plain(path) as f:
+        return f.read(6) == b"# GRAD"
+
+
 def _before_fit(model: str, category: str) -> Path:
     "Where the card goes; `ValueError` for a category that is none, and for files that cannot be written."
     from grad_nb.datasets.readers import OFFICIAL
@@ -110,7 +118,7 @@ def _before_fit(model: str, category: str) -> Path:
     card = card_path(model)
     _writable(model)
     _writable(card)
-    if card.exists() and not card.read_bytes().startswith(b"# GRAD"):
+    if card.exists() and not _is_card(card):
         raise ValueError(f"{card} is there and is no model card; give another --model, or move it away")
     return card
 

@@ -142,13 +142,15 @@ OPSET = 18  # version of ONNX's operators: the oldest that the exporter writes w
 def _needs(
     *names: str,  # packages of the option "export"
 ) -> None:
-    "`ImportError` that says what to install, if one of the packages is absent."
+    "`ImportError` that says what to install, if one of the packages is absent. None of them reports what it does."
     for name in names:
         try:
-            importlib.import_module(name)
+            package = importlib.import_module(name)
         except ImportError:
             advice = "install it with: pip install 'grad_nb[export]'"
             raise ImportError(f"exporting needs the package {name}; {advice}") from None
+        if hasattr(package, "disable_telemetry_events"):  # ONNX Runtime would
+            package.disable_telemetry_events()
 
 
 @contextlib.contextmanager

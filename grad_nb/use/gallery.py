@@ -278,7 +278,7 @@ def histogram_figure(
     i: int | None = None,  # number of the picture to point at
 ) -> Figure:
     "The scores of each type, the threshold, and where a picture lies."
-    figure = score_histogram(gallery.scores, [s.type.replace("$", r"\$") for s in gallery.samples])  # a $ is no formula
+    figure = score_histogram(gallery.scores, [s.type for s in gallery.samples])
     (ax,) = figure.axes
     ax.axvline(threshold, color="black", lw=1.2, ls="--", label=f"threshold {threshold:.3f}")
     if i is not None:
@@ -302,8 +302,7 @@ def sheet_figure(
     masks = np.stack([load_mask(s, size) if s.masks else np.zeros((size, size), bool) for s in chosen])
     titles = []
     for i, s in zip(numbers, chosen):
-        title = f"{s.type[:13]}\n{s.path.stem[-8:]}: {gallery.scores[i]:.2f}"
-        titles.append(title.replace("$", " "))
+        titles.append(f"{s.type[:13]}\n{s.path.stem[-8:]}: {gallery.scores[i]:.2f}")
     return map_overlays(load_images(chosen, size), maps, gallery.model.map_limits_, masks, titles)
 
 # %% ../../nbs/use/07_gallery.ipynb #show0023

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from ..core.files import array_sha256, fingerprint, lock_file
+from ..core.files import array_sha256, fingerprint, lock_file, open_plain
 from ..datasets.readers import IMAGE_SUFFIXES, DataError, UnavailableError, read_image
 from ..grad import GRAD
 
@@ -157,7 +157,7 @@ class Journal:
         self.model = model
         self.tried: set[tuple] = set()  # (name, *stamp) of what could not be opened and was told of
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "a+b", buffering=0)
+        self.file = open_plain(self.path, "a+b", buffering=0)
         try:
             if not lock_file(self.file):
                 raise ValueError(f"{self.path} is in use by another process; stop that one, or give another journal")

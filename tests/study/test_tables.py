@@ -378,3 +378,34 @@ def test_files(tmp_path):
     assert len(lines) == 18 and len({line.count("|") for line in lines}) == 1
     tex = to_latex(tables["table_4"])
     assert tex.count(r"\\") == 7 and not any(bad in tex for bad in ("±", " & &")) and json.dumps(tex)
+
+
+NASTY = [
+    "$\\frac{$",
+    "<img src=x onerror=alert(1)>",
+    "a|b",
+    "{x} {0}",
+    "a\nb",
+    "`id`",
+    "**b** [l](x)",
+    "\x1b[31m",
+    "\u202eb",
+    "~^\\x",
+]
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_a_name_that_others_chose_is_only_shown(name):
+    table = pd.DataFrame({name: ["1"]}, index=pd.Index([name], name="category"))
+    table.attrs["notes"] = [f"averages over {name}"]
+    text = to_markdown(table)
+    assert len(text.splitlines()) == 5 and all(
+        line.count("|") - line.count("\\|") == 3 for line in text.splitlines()[:3]
+    )
+    assert "\x1b" not in text and "\u202e" not in text
+    for special in "<$`*[":
+        assert text.count(special) == text.count(f"\\{special}")
+    tex = to_latex(table)
+    for special in "$~^%_":
+        assert all(before in "\\{" for before in re.findall(rf"(.)\{special}", tex)), tex
+    assert "\\frac" not in tex and "\\x" not in tex
