@@ -63,6 +63,7 @@ class GeneratorConfig:
     light: int = -1  # of all pictures, evened out: 0 brightness, 1 and a gradient, 2 and a bulge, -1 = not (the paper)
     start: float = 1.0  # earliest time, as a share of T, at which a noised real picture is taken; 1 = the paper
     start_to: float = 1.0  # latest such time (our choice)
+    start_below: float = 1.0  # of `position_auroc`: parts of a known place begin with noise (our choice)
     redraw: float = 1.0  # share of a real picture that is drawn anew, in blobs; with start < 1 (our choice)
     blobs: int = 8  # blobs along a side (our choice)
     shared: bool = False  # one stem, way down and bottleneck for all levels, trained once (our choice)
@@ -82,6 +83,8 @@ def _check_generator(config: GeneratorConfig) -> None:
     if not 0 < config.start <= config.start_to <= 1:
         shares = f"start={config.start} and start_to={config.start_to}"
         raise ValueError(f"start and start_to are rising shares of the steps, above 0 and at most 1, not {shares}")
+    if not 0 < config.start_below <= 1:
+        raise ValueError(f"start_below is an AUROC, above 0 and at most 1, not {config.start_below}")
     if not 0 < config.redraw <= 1:
         raise ValueError(f"redraw is a share of the picture, above 0 and at most 1, not {config.redraw}")
     if config.redraw < 1 and config.start == 1:
@@ -329,6 +332,8 @@ FAST = Preset(
     detector=DetectorConfig(width=0.5, steps=5000, pictures=8, block=2, alpha_1=0.0, alpha_2=0.0),
     evaluation=EvalConfig(placement="patch"),
 )
+
+# %% ../nbs/01_config.ipynb #cfgdemo1
 DEMO = Preset(
     "demo",
     generator=GeneratorConfig(
@@ -346,8 +351,15 @@ DEMO = Preset(
         spacing=1.5,
         sample_batch=32,
         light=1,
+        start=0.3,
+        start_to=0.7,
+        start_below=0.83,
+        redraw=0.3,
+        blobs=6,
     ),
-    detector=DetectorConfig(width=0.25, steps=2000, pictures=8, block=2, alpha_1=0.0, alpha_2=0.0),
+    detector=DetectorConfig(
+        width=0.25, steps=2000, pictures=8, block=2, alpha_1=0.0, alpha_2=0.0, min_position=0.83, tries=4
+    ),
     evaluation=EvalConfig(placement="patch"),
     levels_ad=(Level(34, 96, (3, 5, 17)),),
     levels_loco=(Level(34, 96, (3, 5, 17)),),

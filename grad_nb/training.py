@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .accel import ops
 from .config import Augmentation, DetectorConfig, Level, to_dict
+from .contrastive import PLACE_OF
 from .core.devices import device_kind
 from .core.files import array_sha256
 from .core.loop import one_cycle, pause_of, run_steps
@@ -29,7 +30,7 @@ from .core.stages import stage_key, write_table
 from .datasets.compare import position_auroc
 from .datasets.readers import resize_pictures
 from .detector import Decoder, Detector, save_detector
-from .patches import PATCH, Batch, Pictures, Redrawn, change_sums, draw_batch
+from .patches import Batch, Pictures, Redrawn, change_sums, draw_batch
 from .regularizers import decoding_loss, gradient_penalty, noised, one_patch_each
 from .reweighting import MemoryBank, effective_sample_size, negative_weight, reweighted_bce, tail_weight
 
@@ -273,7 +274,7 @@ def settled(
     "Coordinates, right and wrong, are left out where the training pictures say that a patch may lie anywhere."
     if not (config.min_position and config.wrong_coordinates):
         return config, None
-    found = position_auroc(normals, min(PATCH, normals.shape[1] - 1), seed=seed)
+    found = position_auroc(normals, normals.shape[1] // PLACE_OF, seed=seed)
     keep = not found < config.min_position
     log.info("place of a patch told with AUROC %.3f: coordinates %s", found, "used" if keep else "left out")
     return replace(config, wrong_coordinates=keep, coordinates=config.coordinates and keep), found

@@ -71,11 +71,19 @@ def test_wrong_coordinates_follow_the_training_pictures(trays, keys):
     noise = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), dtype=np.uint8)
     new, found = settled(asked, noise)
     assert not new.wrong_coordinates and found < 0.65
-    aligned = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None, None] * 3, (10, 64, 64, 3))
-    aligned = aligned + np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None], aligned.shape)
+    y, x = np.mgrid[:64, :64] - 31.5
+    disc = 255 * np.exp(-np.hypot(x, y) / 16)[None, :, :, None]
+    aligned = np.broadcast_to(disc.astype(np.uint8), (10, 64, 64, 3)).copy()
     assert settled(asked, aligned)[0].wrong_coordinates
     off = replace(asked, wrong_coordinates=False)
     assert settled(off, aligned) == (off, None)
+
+
+def test_a_lamp_does_not_tell_the_place():
+    noise = np.random.default_rng(0).normal(120, 5, (20, 48, 48, 3))
+    lamp = np.linspace(0.6, 1.4, 48)[None, :, None, None] * np.linspace(0.7, 1.3, 48)[None, None, :, None]
+    plain, lit = (position_auroc((p + 0.5).astype(np.uint8), 16, 600) for p in (noise, noise * lamp))
+    assert abs(plain - 0.5) < 0.08 and lit < 0.75
 
 
 def test_samples_from_real_pictures_need_them_and_repeat(trays):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from grad_nb.beyond import blob_masks
-from grad_nb.config import Augmentation, DetectorConfig, GeneratorConfig
-from grad_nb.contrastive import draw_from_real, generate, make_contrastive, read_changes
+from grad_nb.config import Augmentation, DetectorConfig, GeneratorConfig, preset
+from grad_nb.contrastive import PLACE_OF, beginning, draw_from_real, generate, make_contrastive, read_changes
 from grad_nb.core.files import read_array
 from grad_nb.datasets.compare import position_auroc
 from grad_nb.patchdiff import new_patchdiff
@@ -134,4 +134,27 @@ def test_coordinates_follow_the_training_pictures():
     asked = DetectorConfig(min_position=0.7)
     new, found = settled(asked, noise)
     assert not new.wrong_coordinates and not new.coordinates
-    assert found == pytest.approx(position_auroc(noise, 34))
+    assert found == pytest.approx(position_auroc(noise, 64 // PLACE_OF))
+
+
+def test_parts_of_a_known_place_begin_with_noise(tmp_path):
+    y, x = np.mgrid[:24, :24] - 11.5
+    disc = 255 * np.exp(-np.hypot(x, y) / 6)[None, :, :, None]
+    same = np.broadcast_to(disc.astype(np.uint8), (9, 24, 24, 3)).copy()
+    config = replace(TINY, size=24, start_below=0.85)
+    found, begun = beginning(config, same)
+    assert (found.start, found.start_to, found.redraw) == (1.0, 1.0, 1.0) and begun["position_auroc"] > 0.85
+    figures, files = make_contrastive(tmp_path, same, 5, config, progress=False)
+    assert figures["start"] == 1.0 and read_changes(tmp_path, [5]) == []
+    noise = pictures(9, 24)
+    found, begun = beginning(config, noise)
+    assert found == config and begun["start"] == config.start and begun["position_auroc"] < 0.75
+    assert beginning(replace(config, start_below=1.0), same) == (replace(config, start_below=1.0), {})
+    with pytest.raises(ValueError, match="start_below"):
+        replace(config, start_below=0.0)
+
+
+def test_the_presets_say_when_pictures_begin_with_real_ones():
+    assert (preset("paper").generator.start, preset("paper").detector.tries) == (1.0, 1)
+    demo = preset("demo")
+    assert demo.generator.start < 1 and demo.generator.start_below == demo.detector.min_position

@@ -51,7 +51,8 @@ def test_every_record_is_read_whatever_its_age(folder):
         kind = kind_of(record)
         if kind == "result":
             found = collect(path.parent)
-            assert found.value.notna().all() and set(found.seed) == {record["seed"]}, path
+            said = found.notes.str.contains("no ground truth")  # then there are no pixel figures
+            assert (found.value.notna() | said).all() and set(found.seed) == {record["seed"]}, path
         else:
             found = read_results(path.parent, kind)
             assert record["category"] in set(found["category"]), path
