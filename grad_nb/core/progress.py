@@ -88,8 +88,8 @@ def in_minutes(
     return "less than 1 min" if seconds < 45 else f"{seconds / 60:.0f} min"
 
 # %% ../../nbs/core/11_progress.ipynb #progr004
-class Plan:
-    "Stages of work, how far they are, and how long the rest will take."
+class _Stages:
+    "Stages of work, and what is known of each."
 
     def __init__(
         self,
@@ -126,6 +126,10 @@ class Plan:
         "Leave a stage out of what is to be done."
         self.costs[name] = 0.0
         self.shares[name] = 1.0
+
+# %% ../../nbs/core/11_progress.ipynb #progr4b
+class Plan(_Stages):
+    "Stages of work, how far they are, and how long the rest will take."
 
     def at(
         self,
@@ -177,7 +181,7 @@ def kind_of(
 
 
 def seconds_left(
-    plan: Plan,  # of some stages
+    plan: _Stages,  # of some stages
 ) -> float | None:  # None as long as nothing is known
     "How long the rest will take, after the speed of each kind so far."
     spent: dict[str, float] = {}
@@ -199,7 +203,7 @@ def seconds_left(
 
 
 def plan_text(
-    plan: Plan,  # of some stages
+    plan: _Stages,  # of some stages
 ) -> str:  # for instance "stage 2 of 7 · 6 min left"
     "Which stage of how many, and how long the rest will take."
     finished = sum(share >= 1 for share in plan.shares.values())

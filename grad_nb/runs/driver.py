@@ -102,7 +102,7 @@ def plan(
     ]
     return [phase for phase in (generate, detect, [Task("table", "table")]) if phase]
 
-
+# %% ../../nbs/runs/03_driver.ipynb #drvplan1
 def planned(
     run: Run,  # the run
     phases: Sequence[Sequence[Task]],  # what is still to be done, see `plan`
@@ -170,7 +170,7 @@ def _start(paths: Sequence[Path], values: dict, threads: int, hold: Sequence[int
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment, pass_fds=hold
     )
 
-
+# %% ../../nbs/runs/03_driver.ipynb #drvlast1
 def _last_line(text: str) -> str:
     "The last line that says something."
     return next((part.strip() for part in reversed(text.splitlines()) if part.strip()), "no message")

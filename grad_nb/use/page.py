@@ -207,7 +207,7 @@ def verdict_view(
         parts.append(plain_text(words, **{"font-style": "italic"}))
     return pn.Column(*parts, sizing_mode="stretch_width")
 
-
+# %% ../../nbs/use/08_page.ipynb #pagedrp3
 def grey_map_words(
     found: Explanation,  # of a picture
 ) -> str:  # empty if there is nothing to say
