@@ -852,6 +852,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'grad_nb.detector.save_detector': ('detector.html#save_detector', 'grad_nb/detector.py')},
             'grad_nb.diffusion': { 'grad_nb.diffusion._time_table': ('diffusion.html#_time_table', 'grad_nb/diffusion.py'),
                                    'grad_nb.diffusion.alpha_bars': ('diffusion.html#alpha_bars', 'grad_nb/diffusion.py'),
+                                   'grad_nb.diffusion.as_it_is': ('diffusion.html#as_it_is', 'grad_nb/diffusion.py'),
                                    'grad_nb.diffusion.denoise': ('diffusion.html#denoise', 'grad_nb/diffusion.py'),
                                    'grad_nb.diffusion.global_noise': ('diffusion.html#global_noise', 'grad_nb/diffusion.py'),
                                    'grad_nb.diffusion.posterior_variance': ('diffusion.html#posterior_variance', 'grad_nb/diffusion.py'),

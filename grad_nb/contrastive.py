@@ -31,7 +31,7 @@ from .core.seeds import seeded_weights, stage_generator
 from .core.stages import run_stage, stage_key, write_table
 from .core.tensors import tensors_sha256
 from .datasets.compare import position_auroc, two_sample_auroc
-from .diffusion import alpha_bars, global_noise, q_sample, sample, to_bytes, to_model
+from .diffusion import alpha_bars, as_it_is, global_noise, q_sample, sample, to_bytes, to_model
 from .patchdiff import PatchDiff, SharedPatchDiff, load_patchdiff, new_patchdiff, save_patchdiff
 
 log = logging.getLogger(__name__)
@@ -253,7 +253,7 @@ def draw_from_real(
         later = [t for t in times if t <= share * (T - 1)] or times[-1:]
         chosen = torch.randint(len(normals), (some,), generator=generator, device=generator.device)
         x_0 = to_model(normals[chosen])
-        keep = _outside(x_0, config, generator) if config.redraw < 1 else None
+        keep = _outside(x_0, config, generator) if config.redraw < 1 else as_it_is
         eps_1 = torch.randn(x_0.shape, generator=generator, device=generator.device)
         x_t = q_sample(x_0, torch.full_like(chosen, later[0]), eps_1, alpha_bar)
         side = x_0.shape[-1]

@@ -4,7 +4,7 @@ r"""The noise schedule, the forward process with the global noise $\epsilon_g$, 
 
 # %% auto #0
 __all__ = ['to_model', 'to_bytes', 'alpha_bars', 'global_noise', 'q_sample', 'posterior_variance', 'reverse_step', 'denoise',
-           'sample']
+           'as_it_is', 'sample']
 
 # %% ../nbs/03_diffusion.ipynb #efde9302
 from collections.abc import Callable, Sequence
@@ -113,6 +113,14 @@ def denoise(
     z = 0.0 if last else torch.randn(x_t.shape, generator=generator, device=generator.device)
     return reverse_step(x_t, eps_hat, z, now[1], now[2], clip)
 
+# %% ../nbs/03_diffusion.ipynb #train402
+def as_it_is(
+    x_s: Tensor,  # (B, 3, H, W)
+    alpha_bar_s: Tensor,  # at the time of x_s
+) -> Tensor:  # x_s
+    "Algorithm 2: every picture goes on as it is."
+    return x_s
+
 
 @torch.inference_mode()
 def sample(
@@ -125,13 +133,12 @@ def sample(
     clip: bool = True,  # clip the estimate of x_0 (our choice)
     progress: bool = False,  # show a progress bar
     first: Tensor | None = None,  # (n, 3, size, size) at the first of the times; noise if not given
-    keep: Callable[[Tensor, Tensor], Tensor] | None = None,  # x_s, alpha_bar at s → what goes on in its place
+    keep: Callable[[Tensor, Tensor], Tensor] = as_it_is,  # x_s, alpha_bar at s → what goes on in its place
 ) -> Tensor:  # (n, 3, size, size) in [-1, 1] if clipped
     "Pictures from noise: Algorithm 2, or fewer of its times."
     x = torch.randn(n, 3, size, size, generator=generator, device=generator.device) if first is None else first
     step = ops.captured(partial(denoise, model, coord_map(size, size, generator.device), generator, clip), [generator])
     table = _time_table(alpha_bar, times).to(generator.device)
     for i, now in enumerate(tqdm(table, "sampling", disable=not progress, leave=False)):
-        x = step(x, now, i + 1 == len(table))
-        x = keep(x, now[2]) if keep else x
+        x = keep(step(x, now, i + 1 == len(table)), now[2])
     return x

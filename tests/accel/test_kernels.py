@@ -191,7 +191,7 @@ def test_a_patchdiff_of_these_layers_has_the_same_gradients(request, monkeypatch
     used, real = [], kernels.modulated_on_gpu
     monkeypatch.setattr(kernels, "modulated_on_gpu", lambda *args: used.append(1) or real(*args))
     found = gradients(True)
-    assert used and far(found, exact) < max(1.5 * far(plain, exact), 0.01) < 0.015
+    assert used and far(found, exact) < max(1.3 * far(plain, exact), 0.01) < 0.03
 
 
 ON_A_GPU = [  # operations that have a form of their own on a GPU

@@ -183,7 +183,7 @@ def test_without_patches_there_is_still_a_place(model, pictures):
 
 
 @pytest.mark.parametrize(
-    "wrong", [np.zeros((96, 96), np.uint8), np.zeros((96, 96, 3)), np.zeros((1, 96, 96, 3), np.uint8)]
+    "wrong", [np.zeros((96, 96, 7), np.uint8), np.zeros((96, 96, 3)), np.zeros((1, 96, 96, 3), np.uint8)]
 )
 def test_a_wrong_array_is_refused(model, wrong):
     with pytest.raises(ValueError, match="uint8"):
