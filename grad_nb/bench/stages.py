@@ -112,7 +112,7 @@ def _generator_jobs(level: int, config: GeneratorConfig, device: torch.device, p
 
     def sample(n: int) -> object:
         "One batch in so many steps."
-        from_noise = replace(config, n_samples=config.sample_batch, sample_steps=n, start=1.0, start_to=1.0)
+        from_noise = replace(config, n_samples=config.sample_batch, sample_steps=n, start=1.0, start_to=1.0, redraw=1.0)
         return generate(model, from_noise, 0, device, False)
 
     training, sampling = passed(config.batch, config.crop or config.size), passed(config.sample_batch, config.size)
