@@ -270,7 +270,7 @@ def test_the_estimate_guesses_first_and_then_knows(data, tmp_path):
 def test_a_longer_training_is_guessed_to_take_longer(data, tmp_path):
     guesses = [
         estimate(plan_batch(data, "trays", "demo", (0,), tmp_path / name, overrides=more, device="cpu"))[0]
-        for name, more in (("short", TINY), ("long", f"{TINY} detector.steps=1000000"))
+        for name, more in (("short", TINY), ("long", f"{TINY} detector.steps=100000000"))
     ]
     assert guesses[1] > 20 * guesses[0]
 
