@@ -463,7 +463,9 @@ def test_fit_in_the_same_process_is_what_the_options_say(trays, tmp_path, capsys
     monkeypatch.setattr(GRAD, "fit", stopped)
     with pytest.raises(SystemExit) as stop:
         grad_fit(str(trays / "train/good"), str(tmp_path / "m.grad"), quiet=True)
-    assert stop.value.code == 130 and capsys.readouterr().err == "grad_fit: stopped\n"
+    said = capsys.readouterr().err
+    assert stop.value.code == 130 and said.endswith("\ngrad_fit: stopped\n")
+    assert said.startswith(f"what is done is kept in {tmp_path / 'm.grad.work'}; to go on: ") and said.count("\n") == 2
     seen = {}
     monkeypatch.setattr(GRAD, "fit", refused)
     options = {"preset": "demo", "category": "bottle", "validation": 0.3, "false_alarm_rate": 0.2, "seed": 4}
