@@ -127,7 +127,8 @@ def bad_pictures(folder: Path) -> dict[str, str]:
 def test_each_bad_picture_is_named_by_fit_and_by_predict(model, normal, tmp_path):
     for name, said in bad_pictures(tmp_path).items():
         path = tmp_path / name
-        for use in (model.predict, lambda X: small().fit([*sorted(normal.iterdir()), *X])):
+        uses = [model.predict, lambda X: small().fit([*sorted(normal.iterdir()), *X])]
+        for use in uses[:1] if name == "float.tif" else uses:  # fit finds what is white in it
             with pytest.raises(DataError) as error:
                 use([path])
             assert str(path) in str(error.value) and said in str(error.value), error.value
@@ -220,9 +221,8 @@ def test_arrays_that_cannot_be_pictures(model):
         nan,
         byte / 255,
         byte.astype(np.int64),
-        byte[..., 0],
         byte[..., :2],
-        np.zeros((2, 64, 64, 4), np.uint8),
+        np.zeros((2, 64, 64, 5), np.uint8),
         byte.astype(bool),
         byte.astype(object),
     ):
@@ -236,11 +236,9 @@ def test_arrays_that_cannot_be_pictures(model):
         None,
         5,
         [None],
-        [Image.new("RGB", (64, 64))],
-        torch.zeros(1, 64, 64, 3, dtype=torch.uint8),
         [b"a.png"],
     ):
-        with pytest.raises(ValueError, match="file"):
+        with pytest.raises(ValueError, match="file|not a PNG"):
             model.predict(wrong)
 
 

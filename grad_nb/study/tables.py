@@ -378,13 +378,15 @@ def table_4(
 # %% ../../nbs/study/01_tables.ipynb #b1a77d42
 def to_markdown(
     table: pd.DataFrame,  # text, with notes in `.attrs["notes"]`
+    ours: bool = False,  # all of it is our own text, which may be Markdown
 ) -> str:
     "A table as Markdown, its notes below it."
+    as_cell = str if ours else _as_cell
     head = [str(table.index.name or ""), *map(str, table.columns)]
     rows = [head, ["---"] * len(head)]
     rows += [[str(name), *map(str, row)] for name, row in zip(table.index, table.to_numpy())]
-    lines = ["| " + " | ".join(map(_as_cell, row)) + " |" for row in rows]
-    return "\n".join([*lines, "", *(f"- {_as_cell(note)}" for note in table.attrs.get("notes", []))]) + "\n"
+    lines = ["| " + " | ".join(map(as_cell, row)) + " |" for row in rows]
+    return "\n".join([*lines, "", *(f"- {as_cell(note)}" for note in table.attrs.get("notes", []))]) + "\n"
 
 
 def _as_cell(text: str) -> str:
