@@ -27,7 +27,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
-from scipy import ndimage
 from torch import Tensor
 
 from ..core.files import file_sha256, open_plain
@@ -666,6 +665,8 @@ def shrink_mask(
     "A mask at another size: cells of which at least half is defective, and of each region at least its area in cells."
     if max(mask.shape) <= size:
         return np.array(Image.fromarray(mask.astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST)) > 0
+    from scipy import ndimage  # is slow to import
+
     rows, columns = (_cell_overlaps(n, size) for n in mask.shape)
     made = np.zeros((size, size), bool)
     regions, _ = ndimage.label(mask, np.ones((3, 3)))

@@ -140,13 +140,13 @@ def test_coordinates_follow_the_training_pictures():
 def test_parts_of_a_known_place_begin_with_noise(tmp_path):
     y, x = np.mgrid[:24, :24] - 11.5
     disc = 255 * np.exp(-np.hypot(x, y) / 6)[None, :, :, None]
-    same = np.broadcast_to(disc.astype(np.uint8), (9, 24, 24, 3)).copy()
+    same = np.broadcast_to(disc.astype(np.uint8), (16, 24, 24, 3)).copy()
     config = replace(TINY, size=24, start_below=0.85)
     found, begun = beginning(config, same)
     assert (found.start, found.start_to, found.redraw) == (1.0, 1.0, 1.0) and begun["position_auroc"] > 0.85
     figures, files = make_contrastive(tmp_path, same, 5, config, progress=False)
     assert figures["start"] == 1.0 and read_changes(tmp_path, [5]) == []
-    noise = pictures(9, 24)
+    noise = pictures(16, 24)
     found, begun = beginning(config, noise)
     assert found == config and begun["start"] == config.start and begun["position_auroc"] < 0.75
     assert beginning(replace(config, start_below=1.0), same) == (replace(config, start_below=1.0), {})

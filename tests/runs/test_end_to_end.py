@@ -95,7 +95,7 @@ def test_result_says_how_it_was_made(demo):
     assert want <= set(result) and result["config"]["detector"]["steps"] == 6 and result["dataset"] == "trays"
     assert result["stages"]["detect-034"]["products"] in PRODUCTS, "the precision of the scores"
     assert "products" not in result["stages"]["generate-03"]
-    assert 0 <= result["stages"]["generate-03"]["two_sample_auroc"] <= 1, "how far the generator got"
+    assert result["stages"]["generate-03"]["two_sample_auroc"] is None, "too few pictures to say how far it got"
     assert all(0 <= v <= 1 for v in (result["image_auroc"], result["pixel_auroc"], *result["by_type"].values()))
 
 
