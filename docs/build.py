@@ -89,6 +89,8 @@ def site_links(text: str) -> str:
     text = re.sub(r"\]\((?:\.\./)*CONTRIBUTING\.md", "](/contributing.md", text)
     text = re.sub(r"\]\((?:\.\./)*CHANGELOG\.md", "](/changelog.md", text)
     text = re.sub(r"\]\((?:\.\./)+docs/(\w+\.md)", r"](/\1", text)
+    test = r"\[(\w+)\]\((?:\.\./)+(tests/[\w/]+\.py)\)"  # a page names tests, the site has none
+    text = re.sub(test, r"`\1` in `\2`", text)
     return re.sub(r"\]\((?:\.\./)*nbs/", "](/", text)
 
 
