@@ -663,7 +663,7 @@ def test_generators_are_judged_without_a_test_picture(data, tmp_path, monkeypatc
     run_pieces([p for p in pieces(drawn) if "level 3," in p.name], lambda line: None)
     found = read_results(tmp_path / "ablation", "generator")
     assert not loaded and list(found.variant) == ["sigma_g 0", "sigma_g 1"]
-    assert found["two-sample AUROC at n"].between(0, 1).all()
+    assert found["two-sample AUROC at n"].isna().all(), "too few pictures to say"
     losses = [r["loss"] for r in found.record]
     assert losses[0] != losses[1] and found.record[1]["config"]["generator"]["sigma_g"] == 1
     assert len(compare_generators(found)) == 2 and list(tables_of(tmp_path / "ablation")) == ["generators"]
