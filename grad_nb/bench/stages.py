@@ -20,18 +20,13 @@ from .operations import bound_of, layer_bytes, operations, threads_of
 from ..config import Augmentation, DetectorConfig, GeneratorConfig, Level, Preset
 from ..contrastive import generate, train_patchdiff
 from ..core.devices import bf16_supported, device_name, float32_name, pick_device
-from ..core.latency import Latency, _wait
+from ..core.latency import Latency, step_seconds, steps_to_compare
 from ..detector import Decoder, Detector
 from ..patchdiff import new_patchdiff
 from ..patches import PATCH, STRIDE
 from ..training import train_detector
 
 # %% ../../nbs/bench/03_stages.ipynb #6b2a58b3
-def _timed_steps(steps: int, device: str | torch.device) -> int:
-    "Steps in a difference: on CUDA, where a recorded step is short, at least 200."
-    return steps if torch.device(device).type == "cpu" else max(steps, 200)
-
-
 def time_per_step(
     call: Callable[[int], object],  # number of steps → anything, after doing them
     steps: int,  # n, steps in the difference
@@ -42,19 +37,9 @@ def time_per_step(
 
     On a GPU also without the first steps, after which it is recorded: a memory bank may take 35 to fill.
     """
-    device = torch.device(device)
-    first, steps = 2 if device.type == "cpu" else 40, _timed_steps(steps, device)
-
-    def seconds(n: int) -> float:
-        "One call of n steps."
-        _wait(device)
-        start = time.perf_counter()
-        call(n)
-        _wait(device)
-        return time.perf_counter() - start
-
+    first, more = steps_to_compare(steps, device)
     call(first)
-    return Latency.of([(seconds(first + steps) - seconds(first)) / steps for _ in range(runs)])
+    return Latency.of([step_seconds(call, first, more, device) for _ in range(runs)])
 
 # %% ../../nbs/bench/03_stages.ipynb #work0002
 def _work(network: nn.Module, *inputs: Tensor) -> np.ndarray:
@@ -147,7 +132,7 @@ def _job_row(job: _Job, steps: int, runs: int, device: torch.device, limits: Map
         "items": job.items,
         "of": job.of,
         "precision": precision,
-        "steps": _timed_steps(steps, device),
+        "steps": steps_to_compare(steps, device)[1],
         "runs": runs,
         **vars(t),
         "items_per_s": 1000 * job.items / t.median_ms if t.median_ms > 0 else float("nan"),

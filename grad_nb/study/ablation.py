@@ -33,7 +33,7 @@ from ..config import PRESETS, Preset, augmentation, override, to_dict
 from ..contrastive import read_changes
 from ..core.files import fingerprint, lock, read_array, read_json, write_json
 from ..core.stages import run_stage, stage_done
-from ..datasets.light import even_light
+from ..datasets.light import Light, even_light
 from ..datasets.readers import load_images, load_masks
 from ..datasets.trays import make_trays
 from ..detector import Detector, load_detector
@@ -50,9 +50,9 @@ from grad_nb.runs.stages import (
     load_normals,
     make_contrastive,
     make_detector,
+    normals_in_light,
     open_run,
     parse_overrides,
-    run_light,
     split_normals,
 )
 from .quality import generator_report, loss_curve
@@ -426,12 +426,13 @@ def figures_on_test(
     run: Run,  # the run
     detector: Detector,  # trained
     size: int,  # side of its input, pixels
+    light: Light | None,  # to which its pictures are brought
 ) -> tuple[dict, dict[str, str]]:  # figures in [0, 1], and type → image scores as text
     "What a detector reaches on the test set: for the report, never to choose by."
     samples = run.category.test
     config = run.preset.evaluation
     types = [sample.type for sample in samples]
-    pictures = even_light(load_images(samples, run.preset.generator.size), run_light(run))
+    pictures = even_light(load_images(samples, run.preset.generator.size), light)
     maps = score_maps(detector, pictures, size, run.device, config.batch)
     scores = image_scores(maps)
     figures = summary(scores, types) | {"pixel_auroc": float("nan"), "pixel_ap": float("nan")}
@@ -453,7 +454,7 @@ def train_cell(
     run = cell.run
     row = cell.run.level(cell.level)
     selection = cell.ablation.selection
-    normals = load_normals(run)
+    normals, light = normals_in_light(run)
     train, held = selection_split(normals, run.seed, selection)
     figures, files = make_detector(
         cell.folder,
@@ -471,7 +472,7 @@ def train_cell(
     history = pd.read_csv(cell.folder / files[1])
     pseudo = pseudo_sets(normals[held], run.seed, selection)
     chosen = criterion([detector], [row.size], normals[held], pseudo, run.preset.evaluation, run.device)
-    test, scores = figures_on_test(run, detector, row.size)
+    test, scores = figures_on_test(run, detector, row.size, light)
     (cell.folder / f"detector-{row.level:03d}.checkpoint").unlink(missing_ok=True)
     last = history.tail(100).mean().to_dict()
     return figures | _about(cell, len(train), len(held)) | {

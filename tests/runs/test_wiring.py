@@ -99,7 +99,7 @@ def test_a_detector_learns_from_its_own_sets_and_from_no_held_out_picture(run, m
     )
     monkeypatch.setattr(room, "load_detector", lambda path: (None, {}))
     monkeypatch.setattr(
-        room, "_score", lambda run, detector, row, samples: scored.append(samples) or np.zeros((0, 1, 1))
+        room, "_score", lambda run, detector, row, samples, light: scored.append(samples) or np.zeros((0, 1, 1))
     )
     monkeypatch.setattr(room, "arithmetic", lambda detectors, sizes: "int16")
     assert room.detect_stage(run, 64)["products"] == "int16"
@@ -113,6 +113,24 @@ def test_a_detector_learns_from_its_own_sets_and_from_no_held_out_picture(run, m
         and held
         and len(train) + len(held) == len(run.category.train)
     )
+
+
+def test_sets_and_their_changes_come_from_the_run_that_made_them(run, monkeypatch):
+    other, room, asked = replace(run, made=run.folder / "made"), grad_nb.runs.stages, []
+    monkeypatch.setattr(room, "run_stage", lambda folder, name, key, make, device: make()[0])
+    monkeypatch.setattr(room, "stage_done", lambda folder, name, key: asked.append(folder) or True)
+    monkeypatch.setattr(room, "read_array", lambda path: asked.append(path.parent.parent))
+    monkeypatch.setattr(room, "read_changes", lambda folder, levels: asked.append(folder) or "the changes")
+    monkeypatch.setattr(room, "normals_in_light", lambda run: asked.append("normals") or ("normals", "light"))
+    monkeypatch.setattr(room, "make_detector", lambda *args: asked.append(args[-1]) or ({"parts": {}}, ["detector"]))
+    monkeypatch.setattr(room, "load_detector", lambda path: (None, {}))
+    lights = []
+    monkeypatch.setattr(room, "_score", lambda *args: lights.append(args[-1]) or np.zeros((0, 1, 1)))
+    monkeypatch.setattr(room, "arithmetic", lambda detectors, sizes: "int16")
+    room.detect_stage(other, 64)
+    assert {place for place in asked if not isinstance(place, str)} == {other.made}
+    assert asked.count("normals") == 1 and "the changes" in asked, "training pictures are read once"
+    assert lights == ["light", "light"]
 
 
 def test_a_stage_is_made_again_for_what_it_depends_on_and_for_nothing_else(run):
