@@ -268,7 +268,7 @@ def _outside(x_0: Tensor, config: GeneratorConfig, generator: torch.Generator) -
 
     def keep(x: Tensor, alpha_bar: Tensor) -> Tensor:
         eps_1 = torch.randn(x_0.shape, generator=generator, device=generator.device)
-        known = alpha_bar.sqrt().to(x) * x_0 + (1 - alpha_bar).sqrt().to(x) * eps_1
+        known = q_sample(x_0, alpha_bar.new_zeros(1, dtype=torch.int64), eps_1, alpha_bar.reshape(1))
         return mask * x + (1 - mask) * known
 
     return keep

@@ -514,9 +514,14 @@ def _generate_key(model: "_Fitted", normals: np.ndarray) -> str:
     return stage_key("generate", "fit", array_sha256(normals), to_dict(config), model.random_state, *together)
 
 
-def _detector_key(model: "_Fitted", generate: str, row: Level) -> str:
-    "The fingerprint of a detector's stage."
-    return stage_key("detect", generate, *map(to_dict, (row, model.preset_.detector, model.augmentation)))
+def _stage_keys(model: "_Fitted", normals: np.ndarray) -> dict[str, str]:
+    "The fingerprint of each stage, by its name: one for all generators, one for each detector."
+    generate = _generate_key(model, normals)
+    keys = {f"generate-{n:02d}": generate for n in model.preset_.generator_levels(model.layout)}
+    for row in model.levels_:
+        settings = map(to_dict, (row, model.preset_.detector, model.augmentation))
+        keys[f"detector-{row.level:03d}"] = stage_key("detect", generate, *settings)
+    return keys
 
 
 def stage_costs(
@@ -531,15 +536,13 @@ def stage_costs(
     return costs | {f"detector-{row.level:03d}": 1.3 * steps * d.width**2 for row in chosen.levels(layout)}
 
 # %% ../nbs/15_grad.ipynb #gradpl02p1
-def _planned(model: "_Training", folder: Path, normals: np.ndarray) -> Plan:
+def _planned(model: "_Training", folder: Path, keys: dict[str, str], pictures: int) -> Plan:
     "The plan of a training, told before it begins."
     costs = stage_costs(model.preset_, model.layout)
     plan = Plan(costs, model.progress, STAGE_SHARES)
-    generate = _generate_key(model, normals)
-    keys = {f"detector-{row.level:03d}": _detector_key(model, generate, row) for row in model.levels_}
     others = []
     for name in costs:
-        if stage_done(folder, name, keys.get(name, generate)):
+        if stage_done(folder, name, keys[name]):
             plan.skip(name)
         elif (folder / f"{name}.json").is_file():
             others.append(name)
@@ -548,7 +551,7 @@ def _planned(model: "_Training", folder: Path, normals: np.ndarray) -> Plan:
         log.warning("%s in %s: %s", ", ".join(others), folder, said)
     size = model.preset_.generator.size
     kinds = [f"{len(model.levels_)} detectors" if len(model.levels_) > 1 else "1 detector"]
-    text = f"{len(costs)} stages: {len(costs) - len(model.levels_)} generators and {kinds[0]}; {len(normals)} pictures"
+    text = f"{len(costs)} stages: {len(costs) - len(model.levels_)} generators and {kinds[0]}; {pictures} pictures"
     there = sum(share >= 1 for share in plan.shares.values())
     plan.announce(
         f"{text} to learn from, seen at {size} x {size} pixels{f'; {there} stages are done' if there else ''}"
@@ -561,25 +564,24 @@ class _Training(_Scoring):
 
     def _train(self, folder: Path, normals: np.ndarray, device: torch.device) -> list[Detector]:
         "Every stage of the training in one folder; a stage that is there already is taken as it is."
-        config, seed = self.preset_, self.random_state
-        rest = (seed, device, self.progress)
-        plan = _planned(self, folder, normals)
-        key = _generate_key(self, normals)
+        config = self.preset_
+        rest = (self.random_state, device, self.progress)
+        keys = _stage_keys(self, normals)
+        plan = _planned(self, folder, keys, len(normals))
         levels = config.generator_levels(self.layout)
         for n in levels:
             draw = partial(make_contrastive, folder, normals, n, config.generator, *rest, levels)
-            with plan.stage(f"generate-{n:02d}"):
-                run_stage(folder, f"generate-{n:02d}", key, draw, device)
+            name = f"generate-{n:02d}"
+            with plan.stage(name):
+                run_stage(folder, name, keys[name], draw, device)
         detectors = []
         for row in self.levels_:
             name = f"detector-{row.level:03d}"
             sets = [read_array(folder / f"contrastive/level-{n:02d}.npy") for n in row.generators]
-            settings = (row, config.detector, self.augmentation)
-            train = partial(
-                make_detector, folder, normals, sets, *settings, *rest, read_changes(folder, row.generators)
-            )
+            settings = (row, config.detector, self.augmentation, *rest, read_changes(folder, row.generators))
+            train = partial(make_detector, folder, normals, sets, *settings)
             with plan.stage(name):
-                run_stage(folder, name, _detector_key(self, key, row), train, device)
+                run_stage(folder, name, keys[name], train, device)
             (folder / f"{name}.checkpoint").unlink(missing_ok=True)
             detectors.append(load_detector(folder / f"{name}.safetensors")[0])
         return detectors

@@ -13,9 +13,10 @@ import pytest
 import torch
 from make_files import pictures
 from PIL import Image
+from shared import TINY_FIT, tiny
 from sklearn.base import clone
 
-from grad_nb.config import override, preset
+from grad_nb.config import override
 from grad_nb.core import stages
 from grad_nb.core.files import read_json
 from grad_nb.core.tensors import checked_format, read_tensors
@@ -27,22 +28,6 @@ from grad_nb.patchdiff import load_patchdiff
 from grad_nb.verdicts import Calibration, f1_at, percent
 
 FILES = Path(__file__).parent / "files"  # one file of each version, see make_files.py
-
-TINY = {
-    "generator.width": 8,
-    "generator.steps": 5,
-    "generator.batch": 2,
-    "generator.n_samples": 4,
-    "generator.sample_steps": 2,
-    "detector.width": 0.1,
-    "detector.steps": 5,
-    "evaluation.map_size": 64,
-}
-
-
-def tiny(**changes) -> GRAD:
-    settings = {name.replace("__", "."): value for name, value in changes.items()}
-    return GRAD(override(preset("demo"), TINY | settings), device="cpu", progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +220,7 @@ model.fit(pictures).save(folder + "/m.grad")
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["generator-05.checkpoint", "detector-034.checkpoint"])
 def test_a_killed_fit_continues_bit_for_bit(trays, tmp_path, stage):
-    settings = TINY | {"generator.steps": 450, "detector.steps": 450}
+    settings = TINY_FIT | {"generator.steps": 450, "detector.steps": 450}
 
     def start(folder):
         command = [sys.executable, "-c", CHILD, json.dumps(settings), str(trays / "train/good"), str(folder)]

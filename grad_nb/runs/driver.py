@@ -29,6 +29,7 @@ from ..core.files import read_json
 from ..core.processes import PARENT
 from ..core.progress import BARS, Plan
 from ..core.stages import stage_done
+from ..grad import STAGE_SHARES
 from ..patchdiff import check_level
 from .stages import Run, detect_key, generate_key, split_normals
 
@@ -111,7 +112,7 @@ def planned(
     costs = {task.name: task.cost for phase in phases for task in phase}
     before = [f"generate-{n:02d}" for n in run.generator_levels] + [f"detect-{row.level:03d}" for row in run.levels]
     done = [name for name in before if name not in costs]
-    found = Plan(dict.fromkeys(done, 1.0) | costs, parts={"generate": (0.85, 0.15)})
+    found = Plan(dict.fromkeys(done, 1.0) | costs, parts=STAGE_SHARES)
     for name in done:
         found.skip(name)
     train, held = split_normals(run)

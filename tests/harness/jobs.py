@@ -13,6 +13,7 @@ import shutil
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -341,6 +342,16 @@ def reproduce(bench: Bench, rng: random.Random) -> Outcome:
     return Outcome({"kills of reproduce": met}, wrong + ([] if same else ["the result differs"]) + bench.left(folder))
 
 
+def met(path: Path, what: str, use: Callable[[Path], list[str]], refusal: type[Exception] = ValueError) -> list[str]:
+    "What is wrong with how a damaged file is met: it is refused by its name, or `use` says what is wrong with it."
+    try:
+        return use(path)
+    except refusal as e:
+        return [] if str(path) in str(e) else [f"an error of {what} names no file: {e}"]
+    except Exception as e:
+        return [f"{what} gave {type(e).__name__}: {e}"]
+
+
 def models(bench: Bench, rng: random.Random, n: int = 100) -> Outcome:
     "Damaged models are refused by name, or are the model."
     from grad_nb.grad import GRAD
@@ -349,15 +360,14 @@ def models(bench: Bench, rng: random.Random, n: int = 100) -> Outcome:
     path = bench.fresh("models") / "m.grad"
     numbers = np.random.default_rng(rng.getrandbits(32))
     wrong = []
+
+    def use(path: Path) -> list[str]:
+        GRAD.load(path, "cpu")
+        return []
+
     for _ in range(n):
-        data = damaged(whole, numbers)
-        path.write_bytes(data)
-        try:
-            GRAD.load(path, "cpu")
-        except ValueError as e:
-            wrong += [] if str(path) in str(e) else [f"an error names no file: {e}"]
-        except Exception as e:
-            wrong.append(f"a damaged model gave {type(e).__name__}: {e}")
+        path.write_bytes(damaged(whole, numbers))
+        wrong += met(path, "a damaged model", use)
     return Outcome({"damaged models": n}, wrong)
 
 
@@ -371,18 +381,17 @@ def sealed(bench: Bench, rng: random.Random, n: int = 100) -> Outcome:
     numbers = np.random.default_rng(rng.getrandbits(32))
     seen = numbers.integers(0, 256, (1, 64, 64, 3), np.uint8)
     wrong = []
+
+    def use(path: Path) -> list[str]:
+        scores = GRAD.load(path, "cpu").set_params(progress=False).score_samples(seen)
+        return [] if np.isfinite(scores).all() else ["a model judges with what is no number"]
+
     for _ in range(n):
         if numbers.random() < 0.7:
             write_tensors(path, tensors, other_data(meta, numbers))
         else:
             write_tensors(path, other_tensors(tensors, numbers), meta)
-        try:
-            scores = GRAD.load(path, "cpu").set_params(progress=False).score_samples(seen)
-            wrong += [] if np.isfinite(scores).all() else ["a model judges with what is no number"]
-        except ValueError as e:
-            wrong += [] if str(path) in str(e) else [f"an error names no file: {e}"]
-        except Exception as e:
-            wrong.append(f"a model that was sealed again gave {type(e).__name__}: {e}")
+        wrong += met(path, "a model that was sealed again", use)
     return Outcome({"models sealed again": n}, wrong)
 
 
@@ -394,16 +403,15 @@ def pictures(bench: Bench, rng: random.Random, n: int = 2000) -> Outcome:
     numbers = np.random.default_rng(rng.getrandbits(32))
     whole = sorted(whole_pictures().items())
     wrong = []
+
+    def use(path: Path) -> list[str]:
+        shape = read_image(path, 40).shape
+        return [] if shape == (40, 40, 3) else [f"a damaged picture gave {shape}"]
+
     for _ in range(n):
         kind, data = rng.choice(whole)
         path.write_bytes(damaged(data, numbers))
-        try:
-            shape = read_image(path, 40).shape
-            wrong += [] if shape == (40, 40, 3) else [f"a damaged {kind} gave {shape}"]
-        except DataError as e:
-            wrong += [] if str(path) in str(e) else [f"an error of a damaged {kind} names no file: {e}"]
-        except Exception as e:
-            wrong.append(f"a damaged {kind} gave {type(e).__name__}: {e}")
+        wrong += met(path, f"a damaged {kind}", use, DataError)
     return Outcome({"damaged pictures": n}, wrong)
 
 
