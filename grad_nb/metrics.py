@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Defects', 'check_scores', 'average_precision', 'f1_max', 'auroc_interval', 'pro_curve', 'spro_curve', 'area_to',
-           'au_pro', 'au_spro', 'pixel_auroc_ap', 'OnDemand', 'resize_map', 'write_tiff_maps']
+           'au_pro', 'au_spro', 'pixel_auroc_ap', 'OnDemand', 'resize_map', 'sized_maps', 'write_tiff_maps']
 
 # %% ../nbs/11_metrics.ipynb #28582d37
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -336,6 +336,14 @@ def resize_map(
     "Resize one map bilinearly, with antialiasing if it shrinks."
     x = torch.from_numpy(np.array(picture, np.float32))[None, None]
     return F.interpolate(x, tuple(shape), mode="bilinear", antialias=True, align_corners=False)[0, 0].numpy()
+
+
+def sized_maps(
+    maps: np.ndarray | Sequence[np.ndarray],  # N maps (h, w)
+    shapes: Sequence[tuple[int, int]],  # (H, W) of each result
+) -> OnDemand:  # N maps (H, W) float32, each made when it is asked for
+    "Maps, each at a size of its own."
+    return OnDemand(len(shapes), lambda i: resize_map(maps[i], shapes[i]))
 
 # %% ../nbs/11_metrics.ipynb #0af78470
 def write_tiff_maps(

@@ -27,10 +27,10 @@ from grad_nb.datasets.readers import (
     passed_over,
     picture_files,
     read_category,
-    read_image,
+    upright_shape,
 )
 from .evaluation import auroc_by_type, image_auroc
-from .metrics import OnDemand, au_pro, au_spro, auroc_interval, average_precision, resize_map
+from .metrics import OnDemand, au_pro, au_spro, auroc_interval, average_precision, sized_maps
 
 # %% ../nbs/17_verdicts.ipynb #verd0002
 CONFIDENCE = 0.9  # probability that the bound of a false-alarm rate holds (our choice)
@@ -307,16 +307,13 @@ def localisation(
     if not category.has_masks:
         return {}
     samples = category.test
+    shapes = [upright_shape(sample.path) for sample in samples]
 
     def mask_of(i: int) -> np.ndarray:
         found = [mask for mask, _ in load_defects(samples[i], category)]
-        return np.logical_or.reduce(found) if found else np.zeros(whole(i).shape, bool)
+        return np.logical_or.reduce(found) if found else np.zeros(shapes[i], bool)
 
-    def whole(i: int) -> np.ndarray:
-        height, width = read_image(samples[i].path, white=samples[i].white).shape[:2]
-        return resize_map(maps[i], (height, width))
-
-    sized = OnDemand(len(samples), whole)
+    sized = sized_maps(maps, shapes)
     if category.defects:
         defects = OnDemand(len(samples), lambda i: load_defects(samples[i], category))
         return {"au_spro": _number(au_spro(sized, defects))}

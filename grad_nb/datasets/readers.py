@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['log', 'IMAGE_SUFFIXES', 'OTHER_SUFFIXES', 'NORMAL_NAMES', 'MIN_SIDE', 'MIN_NORMALS', 'MAX_PIXELS', 'BITS',
            'MOST_ENTRIES', 'HALF_DOWN', 'LABELS', 'OFFICIAL', 'DataError', 'UnavailableError', 'max_pixels',
-           'find_white', 'read_image', 'picture_array', 'resize_image', 'Sample', 'Defect', 'Category', 'picture_files',
-           'passed_over', 'no_pictures', 'mask_files', 'read_category', 'hold_out', 'load_images', 'resized',
-           'resize_pictures', 'shrink_mask', 'load_mask', 'load_masks', 'check_masks', 'load_defects', 'manifest',
-           'data_sha256', 'check_category', 'Official', 'Survey', 'survey', 'category_folders']
+           'find_white', 'read_image', 'picture_array', 'resize_image', 'upright_shape', 'Sample', 'Defect', 'Category',
+           'picture_files', 'passed_over', 'no_pictures', 'mask_files', 'read_category', 'hold_out', 'load_images',
+           'resized', 'resize_pictures', 'shrink_mask', 'load_mask', 'load_masks', 'check_masks', 'load_defects',
+           'manifest', 'data_sha256', 'check_category', 'Official', 'Survey', 'survey', 'category_folders']
 
 # %% ../../nbs/datasets/01_readers.ipynb #84b4b173
 import errno
@@ -236,6 +236,15 @@ def resize_image(
     if pixels.shape[:2] == (size, size):
         return pixels
     return np.array(Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS))
+
+# %% ../../nbs/datasets/01_readers.ipynb #uprshape
+def upright_shape(
+    path: str | Path,  # of a picture
+) -> tuple[int, int]:  # height and width
+    "The shape of a picture, upright, from the head of its file."
+    with Image.open(path) as im:
+        turned = im.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        return im.size if turned else im.size[::-1]
 
 # %% ../../nbs/datasets/01_readers.ipynb #38716556
 @dataclass(frozen=True)

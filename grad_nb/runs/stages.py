@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 # %% ../../nbs/runs/01_stages.ipynb #876e4aa8b
@@ -54,6 +53,7 @@ from grad_nb.datasets.readers import (
     load_masks,
     manifest,
     read_category,
+    upright_shape,
 )
 from ..detector import Detector, load_detector
 from ..evaluation import MapStats, fuse, image_scores, score_maps, summary, trivial
@@ -273,20 +273,12 @@ def _score(run: Run, detector: Detector, row: Level, samples: Sequence[Sample], 
 SPRO_LIMITS = (0.01, 0.05, 0.1, 0.3, 1)  # of the false-positive rate (Bergmann et al., IJCV 2022)
 
 
-def _upright_shape(sample: Sample) -> tuple[int, int]:
-    "Height and width of a picture, upright, from the head of its file."
-    with Image.open(sample.path) as im:
-        turned = im.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        return im.size if turned else im.size[::-1]
-
-
 def full_size_maps(
     run: Run,  # the run
     maps: np.ndarray,  # (N, map_size, map_size) of the test pictures
 ) -> metrics.OnDemand:  # N maps (H, W) float32, each made when it is asked for
     "Test maps at the size of their pictures."
-    shapes = [_upright_shape(sample) for sample in run.category.test]
-    return metrics.OnDemand(len(shapes), lambda i: metrics.resize_map(maps[i], shapes[i]))
+    return metrics.sized_maps(maps, [upright_shape(sample.path) for sample in run.category.test])
 
 # %% ../../nbs/runs/01_stages.ipynb #3463c766
 def image_figures(

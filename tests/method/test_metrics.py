@@ -17,7 +17,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from grad_nb import evaluation
 from grad_nb.core.files import read_array, read_json, write_array
-from grad_nb.datasets.readers import Sample, load_defects, load_masks
+from grad_nb.datasets.readers import Sample, load_defects, load_masks, upright_shape
 from grad_nb.datasets.trays import make_trays
 from grad_nb.metrics import (
     OnDemand,
@@ -625,7 +625,7 @@ def test_the_size_of_a_picture_is_that_of_the_picture_upright(tmp_path):
         exif = Image.Exif()
         exif[0x0112] = orientation
         Image.new("RGB", (60, 40)).save(tmp_path / "a.jpg", exif=exif)
-        assert pipeline._upright_shape(Sample(tmp_path / "a.jpg", 0, "good")) == want
+        assert upright_shape(tmp_path / "a.jpg") == want
 
 
 def test_the_evaluation_notebook_offers_every_metric():
