@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DAY', 'NO_LOCKS', 'open_plain', 'lock_file', 'atomic_path', 'is_left', 'exclusive_lock', 'lock', 'folder_variable',
-           'private_folder', 'write_json', 'read_json', 'write_array', 'read_array', 'fingerprint', 'file_sha256',
-           'array_sha256']
+           'private_folder', 'write_json', 'read_json', 'write_array', 'read_array', 'csv_field', 'fingerprint',
+           'file_sha256', 'array_sha256']
 
 # %% ../../nbs/core/01_files.ipynb #re_files_i
 import errno
@@ -301,6 +301,26 @@ def read_array(
     if not isinstance(found, np.ndarray):
         raise ValueError(f"{path} is not an array but an archive; delete it and make it again")
     return found
+
+# %% ../../nbs/core/01_files.ipynb #csvtab02
+_FORMULA = "=+-@\t\r\n＝＋－＠"  # what a spreadsheet may take as the beginning of one, wide forms too
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?( ± \d+(\.\d+)?)?|-", re.IGNORECASE | re.ASCII)
+
+
+def csv_field(
+    value: object,  # text, a number, a verdict
+    path: bool = False,  # it is a path, which must lead to the same file afterwards
+) -> str:
+    """A field of CSV that any reader takes as one field, and no spreadsheet as a formula.
+
+    Text that begins like a formula is written after an apostrophe, a path after "./". Numbers stay numbers.
+    """
+    text = str(value)
+    if isinstance(value, str) and text[:1] in tuple(_FORMULA) and (path or not _NUMBER.fullmatch(text)):
+        text = f"./{text}" if path else f"'{text}"
+    if re.search(r'[",;\x00-\x1f\x7f-\x9f\u2028\u2029]|^\s|\s$', text):
+        text = '"' + text.replace('"', '""') + '"'
+    return text
 
 # %% ../../nbs/core/01_files.ipynb #b685a068
 def fingerprint(

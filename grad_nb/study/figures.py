@@ -24,6 +24,7 @@ from ..config import DetectorConfig, augmentation
 from ..coords import with_coords
 from ..core.files import read_array, read_json
 from ..core.seeds import stage_generator
+from ..core.stages import read_table
 from ..datasets.readers import DataError, data_sha256, load_images, load_masks, read_category, resize_pictures
 from ..detector import Detector, load_detector
 from ..diffusion import alpha_bars, q_sample, to_bytes, to_model
@@ -509,7 +510,7 @@ def localised(
     if not path.is_file():
         raise Missing(f"{path} is not there; run the table again")
     maps = read_array(path)
-    scores = pd.read_csv(run.folder / "scores.csv")
+    scores = read_table(run.folder / "scores.csv")
     limits = map_limits(maps[np.flatnonzero(scores.label == 0)], maps)
     chosen = spread_over_types(scores, n)
     samples = [run.category.test[i] for i in chosen]

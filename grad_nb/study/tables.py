@@ -17,6 +17,7 @@ import pandas as pd
 
 from ..config import PRESETS, to_dict
 from ..core.files import atomic_path, fingerprint, read_json
+from ..core.stages import table_csv
 from ..runs.driver import package_file
 from .records import recorded_preset
 
@@ -421,7 +422,7 @@ def write_tables(
     "Write every table as CSV, Markdown and LaTeX, atomically."
     files = []
     for name, table in tables.items():
-        texts = {"csv": table.to_csv(lineterminator="\n"), "md": to_markdown(table), "tex": to_latex(table, name)}
+        texts = {"csv": table_csv(table, index=True), "md": to_markdown(table), "tex": to_latex(table, name)}
         for ending, text in texts.items():
             files.append(Path(folder) / f"{name}.{ending}")
             with atomic_path(files[-1]) as temporary:

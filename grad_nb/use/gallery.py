@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
 from ..config import Preset, augmentation, from_dict
 from ..core.devices import pick_device
 from ..core.files import read_array, read_json
+from ..core.stages import read_table
 from ..datasets.light import even_light
 from grad_nb.datasets.readers import (
     Category,
@@ -148,11 +148,15 @@ def open_gallery(
     """
     folder = Path(folder)
     result = _result_of_run(folder)
-    table = pd.read_csv(folder / "scores.csv")
+    table = read_table(folder / "scores.csv")
     maps = read_array(folder / "maps.npy")
     category = read_category(data or data_of_run(folder), result["category"])
     names = tuple(s.path.relative_to(category.root).as_posix() for s in category.test)
-    if names != tuple(table.path) or len(maps) != len(names) or data_sha256(category) != result["data_sha256"]:
+    if (
+        names != tuple(Path(p).as_posix() for p in table.path)
+        or len(maps) != len(names)
+        or data_sha256(category) != result["data_sha256"]
+    ):
         why = f"{category.root} is not what this run was made with, or has changed since"
         raise ValueError(f"{why}; give the right folder with --data, or run again")
     if changed := changed_stages(folder, result):
