@@ -318,7 +318,7 @@ def test_a_folder_with_other_parameters_is_refused(made, change):
     with pytest.raises(ValueError) as e:
         make_trays(made.parent, **SMALL | change)
     (name,) = change
-    assert str(made) in str(e.value) and name in str(e.value) and "choose another root or delete" in str(e.value)
+    assert str(made) in str(e.value) and name in str(e.value) and "choose another root or move" in str(e.value)
     assert files(made) == before
 
 

@@ -77,16 +77,22 @@ def test_a_compiler_that_hangs_is_given_up(tmp_path, monkeypatch):
     assert time.monotonic() - start < 20
 
 
-def test_a_folder_of_ours_is_closed_to_others(tmp_path):
+def test_a_folder_of_ours_is_closed_to_others_and_what_was_in_it_is_left_alone(tmp_path):
     folder = private_folder(tmp_path / "a/b")
     assert folder.stat().st_mode & 0o777 == 0o700
     (folder / "kept").touch()
     assert private_folder(folder) == folder and (folder / "kept").exists()
-    for mode in (0o770, 0o707, 0o777, 0o720):
-        folder.chmod(mode)
-        (folder / "planted").touch()
-        private_folder(folder)
-        assert folder.stat().st_mode & 0o777 == 0o700 and not (folder / "planted").exists()
+    for i, mode in enumerate((0o770, 0o707, 0o777, 0o720)):
+        opened = private_folder(tmp_path / f"opened{i}")
+        (opened / "deep").mkdir()
+        opened.chmod(mode)
+        planted = [opened / "planted", opened / "deep/planted"]
+        for path in planted:
+            path.touch()
+        instead = private_folder(opened)
+        assert instead == opened / "private" and instead.stat().st_mode & 0o777 == 0o700 and not list(instead.iterdir())
+        assert opened.stat().st_mode & 0o777 == mode & ~0o022 and all(path.exists() for path in planted)
+        assert private_folder(opened) == instead, "what was planted is not trusted the next time either"
     (tmp_path / "link").symlink_to(folder)
     with pytest.raises(OSError):
         private_folder(tmp_path / "link")

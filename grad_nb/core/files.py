@@ -32,7 +32,7 @@ def open_plain(
     buffering: int = -1,  # as of `open`
 ) -> IO[bytes]:
     "Open a file; `ValueError` at once for a pipe or a device in its place."
-    wrong = ValueError(f"{path} is a pipe or a device, not a file; give a file, or remove it")
+    wrong = ValueError(f"{path} is a pipe or a device, not a file; give a file")
 
     def without_waiting(name: str, flags: int) -> int:
         handle = os.open(name, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
@@ -218,7 +218,8 @@ def private_folder(
 ) -> Path:
     """A folder that is ours and that nobody else can write to, made if it is absent.
 
-    One of ours that others could write to is emptied and closed to them. `OSError` for a link or another user's folder.
+    One of ours that others could write to is closed to them, and what it holds is neither used nor touched: a folder
+    `private` in it takes its place. `OSError` for a link or another user's folder.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -228,19 +229,19 @@ def private_folder(
         pass
     if os.name != "posix":
         return folder
+    inner = folder / "private"
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         found = os.fstat(handle)
         if found.st_uid != os.geteuid():
-            raise PermissionError(errno.EPERM, "it is another user's; remove it", str(folder))
+            raise PermissionError(errno.EPERM, "it is another user's and is not used", str(folder))
         if found.st_mode & 0o022:  # whatever lies in it may be another's
-            os.fchmod(handle, 0o700)
-            for name in os.listdir(handle):
-                if not stat.S_ISDIR(os.stat(name, dir_fd=handle, follow_symlinks=False).st_mode):
-                    os.unlink(name, dir_fd=handle)
+            inner.mkdir(mode=0o700, exist_ok=True)
+            os.fchmod(handle, stat.S_IMODE(found.st_mode) & ~0o022)
+            inner.mkdir(mode=0o700, exist_ok=True)  # if others removed it in between
     finally:
         os.close(handle)
-    return folder
+    return private_folder(inner) if os.path.lexists(inner) else folder
 
 # %% ../../nbs/core/01_files.ipynb #533c1616
 def _plain(value: Any) -> Any:
@@ -275,7 +276,7 @@ def read_json(
     try:
         return json.loads(data.decode("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise ValueError(f"{path} is not valid JSON ({e}); delete it and make it again") from None
+        raise ValueError(f"{path} is not valid JSON ({e}); move it away and make it again") from None
 
 # %% ../../nbs/core/01_files.ipynb #94dfdd62
 def write_array(
@@ -297,9 +298,9 @@ def read_array(
     except FileNotFoundError:
         raise
     except Exception as e:  # a damaged head gives ValueError, EOFError, SyntaxError, TokenError, OverflowError, ...
-        raise ValueError(f"{path} is not an array that can be read ({e}); delete it and make it again") from None
+        raise ValueError(f"{path} is not an array that can be read ({e}); move it away and make it again") from None
     if not isinstance(found, np.ndarray):
-        raise ValueError(f"{path} is not an array but an archive; delete it and make it again")
+        raise ValueError(f"{path} is not an array but an archive; move it away and make it again")
     return found
 
 # %% ../../nbs/core/01_files.ipynb #csvtab02

@@ -150,7 +150,7 @@ def _why_not(path: str | Path, error: Exception) -> str:
             f"{path} is a pickle or an archive of some (torch.save, joblib, numpy); "
             "reading it could run code, so it is refused: give a file that grad_nb wrote"
         )
-    return f"{path} is not a whole safetensors file ({error}); delete it and make it again"
+    return f"{path} is not a whole safetensors file ({error}); copy or make it again"
 
 # %% ../../nbs/core/02_tensors.ipynb #tensfmt2
 FIRST_FORMAT = 3  # the oldest that is read: that of version 0.2.0

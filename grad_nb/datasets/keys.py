@@ -226,7 +226,7 @@ def make_keys(
     if target.exists():
         stamp = target / "keys.json"
         if not stamp.is_file() or read_json(stamp) != want:
-            raise ValueError(f"{target} holds something else than keys of {want}; choose another root or delete it")
+            raise ValueError(f"{target} holds something else than keys of {want}; choose another root or move it away")
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".keys."))

@@ -417,7 +417,7 @@ def _digest(folder: Path) -> tuple[int, str]:
 
 def _recognise(folder: Path, want: dict) -> Path:
     "`folder` if it holds exactly the wanted trays; `ValueError` with advice if it does not."
-    advice = "; choose another root or delete that folder"
+    advice = "; choose another root or move that folder away"
     if not (folder / "trays.json").is_file():
         raise ValueError(f"{folder} exists and was not made by make_trays{advice}")
     stamp = read_json(folder / "trays.json")

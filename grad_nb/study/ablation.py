@@ -706,7 +706,7 @@ def read_results(
             row = _row(record, kind)
         except (KeyError, TypeError, AttributeError) as e:
             problem = f"{path} is not a whole record of an ablation (no {e})"
-            raise ValueError(f"{problem}; delete it and run the ablation again") from None
+            raise ValueError(f"{problem}; move it out of the folder") from None
         key = tuple(row.get(name) for name in KEYS)
         if key in where:
             raise ValueError(f"{where[key]} and {path} are of the same training; give one folder of results")

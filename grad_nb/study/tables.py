@@ -124,7 +124,7 @@ def collect(
             rows += _result_lines(result, path)
         except (KeyError, TypeError, IndexError) as e:
             problem = f"{path} is not a result of the evaluate stage (no {e})"
-            raise ValueError(f"{problem}; delete it and run the table again") from None
+            raise ValueError(f"{problem}; move it away and run the table again") from None
     found = pd.DataFrame(rows, columns=COLUMNS).astype({"own": bool})
     for _, part in found.groupby(RUN):
         first, *others = part.file.unique()

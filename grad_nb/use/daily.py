@@ -70,6 +70,8 @@ def grad_fit(
 def _kept_until_done(work_dir: str | None, model: str) -> Iterator[str]:
     "The folder for the stages; one that nobody asked for is gone at the end. Tells how an interrupted fit goes on."
     folder = work_dir or f"{model}.work"
+    if not work_dir and os.path.isdir(folder) and os.listdir(folder) and not Path(folder, ".lock").exists():
+        raise ValueError(f"{folder} is there and is no folder of an interrupted fit; give a folder to --work-dir")
     try:
         yield folder
     except KeyboardInterrupt:

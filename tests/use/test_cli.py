@@ -1,5 +1,6 @@
 """grad_predict as it is used in a shell: pipes, several folders, heat maps, broken pictures, Ctrl-C, exit statuses."""
 
+import ast
 import csv
 import importlib
 import inspect
@@ -21,6 +22,7 @@ from PIL import Image
 from safetensors import safe_open
 from shared import ROOT
 
+import grad_nb
 from grad_nb.core.tensors import write_tensors
 from grad_nb.datasets.readers import IMAGE_SUFFIXES, read_image
 from grad_nb.datasets.trays import make_trays
@@ -31,6 +33,7 @@ from grad_nb.use.errors import options_anywhere, plain_errors
 from grad_nb.use.verdicts import expand, map_paths
 
 COMMANDS = re.findall(r"^    grad_\w+ = ([\w.]+):(\w+)$", (ROOT / "settings.ini").read_text("utf-8"), re.MULTILINE)
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 SLOW = ("torch", "torchvision", "numpy", "pandas", "scipy", "sklearn", "matplotlib", "PIL", "panel", "tqdm")
 TINY = (
     "generator.width=8 generator.steps=3 generator.batch=2 generator.n_samples=4 generator.sample_steps=2 "
@@ -147,6 +150,32 @@ def test_an_interrupted_fit_says_how_to_go_on_and_a_finished_one_leaves_no_stage
     with _kept_until_done(str(tmp_path), model) as folder:
         pass
     assert tmp_path.is_dir() and capsys.readouterr().err == ""
+
+
+def test_a_folder_with_the_name_of_the_work_folder_is_left_alone(tmp_path, monkeypatch, capsys):
+    "The folder of an interrupted fit is removed when the fit is done; one that the user made is not."
+    (tmp_path / "m.grad.work").mkdir()
+    (tmp_path / "m.grad.work/thesis.tex").write_text("years of work")
+    with pytest.raises(SystemExit):
+        grad_fit("parts", str(tmp_path / "m.grad"), preset="demo", quiet=True)
+    assert "m.grad.work is there and is no folder of an interrupted fit" in capsys.readouterr().err
+    assert (tmp_path / "m.grad.work/thesis.tex").read_text() == "years of work"
+
+
+def texts_of(path: Path) -> list[str]:
+    "Every text in a module's code that is no docstring."
+    tree = ast.parse(path.read_text("utf-8"))
+    docs = {ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, DOCUMENTED)}
+    found = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [text for text in found if text not in docs]
+
+
+@pytest.mark.parametrize("path", sorted(Path(grad_nb.__file__).parent.rglob("*.py")), ids=lambda path: path.stem)
+def test_no_message_advises_to_delete_anything(path):
+    for text in texts_of(path):
+        assert not re.search(
+            r"\b(delete|remove|erase|rm -r\w*|throw\w* away|wipe|empty) (it|them|that|this|the)\b", text
+        ), text
 
 
 def test_a_broken_picture_stops_or_is_passed_over(model, parts, capsys):

@@ -94,6 +94,7 @@ def test_a_row_does_nothing_to_a_terminal(capsys, monkeypatch):
     told.row(row)
     assert capsys.readouterr().out == '"a\\x1b]0;b\\x07.png",0.5,True\n'
 
+
 def test_numbers_and_plain_paths_stay_as_they_are(capsys):
     told = RowWriter(["path", "score", "anomalous"])
     told.row({"path": "a/b c.png", "score": -0.25, "anomalous": True})
