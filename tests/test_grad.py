@@ -403,14 +403,52 @@ def test_labelled_pictures_are_left_out_of_the_training_and_counted(trays, caplo
             tiny().fit(both, wrong)
 
 
-def test_a_rate_that_is_changed_after_the_fit_is_said_to_wait(model, trays, caplog):
-    again = GRAD(**model.get_params())
+def copy_of(model: GRAD) -> GRAD:
+    again = GRAD(**model.get_params()).set_params(progress=False)
     vars(again).update(vars(model))
+    return again.set_params(progress=False)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_another_rate_acts_at_once_as_if_it_had_been_wanted_before(model, trays, tmp_path, caplog, labelled):
+    "With no picture: threshold, scale, promise, card and file are those of a calibration with that rate."
+    pictures = sorted((trays / "test/good").iterdir())
+    labels = [0] * (len(pictures) - 1) + [1] if labelled else None
+    asked, told = copy_of(model).calibrate(pictures, labels), copy_of(model)
+    told.calibrate(pictures[:-1] if labelled else pictures, false_alarm_rate=0.4)
+    assert asked.offset_ != told.offset_ and asked.map_limits_ != told.map_limits_
+    assert asked.set_params(false_alarm_rate=0.4) is asked and not caplog.text
+    assert (asked.offset_, asked.map_limits_, asked.calibration_) == (told.offset_, told.map_limits_, told.calibration_)
+    for one, name in ((asked, "asked"), (told, "told")):
+        one.save(tmp_path / name)
+    assert (tmp_path / "asked").read_bytes() == (tmp_path / "told").read_bytes()
+    back = GRAD.load(tmp_path / "asked", "cpu").set_params(false_alarm_rate=0.2)
+    assert back.offset_ == told.set_params(false_alarm_rate=0.2).offset_ and back.map_limits_ == told.map_limits_
+    back.set_params(false_alarm_rate=0.001)
+    assert "too few for 0.1 %" in caplog.text and back.calibration_.too_few
+    for wrong in (0, 1, 1.5, "x"):
+        with pytest.raises(ValueError, match="false_alarm_rate"):
+            back.set_params(false_alarm_rate=wrong)
+        assert back.false_alarm_rate == back.settings_["false_alarm_rate"] == 0.001
+
+
+def test_a_fit_and_another_rate_are_a_fit_with_that_rate(trays):
+    fitted = [
+        tiny().set_params(false_alarm_rate=rate, validation=0.5).fit(trays / "train/good") for rate in (0.05, 0.4)
+    ]
+    assert fitted[0].offset_ > fitted[1].offset_
+    fitted[0].set_params(false_alarm_rate=0.4)
+    assert fitted[0].offset_ == fitted[1].offset_ and fitted[0].map_limits_ == fitted[1].map_limits_
+    assert fitted[0].card() == fitted[1].card()
+
+
+def test_a_rate_waits_where_the_scores_are_not_kept(model, trays, caplog):
+    again = copy_of(model)
+    again.normals_ = None
     offset = again.offset_
-    assert again.set_params(progress=False, false_alarm_rate=model.false_alarm_rate).offset_ == offset
-    assert not caplog.text
+    assert again.set_params(false_alarm_rate=model.false_alarm_rate).offset_ == offset and not caplog.text
     again.set_params(false_alarm_rate=0.3)
-    assert "the threshold stays where it is until calibrate or fit" in caplog.text and again.offset_ == offset
+    assert "stays where it is until calibrate or fit" in caplog.text and again.offset_ == offset
     assert calibration(again.calibrate(trays / "test/good")).rate == 0.3
 
 

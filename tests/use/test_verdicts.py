@@ -20,11 +20,14 @@ from grad_nb.grad import GRAD, calibration
 from grad_nb.use.daily import grad_calibrate, grad_fit
 from grad_nb.use.evaluate import grad_evaluate
 from grad_nb.verdicts import (
+    MOST_KEPT,
     Calibration,
+    NormalScores,
     best_f1_threshold,
     calibration_of_quantile,
     checked_calibration,
     checked_labels,
+    checked_scores,
     f1_at,
     held_out_share,
     labelled_folder,
@@ -133,6 +136,22 @@ def test_labels_and_calibrations_that_cannot_be_are_refused():
         threshold_of_labelled(np.arange(3.0), np.ones(3, bool), 0.05)
     with pytest.raises(ValueError, match="no scores"):
         threshold_of_normals(np.array([]), 0.05)
+
+
+def test_scores_in_a_file_that_cannot_be_are_refused():
+    kept = NormalScores.of(np.array([0.5, 0.25]), np.arange(8, dtype=np.float32).reshape(2, 2, 2))
+    plain = json.loads(json.dumps(kept.as_plain()))
+    back = checked_scores(plain, 2)
+    assert (back.scores == kept.scores).all() and (back.peaks == [3, 7]).all() and back.median == 3.5
+    inf, half = float("inf"), [0.5]
+    wrong = [{"scores": half}, {"peaks": [1.0, inf]}, {"median": "x"}, {"scores": [1, 2]}, {"scores": [[0.5], 0.5]}]
+    for change in (*wrong, {"scores": half, "peaks": half}, {"more": 1}, {"scores": 3}, {"peaks": None}):
+        with pytest.raises((ValueError, TypeError)):
+            checked_scores(plain | change, 2)
+    with pytest.raises(LookupError):
+        checked_scores({"scores": [1.0, 2.0]}, 2)
+    many = np.zeros(MOST_KEPT + 1)
+    assert NormalScores.of(many, many[:, None, None]) is None
 
 
 @pytest.fixture(scope="module")
