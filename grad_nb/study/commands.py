@@ -42,6 +42,7 @@ def grad_run(
     config.preset(preset)
     from grad_nb.core.devices import device_name
     from grad_nb.core.loop import TimeUp, time_limit
+    from grad_nb.runs.driver import plan, planned
     from grad_nb.runs.stages import open_run, result_table
     from grad_nb.study.runner import MORE, do_stages, write_pictures
 
@@ -57,7 +58,7 @@ def grad_run(
         where = f"{device_name(run.device)}, up to {minutes:g} minutes, in {run.folder}"
         say(f"{run.category.name}, preset {run.preset.name}, seed {seed}, {where}")
         try:
-            result = do_stages(run, say)
+            result = do_stages(run, say, plan=None if quiet else planned(run, plan(run)))
         except TimeUp as e:
             say(f"{e}; repeat the command to go on")
             sys.exit(MORE)

@@ -8,11 +8,13 @@ __all__ = ['MORE', 'stages', 'do_stages', 'write_pictures']
 # %% ../../nbs/study/04_runner.ipynb #runn0004
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import matplotlib.pyplot as plt
 
 from ..core.loop import TimeUp, time_left
+from ..core.progress import Plan
 from ..plots import localisation_figure, picture_rows, save_figure
 from ..runs.stages import Run, detect_stage, evaluate_stage, generate_stage
 from .figures import by_level, localised
@@ -37,6 +39,7 @@ def do_stages(
     run: Run,  # the run
     say: Callable[[str], None],  # is told what happens
     reserve: float = 30.0,  # seconds that must be left to begin the evaluation after other work (our choice)
+    plan: Plan | None = None,  # of the run, see `runs.driver.planned`; is told how far it is
 ) -> dict:  # the result
     "Every stage that is not done yet. `TimeUp` if the time is over first."
     todo = stages(run)
@@ -46,7 +49,8 @@ def do_stages(
         if name == "evaluate" and worked and time_left() < reserve:
             raise TimeUp("evaluate: not begun, the time that is left may not do")
         start = time.perf_counter()
-        record = work()
+        with plan.stage(name) if plan and name in plan.costs else nullcontext():
+            record = work()
         worked |= not record["skipped"]
         took = f"done, {time.perf_counter() - start:.1f} s in this piece"
         say(f"{i + 1} of {len(todo)}, {name}: {'was done before' if record['skipped'] else took}")

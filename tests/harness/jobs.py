@@ -178,11 +178,14 @@ def predict(bench: Bench, rng: random.Random) -> Outcome:
     return Outcome({"kills of predict": met}, wrong + bench.left(folder))
 
 
-def watch(bench: Bench, rng: random.Random, n: int = 60) -> Outcome:
-    "Pictures arrive while watchers are killed; each is judged once, told, and has the score that it has alone."
+def watch(bench: Bench, rng: random.Random, n: int = 60, kills: int = 0) -> Outcome:
+    """Pictures arrive while watchers are killed; each is judged once, told, and has the score that it has alone.
+
+    They arrive between all of the kills: after the last one there is something left to judge.
+    """
     from grad_nb.use.daily import grad_predict
 
-    source = bench.folder / "arriving"
+    source = bench.folder / f"arriving-{n}"
     if not source.is_dir():
         some_pictures(source, n)
     expected = scores_of(bench, source)
@@ -190,9 +193,12 @@ def watch(bench: Bench, rng: random.Random, n: int = 60) -> Outcome:
     (folder / "in").mkdir()
     waiting = sorted(source.iterdir())
     journal = folder / "journal.jsonl"
+    kills = kills or rng.randint(3, 8)
+    met = 0
 
     def deliver() -> None:
-        if waiting and rng.random() < 0.3:
+        due = n * (met + 1) // (kills + 1)
+        if waiting and n - len(waiting) < due and rng.random() < 0.3:
             path = waiting.pop()
             shutil.copy(path, folder / "in" / f".{path.name}")
             os.replace(folder / "in" / f".{path.name}", folder / "in" / path.name)
@@ -203,9 +209,8 @@ def watch(bench: Bench, rng: random.Random, n: int = 60) -> Outcome:
         )
 
     wrong: list[str] = []
-    met = 0
     out = folder / "watch"
-    for _ in range(rng.randint(3, 8)):
+    for _ in range(kills):
         command = Command(work, out)
         if command.wait(0.3 + rng.random() * 4, deliver):
             wrong.append(f"the watcher ended by itself with status {command.status}")
@@ -225,6 +230,11 @@ def watch(bench: Bench, rng: random.Random, n: int = 60) -> Outcome:
         {"kills of watch": met, "pictures watched": len(expected)},
         wrong + told_and_kept(out, journal, expected, met) + bench.left(folder),
     )
+
+
+def long_watch(bench: Bench, rng: random.Random) -> Outcome:
+    "As `watch`, with 300 pictures in one folder and 30 kills or more."
+    return watch(bench, rng, 300, rng.randint(30, 35))
 
 
 def told_and_kept(out: Path, journal: Path, expected: dict, kills: int) -> list[str]:
@@ -415,7 +425,10 @@ def pictures(bench: Bench, rng: random.Random, n: int = 2000) -> Outcome:
     return Outcome({"damaged pictures": n}, wrong)
 
 
-JOBS = {job.__name__: job for job in (fit, predict, watch, unpack, export, models, sealed, pictures, demo, reproduce)}
+JOBS = {
+    job.__name__: job
+    for job in (fit, predict, watch, long_watch, unpack, export, models, sealed, pictures, demo, reproduce)
+}
 # what follows what: the long ones last, so that a short run has something of everything else
 ROUND = ("fit", "watch", "predict", "unpack", "models", "sealed", "pictures")
 ROUND += ("fit", "export", "fit", "watch", "fit", "unpack")

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 from grad_nb.config import GeneratorConfig
 from grad_nb.contrastive import generate
-from grad_nb.core import loop, tensors
+from grad_nb.core import loop, progress, tensors
 from grad_nb.core.files import read_json
 from grad_nb.core.loop import TimeUp, run_steps, time_left, time_limit
 from grad_nb.core.stages import run_stage
@@ -128,9 +129,7 @@ def test_the_command_cut_by_its_own_minutes_gives_the_figures_of_an_undisturbed_
 
     def piece(runs, minutes):
         command = [
-            sys.executable,
-            "-m",
-            "grad_nb.study.runner",
+            Path(sys.executable).with_name("grad_run"),
             "--data",
             str(data),
             "--category",
@@ -163,6 +162,24 @@ def test_the_command_cut_by_its_own_minutes_gives_the_figures_of_an_undisturbed_
     }
     assert {p.name for p in (tmp_path / "cut").rglob("*.png")} == {"contrastive.png", "maps.png"}
     assert not list((tmp_path / "cut").rglob("*.checkpoint")) and not list((tmp_path / "cut").rglob(".*.pieces.json"))
+
+
+def test_the_command_says_which_stage_of_how_many_and_how_long(data, tmp_path, capsys, monkeypatch):
+    "In a log: before anything runs, then as soon as it is known, and after a cut which stages were done before."
+    monkeypatch.setattr(progress, "SOON", 0.0)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    options = {"overrides": TINY, "device": "cpu", "runs": str(tmp_path)}
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        after(patch, 8)
+        grad_run(str(data), "trays", "demo", **options)
+    first = capsys.readouterr().err.splitlines()
+    grad_run(str(data), "trays", "demo", **options)
+    then = capsys.readouterr().err.splitlines()
+    (planned,) = [line for line in first if line.startswith("5 stages: 3 generators, 1 detector and the table; ")]
+    assert "are done" not in planned and f"{planned}; 1 stages are done" in then
+    assert "stage 1 of 5 · less than 1 min left" in first and "stage 4 of 5 · less than 1 min left" in then
+    grad_run(str(data), "trays", "demo", quiet=True, **options)
+    assert "stage" not in capsys.readouterr().err
 
 
 def test_a_category_without_test_pictures_is_refused_at_once(tmp_path, capsys):

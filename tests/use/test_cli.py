@@ -351,6 +351,19 @@ def test_help_and_a_wrong_option_are_answered_without_torch(module, name, option
         assert ("--preset" in said and name != "grad_bench") == ('"demo": minutes' in said and '"paper": hours' in said)
 
 
+def test_every_module_that_a_text_runs_is_a_command():
+    "`python -m` of a module without a command ends with status 0 and has done nothing."
+    folders = (ROOT / name for name in ("nbs", "docs", "results", "examples"))
+    texts = [p for folder in folders for p in folder.rglob("*") if p.suffix in (".md", ".ipynb", ".sh", ".txt", ".qmd")]
+    named: set[str] = set()
+    for path in (*texts, *ROOT.glob("*.md"), ROOT / "Makefile"):
+        named |= set(re.findall(r"python3? -m (grad_nb[\w.]*\w)", path.read_text("utf-8")))
+    assert named
+    for name in named:
+        text = (ROOT / name.replace(".", "/")).with_suffix(".py").read_text("utf-8")
+        assert "__main__" in text or "\n@call_parse\n" in text, name
+
+
 def test_names_that_are_none_are_refused_without_torch(tmp_path):
     for name, arguments, said in (
         ("grad_fit", ("parts", "--preset", "huge"), "no preset 'huge'"),
