@@ -411,24 +411,35 @@ def test_large_pictures_go_through_in_strips(tiles, monkeypatch):
 @pytest.mark.parametrize("width, size", [(0.1, 64), (0.25, 96), (0.5, 64)])
 @pytest.mark.parametrize("way", [*PRODUCTS, "no-loops"])
 def test_a_score_does_not_depend_on_what_else_is_in_the_batch(way, width, size):
-    "Bit for bit with the loops; as far as torch's own layers go without them."
+    "Bit for bit, with the loops and without."
     d, seen = detector(width), pictures(19, size)
     with backends.use(way):
         alone = np.concatenate([score_maps(d, seen[i : i + 1], size) for i in range(len(seen))])
-        exact = scorer_loops() is not None
         for batch in (2, 3, 16, 19):
-            found = score_maps(d, seen, size, batch=batch)
-            if exact:
-                assert np.array_equal(found, alone)
-            else:
-                assert np.allclose(found, alone, rtol=0, atol=1e-4 * alone.std())
-        if exact:
-            assert np.array_equal(score_maps(d, seen[::-1], size, batch=5)[::-1], alone)
+            assert np.array_equal(score_maps(d, seen, size, batch=batch), alone)
+        assert np.array_equal(score_maps(d, seen[::-1], size, batch=5)[::-1], alone)
+
+
+@pytest.mark.parametrize("way", [*PRODUCTS, "no-loops"])
+def test_nor_does_that_of_a_level_at_which_pictures_are_made_smaller(way):
+    levels, sizes, seen = [detector(0.1), detector(0.25)], [96, 64], pictures(7, 128)
+    with backends.use(way):
+        whole = score_levels(levels, seen, sizes, batch=7)
+        for i in range(7):
+            alone = score_levels(levels, seen[i : i + 1], sizes)
+            assert all(np.array_equal(maps[i : i + 1], one) for maps, one in zip(whole, alone, strict=True))
+
+
+def test_the_reference_computes_a_batch_at_once_and_agrees_nearly():
+    d, seen = detector(0.25), pictures(19, 64)
+    with backends.use("reference"):
+        alone = np.concatenate([score_maps(d, seen[i : i + 1], 64) for i in range(len(seen))])
+        assert np.allclose(score_maps(d, seen, 64), alone, rtol=0, atol=1e-5 * alone.std())
 
 
 def test_the_reference_is_the_network_as_it_stands(monkeypatch):
     d, seen = detector(0.25), torch.from_numpy(pictures(2, 64))
-    expected, fast = plain(d, seen), score_map(d, seen)
+    expected, fast = torch.cat([plain(d, one) for one in seen.split(1)]), score_map(d, seen)
     with backends.use("reference"):
         assert torch.equal(score_map(d, seen), expected) and arithmetic([d], [64]) == "float32"
         assert scorer_loops() is None

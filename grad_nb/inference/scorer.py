@@ -248,4 +248,5 @@ def score_map(
     net = _kept(detector, "bf16", lambda: InBfloat16(detector).eval()) if bf16 else detector
     with torch.inference_mode():
         x = pictures.permute(0, 3, 1, 2).float().div(127.5).sub_(1)  # a copy: float32 pictures are the caller's
-        return net(with_coords(x))[:, 0].float()
+        parts = x.split(len(x) if x.is_cuda else 1)  # see `FastDetector.group`: one picture costs a CPU no more
+        return torch.cat([net(with_coords(part))[:, 0].float() for part in parts])
