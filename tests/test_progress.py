@@ -1,7 +1,9 @@
 """How far work is: bars on a terminal, a line a minute in a log, a plan with the minutes that are left."""
 
 import io
+import re
 import sys
+from pathlib import Path
 
 import pytest
 from shared import tiny
@@ -70,6 +72,16 @@ def test_a_stage_of_two_loops_does_not_begin_again(clock):
     for share, whole in ((0.5, 0.4), (1.0, 0.8), (0.5, 0.9), (1.0, 1.0)):
         plan.at("generate-05", share)
         assert plan.shares["generate-05"] == pytest.approx(whole)
+
+
+def test_every_bar_is_one_that_a_log_does_not_get(capsys, tmp_path):
+    "Bars come from `core.progress`, but for the two that are not there at all where stderr is no terminal."
+    for path in Path(progress.__file__).parents[1].rglob("*.py"):
+        text = path.read_text("utf-8")
+        if re.search(r"^from tqdm import tqdm$", text, re.MULTILINE):
+            assert all("disable=None" in line for line in text.splitlines() if re.search(r"\btqdm\(", line)), path
+    make_trays(tmp_path, seed=1, size=64, train=8, validation=0, good=1, logical=0, structural=0)
+    assert capsys.readouterr().err == ""
 
 
 def test_loops_tell_the_plan(clock, capsys):

@@ -17,7 +17,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from ..accel import ops
 from .operations import threads_of, time_in_turns
@@ -26,6 +25,7 @@ from ..contrastive import denoising_loss
 from ..coords import coord_map
 from ..core.devices import bf16_supported, device_name, float32_name, pick_device
 from ..core.latency import Latency, _wait
+from ..core.progress import tqdm
 from ..detector import Detector
 from ..diffusion import alpha_bars
 from ..inference.scorer import score_map

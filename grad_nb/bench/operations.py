@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from ..accel.backends import use
 from ..core.devices import bf16_supported, pick_device
 from ..core.latency import _wait
+from ..core.progress import tqdm
 from ..detector import Detector
 from ..inference.loops import Winograd
 from ..inference.scorer import FastDetector

@@ -16,13 +16,13 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import grad_nb.inference.levels  # noqa: F401  offers the fast way to score batches
 from .operations import best_ms, threads_of, time_in_turns
 from ..config import EvalConfig
 from ..core.devices import device_name, float32_name
 from ..core.latency import Latency
+from ..core.progress import tqdm
 from ..detector import Detector
 from ..evaluation import MapStats, fuse, score_levels
 from ..inference.scorer import arithmetic

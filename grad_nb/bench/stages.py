@@ -14,13 +14,13 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .operations import bound_of, layer_bytes, operations, threads_of
 from ..config import Augmentation, DetectorConfig, GeneratorConfig, Level, Preset
 from ..contrastive import generate, train_patchdiff
 from ..core.devices import bf16_supported, device_name, float32_name, pick_device
 from ..core.latency import Latency, step_seconds, steps_to_compare
+from ..core.progress import tqdm
 from ..detector import Decoder, Detector
 from ..patchdiff import new_patchdiff
 from ..patches import PATCH, STRIDE

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from ..core.files import read_json, write_json
+from ..core.progress import tqdm
 from .trays import _cover, _grid, _paint, _rgb, _save, _turn
 
 # %% ../../nbs/datasets/04_keys.ipynb #keysc001

@@ -21,9 +21,9 @@ from types import MappingProxyType
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from ..core.files import read_json, write_json
+from ..core.progress import tqdm
 
 # %% ../../nbs/datasets/03_trays.ipynb #b552e419
 def _cover(d: np.ndarray, size: int) -> np.ndarray:

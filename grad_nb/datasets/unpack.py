@@ -21,9 +21,8 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import IO, Any
 
-from tqdm import tqdm
-
 from ..core.files import lock_file, open_plain
+from ..core.progress import tqdm
 from .readers import DataError
 
 # %% ../../nbs/datasets/02_unpack.ipynb #a1c40005

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
+
+from ..core.progress import tqdm
 
 # %% ../../nbs/runs/01_stages.ipynb #876e4aa8b
 import grad_nb.inference.levels  # noqa: F401  offers the fast way to score batches
