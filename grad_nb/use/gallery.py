@@ -38,6 +38,7 @@ from ..grad import GRAD, colour_limits
 from ..plots import at_most, heat_overlay, map_overlays, score_histogram
 from ..runs.notebooks import DATA_NOTE
 from ..runs.stages import Run, changed_stages, run_light
+from ..verdicts import calibration_of_quantile, percent
 
 # %% ../../nbs/use/07_gallery.ipynb #show0006
 NORMALS = 64  # training pictures read: to explain with, and for a threshold if none were held out (our choice)
@@ -57,7 +58,11 @@ def model_of_run(
     normals = load_images([category.train[i] for i in chosen], model.preset_.generator.size)
     held = [read_array(folder / f"scores/held-{row.level:03d}.npy") for row in model.levels_]
     source = "held-out normal pictures"
-    if not len(held[0]):
+    if len(held[0]):
+        known = calibration_of_quantile(len(held[0]), false_alarm_rate)
+        rates = f"{percent(known.expected)} false alarms expected, at most {percent(known.bound)}"
+        source += f"; {rates} with 90 % confidence"
+    else:
         held = model._maps(normals)
         source = "training pictures, since none were held out: new normal pictures may score higher"
     model.stats_ = [MapStats.of(m) for m in held]

@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from ..explain import Explanation
-from ..grad import GRAD
+from ..grad import GRAD, calibration
 from ..plots import explanation_figure
 from .access import Door, PlainLines, in_browser, provider
 from grad_nb.use.gallery import (
@@ -35,6 +35,7 @@ from grad_nb.use.gallery import (
     told,
     verdict_line,
 )
+from ..verdicts import too_few_words
 
 if TYPE_CHECKING:
     import panel as pn
@@ -274,7 +275,11 @@ def make_page(
     large = {"font-size": "1.4em"}
     if isinstance(found, GRAD):
         title = f"{name}, threshold {found.offset_:.3f}"
-        return pn.Column(plain_text(title, **large), drop_tab(found), sizing_mode="stretch_width")
+        known = calibration(found)
+        promise = (
+            [plain_text("\n".join(filter(None, (str(known), too_few_words(known)))), color="#444")] if known else []
+        )
+        return pn.Column(plain_text(title, **large), *promise, drop_tab(found), sizing_mode="stretch_width")
     tabs = pn.Tabs(sizing_mode="stretch_width")
 
     def show_own() -> None:

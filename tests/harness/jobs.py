@@ -429,7 +429,7 @@ JOBS = {
     job.__name__: job
     for job in (fit, predict, watch, long_watch, unpack, export, models, sealed, pictures, demo, reproduce)
 }
-# what follows what: the long ones last, so that a short run has something of everything else
-ROUND = ("fit", "watch", "predict", "unpack", "models", "sealed", "pictures")
-ROUND += ("fit", "export", "fit", "watch", "fit", "unpack")
-ORDER = (*ROUND, *ROUND, "demo", *ROUND, *ROUND, "reproduce")
+# what follows what: something of everything first, then what is short; the long watch is asked for by name
+SHORT = ("fit", "watch", "predict", "unpack", "models", "sealed", "pictures")
+ROUND = (*SHORT, "fit", "export", "fit", "watch", "fit", "unpack")
+ORDER = (*SHORT, "demo", "reproduce", "export", *ROUND, *ROUND, "demo", *ROUND, *ROUND, "reproduce")

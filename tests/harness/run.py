@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # ruff: noqa: E402
 from harness.jobs import JOBS, ORDER, Bench
 
-LONG = {"demo": 240.0, "reproduce": 420.0}  # seconds that must be left for one
+LONG = {"demo": 150.0, "reproduce": 240.0}  # seconds that must be left for one
 
 
 def loaded() -> None:

@@ -112,7 +112,7 @@ def to_the_end(
     length: float,  # seconds that it takes undisturbed
     kills: int,  # at most so many, each at a random moment
     look: Callable[[], list[str]] = list,  # after each kill: what is wrong then
-    patience: float = 600.0,  # seconds for the last one
+    patience: float = 600.0,  # seconds for the last one, at least; three times as long as undisturbed if that is more
 ) -> tuple[int, list[str]]:  # kills that met a working command, and what was wrong
     "Start a command again and again, kill it at random moments, and let the last one end."
     wrong: list[str] = []
@@ -120,10 +120,12 @@ def to_the_end(
     for _ in range(kills):
         command = Command(work, out)
         if command.wait(rng.random() * 2 * length / (kills + 1)):
+            wrong += [f"it ended with status {command.status} before it was killed"] if command.status else []
             break
         wrong += command.kill(rng.choice(SIGNALS)) + look()
         met += 1
     last = Command(work, out)
+    patience = max(patience, 3 * length)
     if not last.wait(patience):
         last.kill()
         return met, [*wrong, f"the last one did not end within {patience:.0f} s"]

@@ -1,8 +1,10 @@
 """The page to look at a run: what it shows, what it refuses, and (slow) a real browser that clicks through it."""
 
 import base64
+import csv
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -20,12 +22,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from shared import TINY
+from shared import TINY, do_all
 
 from grad_nb.core.files import read_json
 from grad_nb.datasets.readers import DataError
+from grad_nb.datasets.trays import make_trays
 from grad_nb.grad import GRAD, colour_limits
 from grad_nb.runs.stages import detect_stage, evaluate_stage, generate_stage, open_run
+from grad_nb.study.figures import localised
 from grad_nb.use.gallery import (
     MAX_UPLOAD,
     ORDERS,
@@ -43,6 +47,7 @@ from grad_nb.use.gallery import (
 )
 from grad_nb.use.page import grey_map_words, judged_views, make_page, or_text, plain_text, png, verdict_view
 from grad_nb.use.show import free_port, grad_show, open_for_show
+from grad_nb.verdicts import Calibration, calibration_of_quantile, percent
 
 
 def finished(data, runs):
@@ -90,7 +95,9 @@ def test_threshold_and_scale_come_from_held_out_pictures_alone(run, gallery):
     scores, maps = gallery.model._fused(held)
     assert gallery.model.offset_ == pytest.approx(np.quantile(scores, 0.95))
     assert gallery.model.map_limits_ == colour_limits(maps, 0.05)
-    assert any(f"of {len(scores)} held-out normal pictures" in note for note in gallery.notes)
+    known = calibration_of_quantile(len(scores), 0.05)
+    rates = f"{percent(known.expected)} false alarms expected, at most {percent(known.bound)} with 90 % confidence"
+    assert any(f"of {len(scores)} held-out normal pictures; {rates}" in note for note in gallery.notes)
 
 
 def test_without_held_out_pictures_the_page_says_so(run):
@@ -104,6 +111,24 @@ def test_without_held_out_pictures_the_page_says_so(run):
     shutil.rmtree(folder)
     assert "training pictures" in source and "may score higher" in source and np.isfinite(model.offset_)
     assert model.explain(run.category.test[0].path).levels[0].normal is None, "no patches kept, so none are shown"
+
+
+def test_a_run_whose_kinds_of_defects_begin_like_formulas_is_shown(tmp_path):
+    "In scores.csv no name is a formula, and the page and the figures find their pictures all the same."
+    counts = {"train": 8, "validation": 4, "good": 3, "logical": 2, "structural": 2}
+    root = make_trays(tmp_path / "drawn", seed=7, size=64, progress=False, **counts)
+    part = root.rename(tmp_path / "part")
+    shutil.rmtree(part / "ground_truth")
+    (part / "test/structural_anomalies").rename(part / "test/=1+1")
+    (part / "test/logical_anomalies").rename(part / "test/NA")
+    (part / "test/good/000.png").rename(part / "test/good/=\x1b\n.png")
+    run = open_run(tmp_path, "part", "demo", 0, tmp_path / "runs", TINY, "cpu", progress=False)
+    do_all(run)
+    rows = list(csv.DictReader(io.StringIO((run.folder / "scores.csv").read_text(), newline="")))
+    assert [row["type"] for row in rows] == ["'=1+1"] * 2 + ["NA"] * 2 + ["good"] * 3
+    assert all(math.isfinite(float(row["score"])) for row in rows)
+    shown = open_gallery(run.folder, tmp_path, "cpu")
+    assert sorted(shown.names) == sorted(row["path"] for row in rows) and len(localised(run).pictures) == 5
 
 
 def test_order_kind_and_wrong_verdicts(gallery):
@@ -487,4 +512,7 @@ def test_a_model_alone_can_be_shown(gallery, tmp_path):
     gallery.model.save(tmp_path / "part.grad")
     model = open_for_show(tmp_path / "part.grad", device="cpu")
     assert isinstance(model, GRAD) and model.offset_ == gallery.model.offset_
-    assert len(make_page(model)) == 2 and len(make_page(gallery)) == 3
+    assert len(make_page(model)) == 3 == len(make_page(gallery))
+    model.calibration_ = Calibration(9, 1, 0.05)
+    said = make_page(model)[1].object
+    assert "10 % false alarms expected, at most 23 % with 90 % confidence" in said and "too few for 5 %" in said
