@@ -78,4 +78,5 @@ def test_the_harness_for_ten_minutes(tmp_path):
     minutes = os.environ.get("GRAD_NB_HARNESS_MINUTES", "10")
     command = [sys.executable, ROOT / "tests/harness/run.py", "--minutes", minutes, "--state", state]
     done = subprocess.run(command, capture_output=True, text=True)
+    print(done.stdout)  # the figures: pytest -s shows them
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -195,6 +195,7 @@ def grad_predict(
     Example: grad_predict part.grad my_parts/incoming --maps maps > verdicts.csv
     """
     _before_predict(pictures, format, watch, maps)
+    from grad_nb.datasets.readers import DataError
     from grad_nb.grad import GRAD
     from grad_nb.use.verdicts import RowWriter, expand, judge, map_drawer
     from grad_nb.use.watch import watch as watch_folder
@@ -207,8 +208,11 @@ def grad_predict(
         rows = watch_folder(fitted, watch, journal, every, before=draw)
     else:
         rows = judge(fitted, files, draw, told.error if keep_going else None, bool(maps))
-    for row in rows:
-        told.row(row)
+    try:
+        for row in rows:
+            told.row(row)
+    except DataError as e:
+        raise e if watch or keep_going else DataError(f"{e} (--keep-going names it and goes on)") from None
     if fail_on_anomaly and told.anomalies:
         sys.exit(1)
     if told.broken:

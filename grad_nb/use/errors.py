@@ -54,7 +54,7 @@ def plain_errors(
             if kwargs.get("debug") or os.environ.get("GRAD_NB_DEBUG"):
                 raise
             print(
-                f"{command.__name__}: {printable('; '.join(str(e).split(chr(10)))) or type(e).__name__}",
+                f"{command.__name__}: {printable('; '.join(_in_words(e).split(chr(10)))) or type(e).__name__}",
                 file=sys.stderr,
             )
             try:
@@ -66,6 +66,16 @@ def plain_errors(
     return wrapped
 
 # %% ../../nbs/use/01_errors.ipynb #3f96c9a3p1
+def _in_words(error: Exception) -> str:
+    "What an error says, without the numbers of the system."
+    if not isinstance(error, OSError) or error.filename is None or not error.strerror:
+        return str(error)
+    name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else str(error.filename)
+    if isinstance(error, FileNotFoundError):
+        return f"{name} does not exist; check the path"
+    return f"{name}: {error.strerror[:1].lower()}{error.strerror[1:]}"
+
+
 def _leave_pipe() -> None:
     "Send what is left in stdout nowhere: it cannot be written, and Python would complain about that at its end."
     try:

@@ -447,7 +447,7 @@ class TorchScorer:
 # %% ../../nbs/use/02_export.ipynb #7cb0c0d9
 FORMATS: dict[str, tuple[str, Callable[..., None], Callable[[Path], Any]]] = {
     "onnx": (".onnx", to_onnx, OnnxScorer),
-    "int8": (".onnx", to_int8, OnnxScorer),
+    "int8": (".int8.onnx", to_int8, OnnxScorer),
     "torch": (".pt2", to_torch, TorchScorer),
     "openvino": (".xml", to_openvino, OpenvinoScorer),
 }  # name → ending, writer, reader

@@ -192,6 +192,14 @@ def test_a_broken_picture_stops_or_is_passed_over(model, parts, capsys):
     assert status == 3 and rows == [] and err.count("0 bytes") == 3
 
 
+def test_a_broken_picture_is_told_with_the_option_that_passes_it_over(model, parts, capsys):
+    (parts / "broken.png").write_bytes(b"x")
+    status, rows, err = called(capsys, model, parts)
+    assert status == 2 and "broken.png" in err and "--keep-going" in err
+    status, rows, err = called(capsys, model, parts, keep_going=True)
+    assert status == 3 and "broken.png" in err and "--keep-going" not in err
+
+
 def test_an_anomaly_goes_before_a_broken_picture(trays, model, parts, tmp_path, capsys):
     strict = GRAD.load(model, "cpu")
     strict.offset_ = -1e9
@@ -420,7 +428,7 @@ def test_a_wrong_line_is_answered_with_the_usage(line, monkeypatch, capsys):
 def test_errors_of_other_kinds_are_one_line_too(capsys):
     for error, said in (
         (MemoryError(), "MemoryError"),
-        (OSError(28, "No space left on device", "x"), "No space left"),
+        (OSError(28, "No space left on device", "x"), "x: no space left on device"),
         (RuntimeError("a"), "a"),
     ):
 
@@ -519,6 +527,26 @@ def test_fit_in_the_same_process_is_what_the_options_say(trays, tmp_path, capsys
     assert len(capsys.readouterr().err.splitlines()) == 1
     with pytest.raises(ValueError):
         grad_fit("parts", str(tmp_path / "m.grad"), debug=True)
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (FileNotFoundError(2, "No such file or directory", "part.grd"), "part.grd does not exist; check the path"),
+        (PermissionError(13, "Permission denied", b"a\xffb"), "a\\udcffb: permission denied"),
+        (OSError(28, "No space left on device", "x"), "x: no space left on device"),
+        (FileNotFoundError("folder of our own words"), "folder of our own words"),
+        (OSError(5, "Input/output error"), "[Errno 5] Input/output error"),
+    ],
+)
+def test_errors_of_the_system_are_told_in_words(capsys, error, said):
+    @plain_errors
+    def command():
+        raise error
+
+    with pytest.raises(SystemExit):
+        command()
+    assert capsys.readouterr().err == f"command: {said}\n"
 
 
 def test_out_of_memory_is_one_line(model, parts, capsys, monkeypatch):

@@ -25,6 +25,7 @@ from grad_nb.evaluation import MapStats
 from grad_nb.grad import GRAD
 from grad_nb.use.daily import grad_export
 from grad_nb.use.export import (
+    FORMATS,
     OnnxScorer,
     OpenvinoScorer,
     Scorer,
@@ -324,6 +325,7 @@ def test_the_command_for_eight_bits(tmp_path, capsys):
     away = np.abs(small(seen)[0] - model.predict(seen).scores).max()
     assert f"score {away:.2g}," in out and f"threshold at {model.offset_:.3f}" in out
     assert "m8.onnx" in out and OnnxScorer(tmp_path / "m8.onnx")(pictures(2))[0].shape == (2,)
+    assert len({suffix for suffix, *_ in FORMATS.values()}) == len(FORMATS), "no format overwrites another's export"
 
 
 @pytest.mark.parametrize("layout", ["mvtec_ad", "mvtec_loco"])
