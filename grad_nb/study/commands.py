@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastcore.script import call_parse, store_true
 
 from .. import config
-from ..use.errors import plain_errors
+from ..use.errors import plain_errors, tell
 
 if TYPE_CHECKING:
     from grad_nb.datasets.readers import Category
@@ -50,7 +50,7 @@ def grad_run(
 
     def say(text: str) -> None:
         "Tell something, with the seconds since the command began."
-        print(f"[{time.perf_counter() - began:7.1f} s] {text}", flush=True)
+        tell(f"[{time.perf_counter() - began:7.1f} s] {text}")
 
     with time_limit(60 * minutes):
         run = open_run(data, category, preset, seed, runs, overrides, device, not quiet)
@@ -63,7 +63,7 @@ def grad_run(
             say(f"{e}; repeat the command to go on")
             sys.exit(MORE)
         write_pictures(run)
-    print(result_table(result).round(1).to_string())
+    tell(result_table(result).round(1).to_string())
     say(f"finished: {run.folder / 'result.json'} and {run.folder / 'pictures'}")
 
 # %% ../../nbs/study/11_commands.ipynb #scomm005

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from fastcore.script import call_parse
 
 from .. import config
-from .errors import options_anywhere, plain_errors
+from .errors import options_anywhere, plain_errors, tell
 
 if TYPE_CHECKING:
     from grad_nb.grad import GRAD
@@ -165,7 +165,7 @@ def grad_calibrate(
     else:
         found = labelled_folder(pictures)
         for note in found.notes:
-            print(f"grad_calibrate: {note}", file=sys.stderr)
+            tell(f"grad_calibrate: {note}", file=sys.stderr)
         labels = [s.label for s in found.test]
         fitted.calibrate([s.path for s in found.test], labels, false_alarm_rate)
     fitted.save(target)
@@ -270,4 +270,4 @@ def grad_export(
             difference = largest_difference(fitted, reader(path), random_pictures(3, size))
             print(f"largest difference to the model, scores and maps: {difference:.1e}")
     except ImportError as e:
-        print(f"not compared: {e}")
+        tell(f"not compared: {e}")

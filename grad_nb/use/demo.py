@@ -15,7 +15,7 @@ from pathlib import Path
 from fastcore.script import call_parse
 
 from .. import config
-from .errors import options_anywhere, plain_errors
+from .errors import options_anywhere, plain_errors, tell
 
 # %% ../../nbs/use/06_demo.ipynb #c00dc415
 def _draw_trays(folder: Path, seed: int | None, size: int | None, progress: bool) -> None:
@@ -44,7 +44,7 @@ def _check_data(folder: str | Path, decode: bool, progress: bool) -> int:
     problems = 0
     for root in roots:
         found = survey(root, progress)
-        print(found)
+        tell(found)
         problems += len(found.problems)
         if decode and not found.problems:
             problems += _check_files(root, progress)
@@ -65,7 +65,7 @@ def _check_files(root: Path, progress: bool) -> int:
 
     broken = check_category(read_category(root), progress)
     for _, problem in broken:
-        print(f"  {problem}")
+        tell(f"  {problem}")
     print(f"  {len(broken)} files cannot be used" if broken else "  every picture and mask can be read")
     return len(broken)
 
@@ -145,7 +145,7 @@ def grad_demo(
     root = run.category.root
     if not run.category.test:
         raise ValueError(f"{root} has no test pictures; train on a folder of normal pictures with grad_fit")
-    print(f"{run.category}\n{run.preset.name}, seed {seed}, {run.device}; everything goes to {run.folder}", flush=True)
+    tell(f"{run.category}\n{run.preset.name}, seed {seed}, {run.device}; everything goes to {run.folder}")
     where = {"data": str(Path(os.path.abspath(root)).parent), "category": run.category.name, "runs": runs}
     values = where | {"preset": preset, "seed": seed, "overrides": overrides, "device": device}
     check_masks(run.category.test)
@@ -173,10 +173,10 @@ def _print_result(folder: Path, result: dict, seconds: float) -> None:
     from grad_nb.runs.stages import result_table
 
     with pd.option_context("display.width", 160, "display.max_columns", 20):
-        print(f"\nAUROC in percent\n{result_table(result).round(1).to_string(na_rep='-')}\n")
+        tell(f"\nAUROC in percent\n{result_table(result).round(1).to_string(na_rep='-')}\n")
     for note in result["notes"]:
-        print("note:", note)
+        tell("note:", note)
     stages = ", ".join(f"{name} {s:.0f}" for name, s in result["seconds"].items())
     print(f"seconds by stage: {stages}; this command {seconds:.0f}")
     for picture in sorted((folder / "pictures").glob("*.png")):
-        print("picture:", picture)
+        tell("picture:", picture)

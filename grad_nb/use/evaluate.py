@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastcore.script import call_parse
 
-from .errors import plain_errors
+from .errors import plain_errors, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +45,7 @@ def grad_evaluate(
 
     fitted = GRAD.load(model, device).set_params(progress=not quiet)
     found = fitted.evaluate(pictures)
-    print("\n".join([*found.figures["notes"], *evaluation_lines(found, most)]))
+    print("\n".join(map(printable, [*found.figures["notes"], *evaluation_lines(found, most)])))
     if json:
         write_json(json, found.figures)
     if page:

@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from ..explain import Explanation
 from ..grad import GRAD, calibration
 from ..plots import explanation_figure
-from .access import Door, PlainLines, in_browser, provider
+from .access import Door, in_browser, provider
+from .errors import PlainLines
 from grad_nb.use.gallery import (
     MAX_UPLOAD,
     ORDERS,

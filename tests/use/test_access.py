@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grad_nb.use import access
-from grad_nb.use.access import Door, PlainLines, in_browser, provider
+from grad_nb.use.access import Door, in_browser, provider
+from grad_nb.use.errors import PlainLines
 
 HERE = "127.0.0.1:5006"
 

@@ -549,6 +549,28 @@ def test_errors_of_the_system_are_told_in_words(capsys, error, said):
     assert capsys.readouterr().err == f"command: {said}\n"
 
 
+def test_names_that_others_chose_do_nothing_to_a_terminal(model, trays, parts, tmp_path):
+    "Neither what the check, an evaluation or a calibration says, nor what the library logs."
+    labelled = Path(shutil.copytree(parts, tmp_path / "labelled/good")).parent
+    bad = labelled / "bad\x1b]0;x\x07"
+    shutil.copytree(parts, bad)
+    next(bad.iterdir()).rename(bad / "\x1b[2J\u202e.png")
+    (labelled / "\x1b[31mempty").mkdir()
+    (parts / "\x1b[31mdeeper").mkdir()
+    shutil.copy(next(parts.glob("*.png")), parts / "\x1b[31mdeeper")
+    commands = {
+        "grad_evaluate": (model, labelled, "--quiet", "--device", "cpu"),
+        "grad_calibrate": (model, labelled, "--quiet", "--device", "cpu", "--output", tmp_path / "new.grad"),
+        "grad_data": ("check", labelled, "--quiet"),
+        "grad_fit": (parts, "--model", tmp_path / "m.grad", "--preset", "demo", "--quiet", "--white", "-1"),
+    }
+    for name, arguments in commands.items():
+        done = run(*map(str, arguments), command=name)
+        said = done.stdout + done.stderr
+        assert said and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", said), (name, said)
+    assert "\\x1b" in run(model, labelled, "--quiet", command="grad_evaluate").stdout
+
+
 def test_out_of_memory_is_one_line(model, parts, capsys, monkeypatch):
     import torch
 
