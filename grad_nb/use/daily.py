@@ -75,6 +75,9 @@ def _kept_until_done(work_dir: str | None, model: str) -> Iterator[str]:
     try:
         yield folder
     except KeyboardInterrupt:
+        if not work_dir and all(path.name.endswith(".lock") for path in Path(folder).rglob("*") if not path.is_dir()):
+            shutil.rmtree(folder, ignore_errors=True)  # nothing is done yet
+            raise
         again = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         print(f"what is done is kept in {folder}; to go on: {again}", file=sys.stderr)
         raise

@@ -141,6 +141,14 @@ def test_an_interrupted_fit_says_how_to_go_on_and_a_finished_one_leaves_no_stage
     model = str(tmp_path / "m.grad")
     with pytest.raises(KeyboardInterrupt), _kept_until_done(None, model) as folder:
         Path(folder).mkdir()
+        Path(folder, ".lock").touch()
+        Path(folder, ".generate-05.lock").touch()
+        raise KeyboardInterrupt
+    assert not Path(folder).exists() and capsys.readouterr().err == "", "nothing was done yet, so nothing is kept"
+    with pytest.raises(KeyboardInterrupt), _kept_until_done(None, model) as folder:
+        Path(folder).mkdir()
+        Path(folder, ".lock").touch()
+        Path(folder, "generate-05.json").touch()
         raise KeyboardInterrupt
     err = capsys.readouterr().err
     assert f"kept in {model}.work; to go on: grad_fit 'my parts' --model m.grad" in err and Path(folder).is_dir()
@@ -504,6 +512,8 @@ def test_names_on_stdin_are_lines_and_nothing_else(monkeypatch):
 def test_fit_in_the_same_process_is_what_the_options_say(trays, tmp_path, capsys, monkeypatch):
 
     def stopped(self, X):
+        Path(self.work_dir).mkdir()
+        Path(self.work_dir, "generate-05.json").touch()
         raise KeyboardInterrupt
 
     def refused(self, X):
@@ -516,6 +526,7 @@ def test_fit_in_the_same_process_is_what_the_options_say(trays, tmp_path, capsys
     said = capsys.readouterr().err
     assert stop.value.code == 130 and said.endswith("\ngrad_fit: stopped\n")
     assert said.startswith(f"what is done is kept in {tmp_path / 'm.grad.work'}; to go on: ") and said.count("\n") == 2
+    shutil.rmtree(tmp_path / "m.grad.work")
     seen = {}
     monkeypatch.setattr(GRAD, "fit", refused)
     options = {"preset": "demo", "category": "bottle", "validation": 0.3, "false_alarm_rate": 0.2, "seed": 4}
