@@ -363,6 +363,17 @@ def test_speed_is_joined_to_accuracy_only_for_the_same_detectors(batch, tmp_path
             measured_points(batch, tmp_path / "other.json")
 
 
+def test_the_speed_of_the_runs_own_detectors_is_taken_where_it_was_measured(batch, tmp_path, monkeypatch):
+    row = {"detectors": "256 + 128 + 64", "precision": "bf16", "batch": 1, "median_ms": 3.0, "device": "x"}
+    own = row | {"detectors": "96", "width": 0.25, "median_ms": 2.0, "transfers": "inside", "timed": "whole pictures"}
+    rows = [row, own, own | {"transfers": "outside", "median_ms": 1.0}]
+    write_json(tmp_path / "bench.json", {"detectors": [own | {"timed": "its size"}], "protocol": rows})
+    monkeypatch.setattr(figures, "values", lambda *_: pd.Series([90.0]))
+    monkeypatch.setattr(figures, "_same_detectors", lambda found, sizes, width: (sizes, width) == ([96], 0.25))
+    points = measured_points(batch, tmp_path / "bench.json")
+    assert points.latency_ms.tolist() == [2.0] and points.auroc[0] == 90 and points.parameters[0] < 300_000
+
+
 def test_peers_that_were_run_here_join_with_their_published_accuracy(tmp_path):
     row = {"batch": 1, "median_ms": 600.0, "device": "x"}
     write_json(

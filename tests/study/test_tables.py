@@ -340,6 +340,12 @@ def test_speed(tmp_path):
     table = table_3(tmp_path / "bench.json")
     assert table.equals(table_3(rows)) and len(table) == 7 and "batch 1, float32" in table.iloc[-1].protocol
     assert table.loc["GRAD (paper)", "latency (ms)"] == "0.799" and table_3().loc["GRAD here"].eq("-").all()
+    more = {"protocol": [rows[0] | {"way": "one graph"}], "peers": [rows[0] | {"method": "P"}, {"error": "x"}]}
+    write_json(tmp_path / "bench.json", {"detectors": rows, "missing": ["other detectors: no room"], **more})
+    whole = table_3(tmp_path / "bench.json")
+    assert len(whole) == 9 and "one captured graph" in whole.iloc[-2].protocol and whole.index[-1] == "P"
+    assert "width 0.1 of Table 8" in whole.iloc[-2].protocol
+    assert whole.attrs["notes"][-1] == "not measured here: other detectors: no room"
     write_json(tmp_path / "other.json", {"detectors": [{"size": 3}]})
     with pytest.raises(ValueError, match="other.json has no rows of grad_bench"):
         table_3(tmp_path / "other.json")
