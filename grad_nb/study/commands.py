@@ -8,17 +8,14 @@ __all__ = ['grad_run', 'grad_reproduce', 'grad_ablate']
 # %% ../../nbs/study/11_commands.ipynb #mmandsi
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from fastcore.script import call_parse, store_true
 
 from .. import config
 from ..use.errors import plain_errors
-
-if TYPE_CHECKING:
-    from grad_nb.datasets.readers import Category
 
 # %% ../../nbs/study/11_commands.ipynb #scomm002
 @call_parse
@@ -42,6 +39,7 @@ def grad_run(
     config.preset(preset)
     from grad_nb.core.devices import device_name
     from grad_nb.core.loop import TimeUp, time_limit
+    from grad_nb.runs.check import check_run
     from grad_nb.runs.stages import open_run, result_table
     from grad_nb.study.runner import MORE, do_stages, write_pictures
 
@@ -53,7 +51,7 @@ def grad_run(
 
     with time_limit(60 * minutes):
         run = open_run(data, category, preset, seed, runs, overrides, device, not quiet)
-        _check_test(run.category, say)
+        check_run(run, say)
         where = f"{device_name(run.device)}, up to {minutes:g} minutes, in {run.folder}"
         say(f"{run.category.name}, preset {run.preset.name}, seed {seed}, {where}")
         try:
@@ -64,18 +62,6 @@ def grad_run(
         write_pictures(run)
     print(result_table(result).round(1).to_string())
     say(f"finished: {run.folder / 'result.json'} and {run.folder / 'pictures'}")
-
-# %% ../../nbs/study/11_commands.ipynb #scomm005
-def _check_test(category: "Category", say: Callable[[str], None]) -> None:
-    "What can be said of the test pictures before the training. `ValueError` if the evaluation would refuse them."
-    from grad_nb.datasets.readers import check_masks
-
-    if not category.test:
-        problem = f"{category.root} has no test pictures, so there will be nothing to evaluate"
-        raise ValueError(f"{problem}; grad_fit trains without")
-    for note in category.notes:
-        say(note)
-    check_masks(category.test)
 
 # %% ../../nbs/study/11_commands.ipynb #scomm003
 @call_parse

@@ -6,9 +6,8 @@
 __all__ = ['ENDS', 'LAST', 'HOLDER', 'ON_GPU', 'NOTEBOOK', 'USUAL', 'NEEDS_GPU', 'official', 'find_categories', 'Job', 'run_jobs',
            'variant_jobs', 'category_jobs', 'speed_job', 'last_jobs', 'plan_batch', 'job_done', 'jobs_left',
            'drop_stale', 'hold_folder', 'hold_or_inherit', 'log_of', 'run_job', 'known_times', 'guess', 'room_needed',
-           'room_left', 'at_once', 'forecast', 'estimate', 'plan_of', 'in_words', 'snakemake_call', 'follow',
-           'failures', 'batch_summary', 'why', 'report_of', 'run_batch', 'clear_logs', 'announce', 'dry', 'write_plan',
-           'run_whole']
+           'at_once', 'forecast', 'estimate', 'plan_of', 'in_words', 'snakemake_call', 'follow', 'failures',
+           'batch_summary', 'why', 'report_of', 'run_batch', 'clear_logs', 'announce', 'dry', 'write_plan', 'run_whole']
 
 # %% ../../nbs/study/05_reproduce.ipynb #d5ec3bb5
 import importlib.util
@@ -38,9 +37,10 @@ from ..core.progress import Plan, plan_line, tell_plan, tqdm
 from ..datasets.readers import Category, read_category
 from ..datasets.trays import make_trays
 from ..grad import STAGE_SHARES
+from ..runs.check import check_key, room_left, run_bytes, stage_bytes
 from ..runs.driver import TRAYS_SEED, Task, last_progress, package_file, run_notebook, share_shown, template
 from ..runs.stages import Run, detect_key, evaluate_key, generate_key, open_run, parse_overrides
-from .calibration import detect_seconds, generate_seconds, stage_bytes
+from .calibration import detect_seconds, generate_seconds
 from .report import write_report
 from .speed import SPEED_FILE, speed_key
 from .tables import published_categories, table_3
@@ -152,9 +152,10 @@ def variant_jobs(
     return jobs
 
 # %% ../../nbs/study/05_reproduce.ipynb #2c2f04ca
-def _check_job(data: str, category: str, folder: Path, batch: Path, key: str) -> Job:
-    "The notebook that checks the data of a category."
-    return _job("check", folder, "check", key, {"data": data, "category": category, "folder": str(batch / folder)})
+def _check_job(data: str, category: str, folder: Path, batch: Path, sha256: str, room: int = 0) -> Job:
+    "The notebook that checks the data of a category, and the room that its runs need."
+    values = {"data": data, "category": category, "folder": str(batch / folder), "room": room}
+    return _job("check", folder, "check", check_key(sha256), values)
 
 
 def category_jobs(
@@ -172,9 +173,12 @@ def category_jobs(
         return [_check_job(data, name, Path(dataset) / name, batch, "")]
     first = open_run(data, name, values["preset"], seeds[0], values["runs"], values["overrides"], values["device"])
     whole = first.folder.parent
-    jobs = [_check_job(data, name, whole.relative_to(batch), batch, first.data_sha256)]
-    for seed in seeds:
-        run = replace(first, seed=seed, folder=whole / f"seed{seed}")
+    several = [replace(first, seed=seed, folder=whole / f"seed{seed}") for seed in seeds]
+    variants = list(table_4_presets(first.preset, first.category.layout)) if table4 else []
+    chosen = several + [variant_run(run, variant) for run in several for variant in variants]
+    room = sum(map(run_bytes, chosen))
+    jobs = [_check_job(data, name, whole.relative_to(batch), batch, first.data_sha256, room)]
+    for seed, run in zip(seeds, several):
         own = values | {"data": data, "category": name, "seed": seed}
         jobs += run_jobs(run, own, batch, jobs[0].marker, table4)
     return jobs
@@ -527,16 +531,6 @@ def room_needed(
         total += found[kind]
     return total
 
-
-def room_left(
-    folder: str | Path,  # of the batch; it need not be there yet
-) -> int:  # bytes
-    "Room on the disk that holds a folder, or will hold it."
-    place = Path(os.path.abspath(folder))
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
-
 # %% ../../nbs/study/05_reproduce.ipynb #repr0009
 NEEDS_GPU = 10 * 86400  # seconds of work on a CPU after which we say that it needs a GPU (our choice)
 
@@ -877,7 +871,8 @@ def _cost(batch: Mapping[str, Any], expected: tuple[Mapping[str, float], int]) -
         if guessed:
             yield f"{guessed} of them were never run here: a few steps of each kind were timed just now"
     needed, free = room_needed(batch), room_left(batch["folder"])
-    yield f"disk: at most {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
+    short = "; that will not do" if free < needed else ""
+    yield f"disk: at most {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free{short}"
 
 
 def _say(lines: Iterable[str]) -> None:
