@@ -1758,6 +1758,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'grad_nb.study.speed.speed_stage': ('study/speed.html#speed_stage', 'grad_nb/study/speed.py'),
                                      'grad_nb.study.speed.what_is_timed': ('study/speed.html#what_is_timed', 'grad_nb/study/speed.py')},
             'grad_nb.study.tables': { 'grad_nb.study.tables._as_cell': ('study/tables.html#_as_cell', 'grad_nb/study/tables.py'),
+                                      'grad_nb.study.tables._averaged_in_table_4': ( 'study/tables.html#_averaged_in_table_4',
+                                                                                     'grad_nb/study/tables.py'),
                                       'grad_nb.study.tables._escape': ('study/tables.html#_escape', 'grad_nb/study/tables.py'),
                                       'grad_nb.study.tables._figures': ('study/tables.html#_figures', 'grad_nb/study/tables.py'),
                                       'grad_nb.study.tables._has_own_parts': ( 'study/tables.html#_has_own_parts',

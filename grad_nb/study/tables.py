@@ -8,6 +8,7 @@ __all__ = ['VARIANTS', 'WHOLE', 'HERE', 'RUN', 'COLUMNS', 'FORMS', 'published', 
            'to_markdown', 'to_latex', 'write_tables', 'all_tables']
 
 # %% ../../nbs/study/01_tables.ipynb #3cab6b1b
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,8 @@ def _notes(found: pd.DataFrame, dataset: str, categories: Sequence[str]) -> list
     ]
     if mine.empty:
         return [*notes, f"nothing of {dataset} has been run"]
-    notes.append(f"run here: preset {_listed(mine.preset)}, seeds {_listed(mine.seed)}, on {_listed(mine.device)}")
+    devices = mine.device.map(lambda names: re.split(r", (?![^(]*\))", names)).explode()  # stages may differ in theirs
+    notes.append(f"run here: preset {_listed(mine.preset)}, seeds {_listed(mine.seed)}, on {_listed(devices)}")
     missing = [name for name in categories if name not in set(mine.category)]
     if missing:
         notes.append(f"not run: {', '.join(missing)}; so there is no average")
@@ -355,6 +357,18 @@ def table_3(
     ]
     return table
 
+# %% ../../nbs/study/01_tables.ipynb #tab4cats
+def _averaged_in_table_4(found: pd.DataFrame, dataset: str) -> tuple[str, list[str]]:
+    "The data set of Table 4 and the categories of its averages: those that have all rows, else those that have any."
+    run: dict[str, list[str]] = {}
+    for name in (dataset,) if dataset else ("mvtec_loco", "trays"):
+        part = found[(found.dataset == name) & found.variant.isin(VARIANTS.values()) & (found.level > 0)]
+        rows = part.groupby("category").variant.nunique()
+        run[name] = sorted(rows[rows == len(VARIANTS)].index) or sorted(rows.index)
+    chosen = next((name for name, categories in run.items() if categories), dataset or "mvtec_loco")
+    everything = published_categories(1) if chosen == "mvtec_loco" else ["trays"]
+    return chosen, run.get(chosen) or everything
+
 # %% ../../nbs/study/01_tables.ipynb #c98ef880
 def _levels_of_table_4(found: pd.DataFrame, dataset: str) -> list[int]:
     "The levels of the paper's Table 4, and those that were run."
@@ -365,13 +379,14 @@ def _levels_of_table_4(found: pd.DataFrame, dataset: str) -> list[int]:
 def table_4(
     found: pd.DataFrame,  # what `collect` gave
     preset: str = "",  # which preset; may be left out if there is one only
-    categories: Sequence[str] = (),  # average over these, none = the five of MVTec LOCO
-    dataset: str = "mvtec_loco",  # or "trays"
+    categories: Sequence[str] = (),  # average over these, none = those that were run
+    dataset: str = "",  # "mvtec_loco" or "trays"; empty = MVTec LOCO, or the trays if only these were run
 ) -> pd.DataFrame:  # rows: variants and trivial baselines; columns: levels, the paper's and ours; text
     "Table 4: the ablation, image AUROC of each detector alone."
     found = of_preset(found, preset)
     grid = published_grid(4, "image_auroc", "method")
-    names = list(categories) or published_categories(1)
+    dataset, run = _averaged_in_table_4(found, dataset)
+    names = list(categories) or run
     metric = "image_auroc_mean"
     baselines = {title: method for method, title in HERE.items() if method != "GRAD"}
     table = pd.DataFrame(index=[*VARIANTS.values(), *baselines])
@@ -384,7 +399,9 @@ def table_4(
         for row, method in baselines.items():
             ours[row] = cell(values(found, dataset, names, metric, method))
         table[f"level {level} here"] = pd.Series(ours)
-    table.attrs["notes"] = [f"averages over {', '.join(names)}", *_notes(found, dataset, names)]
+    whole = dataset == "mvtec_loco" and set(names) == set(published_categories(1))
+    ours = "" if whole else "; the published averages are over the five categories of MVTec LOCO"
+    table.attrs["notes"] = [f"averages here over {', '.join(names)}{ours}", *_notes(found, dataset, names)]
     return table.fillna("-").rename_axis(index="variant")
 
 # %% ../../nbs/study/01_tables.ipynb #b1a77d42
