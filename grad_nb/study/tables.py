@@ -400,8 +400,8 @@ def table_4(
             ours[row] = cell(values(found, dataset, names, metric, method))
         table[f"level {level} here"] = pd.Series(ours)
     whole = dataset == "mvtec_loco" and set(names) == set(published_categories(1))
-    ours = "" if whole else "; the published averages are over the five categories of MVTec LOCO"
-    table.attrs["notes"] = [f"averages here over {', '.join(names)}{ours}", *_notes(found, dataset, names)]
+    beside = "" if whole else "; the published averages are over the five categories of MVTec LOCO"
+    table.attrs["notes"] = [f"averages here over {', '.join(names)}{beside}", *_notes(found, dataset, names)]
     return table.fillna("-").rename_axis(index="variant")
 
 # %% ../../nbs/study/01_tables.ipynb #b1a77d42
