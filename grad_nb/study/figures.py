@@ -33,6 +33,7 @@ from ..patchdiff import field_side, gradient_support, load_patchdiff
 from ..patches import draw_batch
 from ..plots import FeatureCloud, Localised, map_limits, save_figure
 from ..reweighting import log_density
+from ..runs.notebooks import DATA_NOTE
 from ..runs.stages import Run, changed_stages, load_normals, split_normals
 from .records import recorded_preset
 from .tables import collect, of_preset, published_categories, published_grid, values
@@ -48,9 +49,14 @@ class Missing(ValueError):
 def recorded_data(
     folder: str | Path,  # of a run
 ) -> str:  # empty if there is no such record
-    "The folder of the data sets that a run's table notebook was given."
+    "The folder of the data sets that a run's notebooks were given: beside them, or in those of older versions."
+    notebooks = Path(folder) / "notebooks"
     try:
-        return str(read_json(Path(folder) / "notebooks" / "table.ipynb")["metadata"]["papermill"]["parameters"]["data"])
+        return str(read_json(notebooks / DATA_NOTE)["data"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        pass
+    try:
+        return str(read_json(notebooks / "table.ipynb")["metadata"]["papermill"]["parameters"]["data"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return ""
 

@@ -34,6 +34,7 @@ from grad_nb.plots import (
 )
 from grad_nb.reweighting import noisy_weight, tail_weight
 from grad_nb.runs.driver import package_file, template_parameters
+from grad_nb.runs.notebooks import DATA_NOTE
 from grad_nb.runs.stages import detect_stage, evaluate_stage, generate_stage, load_normals, open_run
 from grad_nb.study.figures import (
     Missing,
@@ -252,6 +253,16 @@ def test_one_run_of_each_category_that_of_the_lowest_seed(batch, data, tmp_path)
     found, notes = finished_runs(batch, data=moved)
     assert not found and "not what" in notes[0]
     assert finished_runs(batch, data=tmp_path)[1][0].startswith("trays/trays is left out")
+
+
+def test_the_pictures_are_where_the_notebooks_were_given_them(tmp_path):
+    "An executed notebook does not say so; the note beside it does, and those of older versions themselves."
+    assert figures.recorded_data(tmp_path) == ""
+    given = {"metadata": {"papermill": {"parameters": {"data": "…/data"}}}}
+    write_json(tmp_path / "notebooks/table.ipynb", given)
+    assert figures.recorded_data(tmp_path) == "…/data"
+    write_json(tmp_path / "notebooks" / DATA_NOTE, {"data": "/where/they/are"})
+    assert figures.recorded_data(tmp_path) == "/where/they/are"
 
 
 def test_a_run_of_another_version_is_named_and_not_drawn(batch, data, tmp_path):
