@@ -60,7 +60,7 @@ def recorded_data(
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return ""
 
-
+# %% ../../nbs/study/02_figures.ipynb #fa70006b
 def _category_folder(result: dict[str, Any], folder: str | Path, data: str | Path) -> Path:
     "The folder that holds the category of a run. `Missing` says where it was looked for."
     places = [Path(data), Path(data) / result["dataset"]] if data else [Path(recorded_data(folder) or "?")]
