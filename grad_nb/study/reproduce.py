@@ -721,8 +721,8 @@ def _tell(folder: Path, jobs: Sequence[Mapping[str, Any]], progress: tuple[Plan,
         newest = max(newest, (_time_of(path), f"{name}: {shown or 'starting'}"))
     tell_plan(plan, newest[1])
     for name, share in shares.items():
-        if share is not None:
-            plan.at(name, share)
+        if share is not None or name not in plan.began:  # the start of a notebook is a part of its time
+            plan.at(name, share or 0.0)
 
 
 def _time_of(path: Path) -> float:

@@ -317,6 +317,10 @@ def test_a_batch_tells_in_a_line_how_far_it_is(data, tmp_path, monkeypatch, caps
     assert said[0].endswith("trays/trays/seed0/generate-05: PatchDiff 5:  50%|##### | 1/2")
     tell_plan(plan, "something else")
     assert not capsys.readouterr().err, "a line a minute"
+    log_of(folder, jobs["generate-03"]).write_text("")
+    reproduce_module._tell(folder, left, (plan, names))
+    assert names[jobs["generate-03"]["marker"]] in plan.began, "a notebook that starts takes time"
+    assert plan.shares[names[jobs["generate-05"]["marker"]]] < 0.5, "half of the first of its two loops"
     endless, _ = plan_of(batch, dict.fromkeys(names, float("inf")))
     tell_plan(endless, "x")
     assert not capsys.readouterr().err, "nothing is known of the time yet"
