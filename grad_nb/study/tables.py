@@ -316,12 +316,13 @@ def _speed_row(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _speed_file(path: str | Path) -> tuple[list[Mapping[str, Any]], list[str]]:
-    "All rows of a file of `grad_bench`: detectors, protocol, peers that could be run; and what was not measured."
+    "All rows of a file of `grad_bench`: detectors, protocol, peers that could be run; and its notes."
     found = read_json(path)
     if not isinstance(found, dict) or "detectors" not in found:
         raise ValueError(f"{path} is not a file of grad_bench; write it with grad_bench --json-file")
     rows = [*found["detectors"], *(found.get("protocol") or []), *(found.get("peers") or [])]
-    return [row for row in rows if "error" not in row], found.get("missing") or []
+    notes = [f"not measured here: {sentence}" for sentence in found.get("missing") or []]
+    return [row for row in rows if "error" not in row], [*(found.get("notes") or []), *notes]
 
 
 def _published_speed() -> list[dict[str, str]]:
@@ -340,9 +341,9 @@ def table_3(
 ) -> pd.DataFrame:  # columns: latency (ms), FPS, device, protocol; text
     "Table 3: speed. `ValueError` if the file is not one of `grad_bench`."
     if isinstance(measured, (str, Path)):
-        ours, missing = _speed_file(measured) if str(measured) else ([], [])
+        ours, notes = _speed_file(measured) if str(measured) else ([], [])
     else:
-        ours, missing = list(measured), []
+        ours, notes = list(measured), []
     try:
         rows = _published_speed() + [_speed_row(row) for row in ours]
     except (KeyError, TypeError) as e:
@@ -353,7 +354,7 @@ def table_3(
     table = pd.DataFrame(rows).set_index("method")
     table.attrs["notes"] = [
         "latency here: the median, and in brackets the quantiles 10 % and 90 %; FPS: pictures a second, at that batch",
-        *(f"not measured here: {sentence}" for sentence in missing),
+        *notes,
     ]
     return table
 

@@ -80,3 +80,15 @@ def test_peers_that_cannot_be_run_are_named(monkeypatch):
     monkeypatch.setattr(speed, "bench_peers", broken)
     missing = []
     assert speed.peer_rows(CPU, missing) == [] and "cannot be imported here (no libGL)" in missing[0]
+
+
+def test_a_busy_machine_is_said_below_the_table(monkeypatch, tmp_path):
+    small(monkeypatch)
+    monkeypatch.setattr(speed, "bench_protocol", lambda *rest: {})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(speed.os, "getloadavg", lambda: (0.0, 0.0, 0.0), raising=False)
+    assert speed.measure_speed(preset("demo"))["notes"] == []
+    monkeypatch.setattr(speed.os, "getloadavg", lambda: (900.0, 0.0, 0.0))
+    found = speed.measure_speed(preset("demo"))
+    write_json(tmp_path / "bench.json", found | {"protocol": []})
+    assert "the machine was busy" in table_3(tmp_path / "bench.json").attrs["notes"][1]
