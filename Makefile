@@ -10,7 +10,7 @@ SET ?=
 BIN := .venv/bin
 GPU_TESTS = $(shell grep -rl "mark.gpu" tests)
 
-.PHONY: demo test lab docs gpu install export collect fixture clean
+.PHONY: demo test lab docs gpu install export collect fixture lock gallery clean
 
 install: .venv/installed
 
@@ -55,6 +55,12 @@ collect:  ## the records of finished runs and ablations, without pictures, into 
 
 fixture: install  ## the small trained run whose pictures the notebooks show, into nbs/fixture
 	$(BIN)/python -m grad_nb.study.fixture
+
+gallery:  ## the executed tables and figures of a finished batch, into nbs/gallery: make gallery RUNS=runs PRESET=demo
+	$(BIN)/python -m grad_nb.study.gallery --runs "$(RUNS)" --preset "$(PRESET)"
+
+lock:  ## the exact environment in which the records are made, into requirements-lock.txt
+	$(BIN)/python docs/lock.py
 
 clean:
 	rm -rf .venv build dist _docs *.egg-info

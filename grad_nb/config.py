@@ -312,7 +312,7 @@ def _as_level(row: Mapping[str, Any]) -> Level:
     return Level(row["level"], row["size"], tuple(row["generators"]))
 
 # %% ../nbs/01_config.ipynb #c0fa3f96
-PAPER = Preset("paper")
+PAPER = Preset("paper", detector=DetectorConfig(penalise="probability"))  # f of Eq. 6 as it stands in Eq. 3
 FAST = Preset(
     "fast",
     generator=GeneratorConfig(
@@ -366,7 +366,12 @@ DEMO = Preset(
 )
 
 # %% ../nbs/01_config.ipynb #cfgtable
-_OURS = {"generator.size": 64, "generator.field_of": "bottleneck", "generator.timestep_weighting": 0.75}
+_OURS = {
+    "generator.size": 64,
+    "generator.field_of": "bottleneck",
+    "generator.timestep_weighting": 0.75,
+    "detector.penalise": "logit",
+}
 PAPER_OURS = replace(
     override(PAPER, _OURS), name="paper-ours"
 )  # the paper's budget, the readings that our records prefer

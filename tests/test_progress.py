@@ -10,7 +10,7 @@ from shared import tiny
 
 from grad_nb.core import progress
 from grad_nb.core.loop import run_steps
-from grad_nb.core.progress import Plan, plan_text, seconds_left, tqdm
+from grad_nb.core.progress import Plan, in_minutes, plan_line, plan_text, seconds_left, tell_plan, tqdm
 from grad_nb.datasets.trays import make_trays
 
 
@@ -113,3 +113,24 @@ def test_fit_says_what_it_will_do_and_what_it_makes_again(tmp_path, capfd, caplo
     tiny(detector__lr=0.01).set_params(work_dir=tmp_path / "work").fit(good)
     assert "detector-034 in" in caplog.text and "made again" in caplog.text and "generate-" not in caplog.text
     assert capfd.readouterr().err == ""
+
+
+def test_known_times_are_said_until_the_work_knows_better_and_shared_by_what_goes_on_side_by_side(clock):
+    costs = {f"table-{i}": 60.0 for i in range(4)} | {"tables-0": 30.0}
+    plan = Plan(costs, show=False, at_once={"table": 2}, in_seconds=True)
+    assert seconds_left(plan) == 4 * 60 / 2 + 30
+    plan.at("table-0", 0.0)
+    clock[0] += 60.0
+    plan.at("table-0", 0.5)  # twice as long as was thought
+    assert seconds_left(plan) == pytest.approx(3.5 * 120 / 2 + 30)
+    for i in range(3):
+        plan.end(f"table-{i}")
+    tell_plan(plan, "bottle: 12%")
+    assert plan_line(plan) == "3 of 5 stages done · 2 min left · bottle: 12%", "one is left, and nothing beside it"
+
+
+@pytest.mark.parametrize(
+    "seconds, words", [(10, "less than 1 min"), (600, "10 min"), (5400, "90 min"), (9000, "2.5 h")]
+)
+def test_times_that_are_left_in_words(seconds, words):
+    assert in_minutes(seconds) == words

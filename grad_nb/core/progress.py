@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BARS', 'EVERY', 'DELAY', 'SOON', 'draws_bars', 'tqdm', 'in_minutes', 'Plan', 'kind_of', 'seconds_left', 'plan_text',
-           'step_done']
+           'plan_line', 'tell_plan', 'step_done']
 
 # %% ../../nbs/core/11_progress.ipynb #ogressi
 import os
@@ -84,7 +84,9 @@ class tqdm(PlainBar):
 def in_minutes(
     seconds: float,  # from 0 on
 ) -> str:  # for instance "6 min"
-    "A time in whole minutes."
+    "A time in whole minutes, of two hours and more in hours."
+    if seconds >= 7200:
+        return f"{seconds / 3600:.1f} h"
     return "less than 1 min" if seconds < 45 else f"{seconds / 60:.0f} min"
 
 # %% ../../nbs/core/11_progress.ipynb #progr004
@@ -96,15 +98,20 @@ class _Stages:
         costs: Mapping[str, float],  # stage, "<kind>-<number>" → its cost beside the others'
         show: bool = True,  # tell of it
         parts: Mapping[str, tuple[float, ...]] | None = None,  # kind → share of each of its loops, sum 1
+        at_once: Mapping[str, int] | None = None,  # kind → how many of its stages go on side by side; 1 if not given
+        in_seconds: bool = False,  # the costs are times that were known before
     ):
         self.costs = dict(costs)
         self.show = show
         self.parts = dict(parts or {})
+        self.at_once = dict(at_once or {})
+        self.in_seconds = in_seconds
         self.shares = dict.fromkeys(costs, 0.0)
         self.seconds = dict.fromkeys(costs, 0.0)
         self.began: dict[str, tuple[float, float]] = {}  # when the first step was done, and the share of it
         self.loops = {name: (0, 0.0) for name in costs}  # number of the loop, and how far it is
         self.current = ""  # the stage of this thread
+        self.now = ""  # what goes on now, in words, where somebody says so: `tell_plan`
         self.next: float | None = None  # when the next line goes into a log
         self.lock = threading.Lock()
 
@@ -180,10 +187,8 @@ def kind_of(
     return name.rsplit("-", 1)[0]
 
 
-def seconds_left(
-    plan: _Stages,  # of some stages
-) -> float | None:  # None as long as nothing is known
-    "How long the rest will take, after the speed of each kind so far."
+def _kind_rates(plan: _Stages) -> dict[str, float] | None:
+    "Seconds for a cost of 1, kind by kind, as far as it was measured; None as long as nothing is known."
     spent: dict[str, float] = {}
     done: dict[str, float] = {}
     for name, cost in plan.costs.items():
@@ -191,34 +196,71 @@ def seconds_left(
         spent[kind] = spent.get(kind, 0.0) + plan.seconds[name] * (cost > 0)
         _, first = plan.began.get(name, (0.0, plan.shares[name]))
         done[kind] = done.get(kind, 0.0) + cost * (plan.shares[name] - first)
-    if sum(spent.values()) < SOON or sum(done.values()) <= 0:
+    measured = sum(spent.values()) >= SOON and sum(done.values()) > 0
+    if not (measured or plan.in_seconds):
         return None
-    usual = sum(spent.values()) / sum(done.values())
-    left = 0.0
+    usual = 1.0 if plan.in_seconds else sum(spent.values()) / sum(done.values())
+    enough = SOON if plan.in_seconds else 0.0  # a known time is left only for one that was measured for a while
+    known = {kind for kind in spent if done[kind] > 0 and spent[kind] > enough}
+    return {kind: spent[kind] / done[kind] if kind in known else usual for kind in spent}
+
+
+def seconds_left(
+    plan: _Stages,  # of some stages
+) -> float | None:  # None as long as nothing is known
+    "How long the rest will take, after the speed of each kind so far."
+    rates = _kind_rates(plan)
+    if rates is None:
+        return None
+    left = dict.fromkeys(rates, 0.0)
+    unfinished = dict.fromkeys(rates, 0)
     for name, cost in plan.costs.items():
         kind = kind_of(name)
-        known = done[kind] > 0 and spent[kind] > 0
-        left += cost * (1 - plan.shares[name]) * (spent[kind] / done[kind] if known else usual)
-    return left
+        left[kind] += cost * (1 - plan.shares[name]) * rates[kind]
+        unfinished[kind] += plan.shares[name] < 1
+    return sum(left[kind] / max(1, min(plan.at_once.get(kind, 1), unfinished[kind])) for kind in left)
 
-
+# %% ../../nbs/core/11_progress.ipynb #progr05b
 def plan_text(
     plan: _Stages,  # of some stages
 ) -> str:  # for instance "stage 2 of 7 · 6 min left"
     "Which stage of how many, and how long the rest will take."
     finished = sum(share >= 1 for share in plan.shares.values())
-    text = f"stage {min(finished + 1, len(plan.costs))} of {len(plan.costs)}"
+    return _with_time(plan, f"stage {min(finished + 1, len(plan.costs))} of {len(plan.costs)}")
+
+
+def plan_line(
+    plan: _Stages,  # of some stages
+) -> str:  # for instance "5 of 24 stages done · 6 min left · trays/seed0/generate-05: 43%"
+    "How many stages are done, how long the rest will take, and what goes on now; as `plan_text` if nobody says what."
+    if not plan.now:
+        return plan_text(plan)
+    finished = sum(share >= 1 for share in plan.shares.values())
+    return f"{_with_time(plan, f'{finished} of {len(plan.costs)} stages done')} · {plan.now}"
+
+
+def _with_time(plan: _Stages, text: str) -> str:
+    "A text, and the time that is left, if something is known of it."
     left = seconds_left(plan)
     return text if left is None else f"{text} · {in_minutes(left)} left"
 
 # %% ../../nbs/core/11_progress.ipynb #progr005p1
+def tell_plan(
+    plan: Plan,  # of some stages
+    now: str,  # what goes on now
+) -> None:
+    "Note what goes on, and in a log say once a minute how far it is."
+    plan.now = now
+    _tell_plan(plan)
+
+
 def _tell_plan(plan: Plan) -> None:
     "In a log, say how long it will take as soon as that is known, and then once a minute."
     now = time.monotonic()
     if not plan.show or draws_bars() or seconds_left(plan) is None or (plan.next and now < plan.next):
         return
     plan.next = now + EVERY
-    print(plan_text(plan), file=sys.stderr, flush=True)
+    print(plan_line(plan), file=sys.stderr, flush=True)
 
 
 def step_done(

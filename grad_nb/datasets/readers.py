@@ -7,8 +7,8 @@ __all__ = ['log', 'IMAGE_SUFFIXES', 'OTHER_SUFFIXES', 'NORMAL_NAMES', 'MIN_SIDE'
            'MOST_ENTRIES', 'HALF_DOWN', 'LABELS', 'OFFICIAL', 'DataError', 'UnavailableError', 'max_pixels',
            'find_white', 'read_image', 'picture_array', 'resize_image', 'upright_shape', 'Sample', 'Defect', 'Category',
            'picture_files', 'passed_over', 'no_pictures', 'mask_files', 'read_category', 'hold_out', 'load_images',
-           'resized', 'resize_pictures', 'shrink_mask', 'load_mask', 'load_masks', 'check_masks', 'load_defects',
-           'manifest', 'data_sha256', 'check_category', 'Official', 'Survey', 'survey', 'category_folders']
+           'resized', 'resize_pictures', 'shrink_mask', 'load_mask', 'load_masks', 'load_defects', 'manifest',
+           'data_sha256', 'Doubt', 'check_category', 'Official', 'Survey', 'survey', 'category_folders']
 
 # %% ../../nbs/datasets/01_readers.ipynb #84b4b173
 import errno
@@ -710,16 +710,6 @@ def load_masks(
         masks[i] = load_mask(sample, size)
     return masks
 
-
-def check_masks(
-    samples: Sequence[Sample],  # test pictures
-) -> None:
-    "Open every mask once, before hours of training: `DataError` names the first that the evaluation would refuse."
-    for sample in samples:
-        if sample.masks:
-            for _ in _open_masks(sample):
-                pass
-
 # %% ../../nbs/datasets/01_readers.ipynb #cf8a9468
 def _defect(path: Path, values: np.ndarray, defects: tuple[Defect, ...]) -> tuple[np.ndarray, float]:
     "Mask and saturation area, pixels, of one mask file; `DataError` if it is empty or its value unknown."
@@ -775,6 +765,10 @@ def data_sha256(
     return hashlib.sha256(json.dumps(list(manifest(category, progress).items())).encode()).hexdigest()
 
 # %% ../../nbs/datasets/01_readers.ipynb #56ac8010
+class Doubt(str):
+    "What makes one ask whether a mask means what it seems to; it can be used."
+
+
 def _problems(sample: Sample, defects: tuple[Defect, ...]) -> Iterable[tuple[Path, str]]:
     "What is wrong with a picture and each of its masks."
     shape = None
@@ -790,7 +784,7 @@ def _problems(sample: Sample, defects: tuple[Defect, ...]) -> Iterable[tuple[Pat
             values = _read_mask(path, sample.path, shape)
             mask, _ = _defect(path, values, defects)
             if not defects and (doubt := _doubt(values, mask)):
-                yield path, f"{path} {doubt}"
+                yield path, Doubt(f"{path} {doubt}")
         except DataError as e:
             yield path, str(e)
 

@@ -112,7 +112,9 @@ def planned(
     costs = {task.name: task.cost for phase in phases for task in phase}
     before = [f"generate-{n:02d}" for n in run.generator_levels] + [f"detect-{row.level:03d}" for row in run.levels]
     done = [name for name in before if name not in costs]
-    found = Plan(dict.fromkeys(done, 1.0) | costs, parts=STAGE_SHARES)
+    beside = 1 if run.device.startswith("cuda") else cpu_count()
+    at_once = {"generate": beside, "detect": beside}
+    found = Plan(dict.fromkeys(done, 1.0) | costs, parts=STAGE_SHARES, at_once=at_once)
     for name in done:
         found.skip(name)
     train, held = split_normals(run)

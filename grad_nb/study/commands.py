@@ -8,17 +8,14 @@ __all__ = ['grad_run', 'grad_reproduce', 'grad_ablate']
 # %% ../../nbs/study/11_commands.ipynb #mmandsi
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from fastcore.script import call_parse, store_true
 
 from .. import config
-from ..use.errors import plain_errors, tell
-
-if TYPE_CHECKING:
-    from grad_nb.datasets.readers import Category
+from ..use.errors import plain_errors
 
 # %% ../../nbs/study/11_commands.ipynb #scomm002
 @call_parse
@@ -42,7 +39,7 @@ def grad_run(
     config.preset(preset)
     from grad_nb.core.devices import device_name
     from grad_nb.core.loop import TimeUp, time_limit
-    from grad_nb.runs.driver import plan, planned
+    from grad_nb.runs.check import check_run
     from grad_nb.runs.stages import open_run, result_table
     from grad_nb.study.runner import MORE, do_stages, write_pictures
 
@@ -50,33 +47,21 @@ def grad_run(
 
     def say(text: str) -> None:
         "Tell something, with the seconds since the command began."
-        tell(f"[{time.perf_counter() - began:7.1f} s] {text}")
+        print(f"[{time.perf_counter() - began:7.1f} s] {text}", flush=True)
 
     with time_limit(60 * minutes):
         run = open_run(data, category, preset, seed, runs, overrides, device, not quiet)
-        _check_test(run.category, say)
+        check_run(run, say)
         where = f"{device_name(run.device)}, up to {minutes:g} minutes, in {run.folder}"
         say(f"{run.category.name}, preset {run.preset.name}, seed {seed}, {where}")
         try:
-            result = do_stages(run, say, plan=None if quiet else planned(run, plan(run)))
+            result = do_stages(run, say)
         except TimeUp as e:
             say(f"{e}; repeat the command to go on")
             sys.exit(MORE)
         write_pictures(run)
-    tell(result_table(result).round(1).to_string())
+    print(result_table(result).round(1).to_string())
     say(f"finished: {run.folder / 'result.json'} and {run.folder / 'pictures'}")
-
-# %% ../../nbs/study/11_commands.ipynb #scomm005
-def _check_test(category: "Category", say: Callable[[str], None]) -> None:
-    "What can be said of the test pictures before the training. `ValueError` if the evaluation would refuse them."
-    from grad_nb.datasets.readers import check_masks
-
-    if not category.test:
-        problem = f"{category.root} has no test pictures, so there will be nothing to evaluate"
-        raise ValueError(f"{problem}; grad_fit trains without")
-    for note in category.notes:
-        say(note)
-    check_masks(category.test)
 
 # %% ../../nbs/study/11_commands.ipynb #scomm003
 @call_parse

@@ -34,6 +34,7 @@ from ..patchdiff import field_side, gradient_support, load_patchdiff
 from ..patches import draw_batch
 from ..plots import FeatureCloud, Localised, map_limits, save_figure
 from ..reweighting import log_density
+from ..runs.notebooks import DATA_NOTE
 from ..runs.stages import Run, changed_stages, load_normals, split_normals
 from .records import recorded_preset
 from .tables import collect, of_preset, published_categories, published_grid, values
@@ -49,13 +50,18 @@ class Missing(ValueError):
 def recorded_data(
     folder: str | Path,  # of a run
 ) -> str:  # empty if there is no such record
-    "The folder of the data sets that a run's table notebook was given."
+    "The folder of the data sets that a run's notebooks were given: beside them, or in those of older versions."
+    notebooks = Path(folder) / "notebooks"
     try:
-        return str(read_json(Path(folder) / "notebooks" / "table.ipynb")["metadata"]["papermill"]["parameters"]["data"])
+        return str(read_json(notebooks / DATA_NOTE)["data"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        pass
+    try:
+        return str(read_json(notebooks / "table.ipynb")["metadata"]["papermill"]["parameters"]["data"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return ""
 
-
+# %% ../../nbs/study/02_figures.ipynb #fa70006b
 def _category_folder(result: dict[str, Any], folder: str | Path, data: str | Path) -> Path:
     "The folder that holds the category of a run. `Missing` says where it was looked for."
     places = [Path(data), Path(data) / result["dataset"]] if data else [Path(recorded_data(folder) or "?")]
@@ -171,19 +177,23 @@ def published_points() -> pd.DataFrame:  # as `speed_figure` takes them
     return pd.DataFrame(points)
 
 # %% ../../nbs/study/02_figures.ipynb #fa70000d
-def _timed_detectors(bench: str | Path) -> list[dict[str, Any]]:
-    "The rows of a file of `grad_bench` for all detectors together at batch 1, a row for each precision."
+def _timed_detectors(bench: str | Path) -> list[list[dict[str, Any]]]:
+    "The rows of a file of `grad_bench` at batch 1 with transfers: of the same detectors together, the most first."
     if not str(bench):
         raise Missing("no speed was measured: write it with grad_bench --json-file and give that file")
     if not Path(bench).is_file():
         raise Missing(f"{bench} is not there; write it with grad_bench --json-file {bench}")
     known = read_json(bench)
-    rows = known.get("detectors", []) if isinstance(known, dict) else []
-    rows = [row for row in rows if row.get("batch") == 1]
+    rows: list[dict[str, Any]] = []
+    for name in ("protocol", "detectors") if isinstance(known, dict) else ():
+        rows += [row for row in known.get(name) or [] if row.get("batch") == 1 and row.get("transfers") != "outside"]
     if not rows:
         raise Missing(f"{bench} has no detectors at batch 1; write it with grad_bench --json-file")
-    most = max(len(_sizes(row)) for row in rows)
-    return [row for row in rows if len(_sizes(row)) == most]
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:  # whole pictures, where they were timed, rather than those of each detector's size
+        groups.setdefault((tuple(_sizes(row)), row.get("width", 1.0)), []).append(row)
+    ordered = sorted(groups.items(), key=lambda group: (len(group[0][0]), group[0][1]), reverse=True)
+    return [[row for row in some if row.get("timed") == some[0].get("timed")] for _, some in ordered]
 
 
 def _sizes(row: dict[str, Any]) -> list[int]:
@@ -204,16 +214,17 @@ def measured_points(
     bench: str | Path,  # file of `grad_bench --json-file`
     preset: str = "",  # which preset; may be left out if there is one only
 ) -> pd.DataFrame:  # as `speed_figure` takes them, and the column device
-    """What was measured here: a row for each precision of all detectors together.
+    """What was measured here: a row for each precision of the detectors of the runs, else of the paper's together.
 
     `Missing` if there is no such file, or it holds no detectors at batch 1.
     """
-    rows = _timed_detectors(bench)
-    sizes = _sizes(rows[0])
-    width = rows[0].get("width", 1.0)
+    groups = _timed_detectors(bench)
     found = of_preset(collect(runs), preset)
+    same = [rows for rows in groups if _same_detectors(found, _sizes(rows[0]), rows[0].get("width", 1.0))]
+    rows = (same or groups)[0]
+    sizes, width = _sizes(rows[0]), rows[0].get("width", 1.0)
     auroc = np.nan
-    if _same_detectors(found, sizes, width):
+    if same:
         auroc = values(found, "mvtec_loco", published_categories(1), "image_auroc_mean").mean()
     points = [
         {

@@ -133,8 +133,8 @@ def grad_demo(
     """
     start = time.perf_counter()
     _before_demo(data, category, preset)
-    from grad_nb.datasets.readers import check_masks
     from grad_nb.datasets.trays import make_trays
+    from grad_nb.runs.check import check_run
     from grad_nb.runs.driver import TRAYS_SEED, plan, planned, run_phase
     from grad_nb.runs.stages import evaluate_stage, open_run
 
@@ -143,12 +143,10 @@ def grad_demo(
         category = "trays"
     run = open_run(data, category, preset, seed, runs, overrides, device)
     root = run.category.root
-    if not run.category.test:
-        raise ValueError(f"{root} has no test pictures; train on a folder of normal pictures with grad_fit")
-    tell(f"{run.category}\n{run.preset.name}, seed {seed}, {run.device}; everything goes to {run.folder}")
+    print(f"{run.category}\n{run.preset.name}, seed {seed}, {run.device}; everything goes to {run.folder}", flush=True)
     where = {"data": str(Path(os.path.abspath(root)).parent), "category": run.category.name, "runs": runs}
     values = where | {"preset": preset, "seed": seed, "overrides": overrides, "device": device}
-    check_masks(run.category.test)
+    check_run(run, lambda note: print("note:", note, flush=True))
     phases = plan(run)
     stages = planned(run, phases)
     for phase in phases:

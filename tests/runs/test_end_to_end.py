@@ -131,6 +131,76 @@ def test_a_mask_that_the_evaluation_would_refuse_stops_the_demo_before_the_train
     assert not list((tmp_path / "runs").rglob("*.safetensors"))
 
 
+def spoil_kinds(root: Path) -> None:
+    shutil.rmtree(root / "test/good")
+    shutil.rmtree(root / "validation")
+
+
+def spoil_picture(root: Path) -> None:
+    next((root / "test").rglob("*.png")).write_bytes(b"nonsense")
+
+
+def spoil_size(root: Path) -> None:
+    mask = next((root / "ground_truth").rglob("*.png"))
+    Image.fromarray(np.asarray(Image.open(mask))[:-1]).save(mask)
+
+
+def spoil_name(root: Path) -> None:
+    picture = next((root / "test/logical_anomalies").rglob("*.png"))
+    Image.open(picture).convert("RGB").save(picture.with_suffix(".jpg"))
+
+
+@pytest.mark.parametrize(
+    "spoil, said", [(spoil_picture, "whatever its name says"), (spoil_size, "size"), (spoil_name, "would share a mask")]
+)
+def test_what_can_be_known_before_the_training_is_the_same_for_every_command(data, tmp_path, spoil, said):
+    "The check of grad_demo, of grad_run and of the batch's notebook is one."
+    from grad_nb.datasets.readers import DataError, read_category
+    from grad_nb.runs.check import check_run, check_stage
+
+    root = Path(shutil.copytree(data / "trays", tmp_path / "data/trays"))
+    spoil(root)
+    messages = []
+    for check in (
+        lambda: check_stage(tmp_path / "batch", read_category(root), progress=False),
+        lambda: check_run(tiny_run(tmp_path / "data", tmp_path / "runs"), print),
+    ):
+        with pytest.raises(DataError) as e:
+            check()
+        messages.append(str(e.value))
+    assert messages[0] == messages[1] and str(root) in messages[0] and said in messages[0]
+
+
+def test_one_kind_of_test_pictures_and_a_doubtful_mask_are_said_before_the_training(data, tmp_path):
+    from grad_nb.runs.check import check_run
+
+    root = Path(shutil.copytree(data / "trays", tmp_path / "data/trays"))
+    spoil_kinds(root)
+    notes = []
+    run = tiny_run(tmp_path / "data", tmp_path / "runs")
+    check_run(run, notes.append)
+    assert "all 14 test pictures are anomalous: figures that need both kinds will be n/a" in notes
+    again = []
+    check_run(run, again.append)
+    assert again == notes, "it is said again, and not looked for again"
+
+
+def test_a_run_that_does_not_fit_on_the_disk_is_refused(data, tmp_path, monkeypatch):
+    from grad_nb.datasets.readers import DataError
+    from grad_nb.runs import check
+
+    run = tiny_run(data, tmp_path / "runs")
+    needed = check.run_bytes(run)
+    monkeypatch.setattr(check, "room_left", lambda folder: needed - 1)
+    with pytest.raises(DataError, match="No space left for this: up to .* MB are needed"):
+        check.check_run(run, print)
+    for name in ("generate-03", "generate-05", "generate-17", "detect-034"):
+        (run.folder).mkdir(parents=True, exist_ok=True)
+        (run.folder / f"{name}.json").write_text("{}")
+    assert 0 < check.run_bytes(run) < needed
+    check.check_run(run, print)
+
+
 def test_second_run_does_nothing_again(demo, data):
     stamps = {p: p.stat().st_mtime_ns for p in demo[1].rglob("*.safetensors")}
     start = time.time()

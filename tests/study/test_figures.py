@@ -34,6 +34,7 @@ from grad_nb.plots import (
 )
 from grad_nb.reweighting import noisy_weight, tail_weight
 from grad_nb.runs.driver import package_file, template_parameters
+from grad_nb.runs.notebooks import DATA_NOTE
 from grad_nb.runs.stages import detect_stage, evaluate_stage, generate_stage, load_normals, open_run
 from grad_nb.study.figures import (
     Missing,
@@ -254,6 +255,16 @@ def test_one_run_of_each_category_that_of_the_lowest_seed(batch, data, tmp_path)
     assert finished_runs(batch, data=tmp_path)[1][0].startswith("trays/trays is left out")
 
 
+def test_the_pictures_are_where_the_notebooks_were_given_them(tmp_path):
+    "An executed notebook does not say so; the note beside it does, and those of older versions themselves."
+    assert figures.recorded_data(tmp_path) == ""
+    given = {"metadata": {"papermill": {"parameters": {"data": "…/data"}}}}
+    write_json(tmp_path / "notebooks/table.ipynb", given)
+    assert figures.recorded_data(tmp_path) == "…/data"
+    write_json(tmp_path / "notebooks" / DATA_NOTE, {"data": "/where/they/are"})
+    assert figures.recorded_data(tmp_path) == "/where/they/are"
+
+
 def test_a_run_of_another_version_is_named_and_not_drawn(batch, data, tmp_path):
     run = tmp_path / "seed0"
     run.mkdir()
@@ -361,6 +372,17 @@ def test_speed_is_joined_to_accuracy_only_for_the_same_detectors(batch, tmp_path
         write_json(tmp_path / "other.json", other)
         with pytest.raises(Missing, match="no detectors"):
             measured_points(batch, tmp_path / "other.json")
+
+
+def test_the_speed_of_the_runs_own_detectors_is_taken_where_it_was_measured(batch, tmp_path, monkeypatch):
+    row = {"detectors": "256 + 128 + 64", "precision": "bf16", "batch": 1, "median_ms": 3.0, "device": "x"}
+    own = row | {"detectors": "96", "width": 0.25, "median_ms": 2.0, "transfers": "inside", "timed": "whole pictures"}
+    rows = [row, own, own | {"transfers": "outside", "median_ms": 1.0}]
+    write_json(tmp_path / "bench.json", {"detectors": [own | {"timed": "its size"}], "protocol": rows})
+    monkeypatch.setattr(figures, "values", lambda *_: pd.Series([90.0]))
+    monkeypatch.setattr(figures, "_same_detectors", lambda found, sizes, width: (sizes, width) == ([96], 0.25))
+    points = measured_points(batch, tmp_path / "bench.json")
+    assert points.latency_ms.tolist() == [2.0] and points.auroc[0] == 90 and points.parameters[0] < 300_000
 
 
 def test_peers_that_were_run_here_join_with_their_published_accuracy(tmp_path):

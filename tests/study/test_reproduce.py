@@ -18,6 +18,7 @@ from shared import ROOT
 
 from grad_nb.config import to_dict
 from grad_nb.core.files import read_json, write_json
+from grad_nb.core.progress import BARS, tell_plan
 from grad_nb.runs.stages import generate_key, open_run
 from grad_nb.study import calibration
 from grad_nb.study import reproduce as reproduce_module
@@ -30,17 +31,21 @@ from grad_nb.study.reproduce import (
     estimate,
     failures,
     find_categories,
+    forecast,
     hold_folder,
     hold_or_inherit,
     in_words,
     job_done,
+    log_of,
     official,
     plan_batch,
+    plan_of,
     report_of,
     room_left,
     room_needed,
     snakemake_call,
 )
+from grad_nb.study.speed import SPEED_FILE
 from grad_nb.study.tables import VARIANTS, variant
 from grad_nb.study.variants import table_4_presets, variant_run
 
@@ -139,7 +144,9 @@ def test_a_plan_has_every_stage_once_and_waits_for_what_it_needs(data, tmp_path)
     markers = [job["marker"] for job in batch["jobs"]]
     count = Counter(job["notebook"] for job in batch["jobs"])
     last = {name: count.pop(name, 0) for name in LAST}
-    assert count == {"check": 1, "generate": 6, "detect": 2, "table": 2} and len(set(markers)) == len(markers)
+    assert count == {"speed": 1, "check": 1, "generate": 6, "detect": 2, "table": 2} and len(set(markers)) == len(
+        markers
+    )
     assert last["tables"] == 1 and last["figures"] <= 1
     for i, job in enumerate(batch["jobs"]):
         assert set(job["needs"]) <= set(markers[:i])
@@ -180,6 +187,7 @@ def test_a_category_that_cannot_be_read_leaves_only_its_check(data, tmp_path):
     shutil.rmtree(broken / "trays/train")
     batch = plan_batch(broken, "trays", "demo", (0,), tmp_path / "runs", overrides=TINY, device="cpu")
     assert [job["notebook"] for job in batch["jobs"]] == [
+        "speed",
         "check",
         *(job["notebook"] for job in batch["jobs"] if job["notebook"] in LAST),
     ]
@@ -257,12 +265,14 @@ def test_what_is_left_is_what_is_not_done_with_these_settings(data, tmp_path):
 
 def test_the_estimate_guesses_first_and_then_knows(data, tmp_path):
     batch = planned(data, tmp_path, (0, 1))
-    work, here, guessed = estimate(batch)
+    times, guessed = forecast(batch)
+    work, here = estimate(batch, times)
     assert guessed == 8 and 0 < here <= work
     for job in batch["jobs"]:
-        if job["marker"].startswith("trays/trays/seed0") or job["notebook"] == "check":
+        if job["marker"].startswith("trays/trays/seed0") or job["notebook"] in ("check", "speed"):
             leave(batch, job, 1000.0)
-    work, here, guessed = estimate(batch)
+    times, guessed = forecast(batch)
+    work, here = estimate(batch, times)
     assert guessed == 0 and 5000 < work < 5200, "five stages of the other seed, 1000 seconds each"
     assert here < work or at_once(batch, "generate") == 1
 
@@ -273,6 +283,47 @@ def test_a_longer_training_is_guessed_to_take_longer(data, tmp_path):
         for name, more in (("short", TINY), ("long", f"{TINY} detector.steps=100000000"))
     ]
     assert guesses[1] > 20 * guesses[0]
+
+
+def test_the_speed_is_measured_unless_a_file_of_it_is_given(data, tmp_path):
+    where = dict(data=data, dataset="trays", preset="demo", seeds=(0,), overrides=TINY, device="cpu", runs=tmp_path)
+    batch = plan_batch(**where)
+    speed, last = batch["jobs"][0], batch["jobs"][-1]
+    assert speed["marker"] == "done/speed" and speed["marker"] in last["needs"]
+    assert last["values"]["bench"] == str(tmp_path / "demo" / SPEED_FILE), "it need not be there when they run"
+    assert speed["key"] != plan_batch(**where | {"overrides": f"{TINY} detector.width=0.2"})["jobs"][0]["key"]
+    write_json(tmp_path / "bench.json", {"detectors": []})
+    given = plan_batch(**where, bench=str(tmp_path / "bench.json"))
+    assert "speed" not in {job["notebook"] for job in given["jobs"]}
+    assert given["jobs"][-1]["values"]["bench"] == str(tmp_path / "bench.json")
+
+
+def test_a_batch_tells_in_a_line_how_far_it_is(data, tmp_path, monkeypatch, capsys):
+    batch = planned(data, tmp_path)
+    folder = Path(batch["folder"])
+    plan, names = plan_of(batch, dict.fromkeys([job["marker"] for job in batch["jobs"]], 60.0))
+    monkeypatch.setenv(BARS, "0")
+    jobs = {job["stage"]: job for job in batch["jobs"]}
+    log = log_of(folder, jobs["generate-05"])
+    log.parent.mkdir(parents=True)
+    log.write_text("PatchDiff 5:  50%|##### | 1/2")
+    leave(batch, jobs["check"])
+    capsys.readouterr()
+    left = reproduce_module._without_done(folder, batch["jobs"], (plan, names))
+    assert len(left) == len(batch["jobs"]) - 1 and "done: trays/trays/check" in capsys.readouterr().out
+    reproduce_module._tell(folder, left, (plan, names))
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith("1 of 9 stages done · ") and "min left · " in said[0]
+    assert said[0].endswith("trays/trays/seed0/generate-05: PatchDiff 5:  50%|##### | 1/2")
+    tell_plan(plan, "something else")
+    assert not capsys.readouterr().err, "a line a minute"
+    log_of(folder, jobs["generate-03"]).write_text("")
+    reproduce_module._tell(folder, left, (plan, names))
+    assert names[jobs["generate-03"]["marker"]] in plan.began, "a notebook that starts takes time"
+    assert plan.shares[names[jobs["generate-05"]["marker"]]] < 0.5, "half of the first of its two loops"
+    endless, _ = plan_of(batch, dict.fromkeys(names, float("inf")))
+    tell_plan(endless, "x")
+    assert not capsys.readouterr().err, "nothing is known of the time yet"
 
 
 def test_a_failure_names_its_reason_and_its_notebook(data, tmp_path):
@@ -347,7 +398,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(data, tmp_path):
 
 def test_a_plan_that_is_not_run_draws_no_trays_into_the_runs(tmp_path):
     batch = plan_batch("", "trays", "demo", (0,), tmp_path / "runs", device="cpu", scratch=tmp_path / "scratch")
-    assert len(batch["jobs"]) == 8 and not (tmp_path / "runs").exists()
+    assert len(batch["jobs"]) == 9 and not (tmp_path / "runs").exists()
     assert 0 < room_needed(batch) < 2e9 and room_left(tmp_path / "a/b") == shutil.disk_usage(tmp_path).free
 
 

@@ -46,7 +46,7 @@ def test_the_same_figures_through_slurm(data, tmp_path, slurm):
     finish(data, tmp_path / "local")
     said = (tmp_path / "node/log/slurmctld.log").read_text()
     steps = [job for job in read_json(tmp_path / "cluster/demo/batch.json")["jobs"] if job["notebook"] not in LAST]
-    assert said.count("WEXITSTATUS 0") == len(steps) == 6, (
+    assert said.count("WEXITSTATUS 0") == len(steps) == 7, (
         "every step of a run went through SLURM, and none failed there"
     )
     assert outcome(tmp_path / "cluster") == outcome(tmp_path / "local")

@@ -273,6 +273,34 @@ def test_ablation_by_level_and_by_settings_not_by_folder(tmp_path):
     assert set(found.variant) == {"baseline", WHOLE, "other"}
 
 
+def test_the_ablation_averages_over_what_was_run_and_says_so(tmp_path):
+    off = dict(alpha_1=0, alpha_2=0, noisy_reweighting=False, tail_reweighting=False)
+    on = dict(alpha_1=1, alpha_2=1e-3)
+    rows = [off, off | on, on | {"tail_reweighting": False}, on]
+    result(tmp_path / "own", "trays", "trays", 0, 0.9, preset="demo", by_level={34: 0.3})
+    assert table_4(collect(tmp_path))["level 34 here"].tolist()[:4] == ["-"] * 4
+    for i, row in enumerate(rows):
+        result(tmp_path / f"t{i}", "trays", "trays", 0, 0.8, preset="demo", by_level={34: 0.5 + i / 10}, **row)
+    trays = table_4(collect(tmp_path))
+    assert trays["level 34 here"].tolist()[:4] == ["50.0", "60.0", "70.0", "80.0"]
+    assert trays.attrs["notes"][0].startswith("averages here over trays; the published averages are over the five")
+    for i, row in enumerate(rows):
+        result(tmp_path / f"j{i}", "mvtec_loco", "juice_bottle", 0, 0.8, preset="demo", by_level={34: 0.9}, **row)
+    result(tmp_path / "b", "mvtec_loco", "breakfast_box", 0, 0.8, preset="demo", by_level={34: 0.1}, **off)
+    loco = table_4(collect(tmp_path))
+    assert loco["level 34 here"].tolist()[:4] == ["90.0"] * 4, "of LOCO what has all rows"
+    assert "over juice_bottle;" in loco.attrs["notes"][0]
+    assert table_4(collect(tmp_path), dataset="trays")["level 34 here"].tolist() == trays["level 34 here"].tolist()
+
+
+def test_a_device_is_named_once(tmp_path):
+    for name, device in (("bottle", "cpu (1 threads, bf16)"), ("pill", "cpu (1 threads, bf16), cpu (2 threads, bf16)")):
+        path = result(tmp_path, "mvtec_ad", name, 0, 0.9)
+        write_json(path, read_json(path) | {"device": device})
+    notes = table_10(collect(tmp_path)).attrs["notes"]
+    assert any(note.endswith("on cpu (1 threads, bf16), cpu (2 threads, bf16)") for note in notes), notes
+
+
 def test_a_preset_without_regularisers_fills_the_main_tables(tmp_path):
     result(tmp_path, "mvtec_ad", "bottle", 0, 0.91, preset="demo")
     result(tmp_path / "x", "mvtec_ad", "bottle", 0, 0.5, preset="demo", alpha_1=1.0, alpha_2=1e-3)
@@ -340,6 +368,12 @@ def test_speed(tmp_path):
     table = table_3(tmp_path / "bench.json")
     assert table.equals(table_3(rows)) and len(table) == 7 and "batch 1, float32" in table.iloc[-1].protocol
     assert table.loc["GRAD (paper)", "latency (ms)"] == "0.799" and table_3().loc["GRAD here"].eq("-").all()
+    more = {"protocol": [rows[0] | {"way": "one graph"}], "peers": [rows[0] | {"method": "P"}, {"error": "x"}]}
+    write_json(tmp_path / "bench.json", {"detectors": rows, "missing": ["other detectors: no room"], **more})
+    whole = table_3(tmp_path / "bench.json")
+    assert len(whole) == 9 and "one captured graph" in whole.iloc[-2].protocol and whole.index[-1] == "P"
+    assert "width 0.1 of Table 8" in whole.iloc[-2].protocol
+    assert whole.attrs["notes"][-1] == "not measured here: other detectors: no room"
     write_json(tmp_path / "other.json", {"detectors": [{"size": 3}]})
     with pytest.raises(ValueError, match="other.json has no rows of grad_bench"):
         table_3(tmp_path / "other.json")
