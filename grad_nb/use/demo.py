@@ -143,10 +143,10 @@ def grad_demo(
         category = "trays"
     run = open_run(data, category, preset, seed, runs, overrides, device)
     root = run.category.root
-    print(f"{run.category}\n{run.preset.name}, seed {seed}, {run.device}; everything goes to {run.folder}", flush=True)
+    tell(f"{run.category}\n{run.preset.name}, seed {seed}, {run.device}; everything goes to {run.folder}")
     where = {"data": str(Path(os.path.abspath(root)).parent), "category": run.category.name, "runs": runs}
     values = where | {"preset": preset, "seed": seed, "overrides": overrides, "device": device}
-    check_run(run, lambda note: print("note:", note, flush=True))
+    check_run(run, lambda note: tell("note:", note))
     phases = plan(run)
     stages = planned(run, phases)
     for phase in phases:
