@@ -14,7 +14,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sized
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -40,6 +40,7 @@ from .detector import Detector, load_detector
 from .evaluation import MapStats, fuse, score_levels
 from .explain import Explanation, PatchBank, evidence, make_bank
 from .patches import PATCH
+from .student import Student, branches, load_student, make_student, student_maps, student_with
 from .training import make_detector
 
 log = logging.getLogger(__name__)
@@ -199,6 +200,7 @@ class _Parameters(Estimator):
         work_dir: str | Path | None = None,  # folder for the stages of `fit`, which goes on there after an interruption
         explain_patches: int = 256,  # normal and generated patches of a level kept for `explain`; 0 = none (our choice)
         white: float | None = None,  # value of white in pictures of more than 8 bits; None: found in the training set
+        one_network: bool = False,  # distil the detectors into one small network, which judges in their place
     ):
         self.preset = preset
         self.layout = layout
@@ -211,11 +213,16 @@ class _Parameters(Estimator):
         self.work_dir = work_dir
         self.explain_patches = explain_patches
         self.white = white
+        self.one_network = one_network
+
+# %% ../nbs/15_grad.ipynb #gradpar2
+FittedModelT = TypeVar("FittedModelT", bound="_Fitted")
 
 
 def _preset_of(model: _Parameters) -> Any:
-    "What was given as preset; if by name, the preset of that name for that layout."
-    return preset(model.preset, model.layout) if isinstance(model.preset, str) else model.preset
+    "What was given as preset; if by name, the preset of that name for that layout; with one network if asked for."
+    chosen = preset(model.preset, model.layout) if isinstance(model.preset, str) else model.preset
+    return replace(chosen, one_network=True) if model.one_network and isinstance(chosen, Preset) else chosen
 
 
 def _settings(model: _Parameters) -> dict[str, Any]:
@@ -238,6 +245,10 @@ def _check_parameters(model: _Parameters) -> None:
         raise ValueError(f"false_alarm_rate must lie between 0 and 1, not {model.false_alarm_rate}")
     if model.validation is not None and not 0 <= model.validation < 1:
         raise ValueError(f"validation is a share of the pictures, from 0 to below 1, not {model.validation}")
+    if not isinstance(model.one_network, bool):
+        raise ValueError(f"one_network is true or false, not {model.one_network!r}")
+    if chosen.one_network:
+        branches(chosen.levels(model.layout))  # sizes that no network can serve are an error before any work
     if model.white is not None and not model.white > 0:
         raise ValueError(f"white must be above 0, not {model.white}")
     for name in ("random_state", "explain_patches"):
@@ -246,9 +257,6 @@ def _check_parameters(model: _Parameters) -> None:
             raise ValueError(f"{name} must be a whole number from 0 on, not {value!r}")
 
 # %% ../nbs/15_grad.ipynb #grad0010
-FittedModelT = TypeVar("FittedModelT", bound="_Fitted")
-
-
 class _Fitted(_Parameters):
     "What `fit` leaves; these names are there only after it."
 
@@ -256,6 +264,7 @@ class _Fitted(_Parameters):
     detectors_: list[Detector]  # one for each level
     banks_: list[tuple[PatchBank, PatchBank] | None]  # for each level, patches for `explain`, normal and generated
     stats_: list[MapStats]  # of each detector's maps of held-out normal pictures
+    student_: Student | None = None  # the one network that judges in place of the detectors; None = they judge
     light_: Light | None = None  # of the normal pictures, to which every picture is brought; None = as they are
     offset_: float  # the threshold: a picture with a higher score is anomalous
     map_limits_: tuple[float, float]  # where the colour of a heat map begins and where it is full
@@ -307,9 +316,11 @@ class _Scoring(_Fitted):
     "From pictures to scores and maps."
 
     def _maps(self, pictures: np.ndarray) -> list[np.ndarray]:
-        "Score maps of some pictures, one array for each detector."
+        "Score maps of some pictures, one array for each level: the detectors', or those of their student."
         device, batch = pick_device(self.device), self.preset_.evaluation.batch
         pictures = even_light(pictures, self.light_)
+        if self.student_ is not None:
+            return student_maps(self.student_, pictures, device, batch)
         return score_levels(self.detectors_, pictures, [row.size for row in self.levels_], device, batch)
 
     def _fused(self, maps: list[np.ndarray], with_maps: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
@@ -515,15 +526,18 @@ def _generate_key(model: "_Fitted", normals: np.ndarray) -> str:
 
 
 def _stage_keys(model: "_Fitted", normals: np.ndarray) -> dict[str, str]:
-    "The fingerprint of each stage, by its name: one for all generators, one for each detector."
+    "The fingerprint of each stage, by its name: one for all generators, one for each detector, one for the student."
     generate = _generate_key(model, normals)
     keys = {f"generate-{n:02d}": generate for n in model.preset_.generator_levels(model.layout)}
     for row in model.levels_:
         settings = map(to_dict, (row, model.preset_.detector, model.augmentation))
         keys[f"detector-{row.level:03d}"] = stage_key("detect", generate, *settings)
+    if model.preset_.one_network:
+        teachers = [keys[f"detector-{row.level:03d}"] for row in model.levels_]
+        keys["student"] = stage_key("student", teachers, to_dict(model.preset_.student), model.random_state)
     return keys
 
-
+# %% ../nbs/15_grad.ipynb #gradcst1
 def stage_costs(
     chosen: Preset,  # settings
     layout: str,  # of the data
@@ -533,7 +547,11 @@ def stage_costs(
     step = g.batch * (g.crop or g.size) ** 2 * g.width**2
     costs = {f"generate-{n:02d}": 8e-9 * g.steps * step * (1 + n / 5) for n in chosen.generator_levels(layout)}
     steps = d.steps or d.epochs * 50
-    return costs | {f"detector-{row.level:03d}": 1.3 * steps * d.width**2 for row in chosen.levels(layout)}
+    costs |= {f"detector-{row.level:03d}": 1.3 * steps * d.width**2 for row in chosen.levels(layout)}
+    pixels = sum(row.size**2 for row in chosen.levels(layout)) / 256**2
+    s = chosen.student
+    student = {"student": 0.05 * s.steps * s.batch * (0.25 + d.width**2) * pixels}
+    return costs | student if chosen.one_network else costs
 
 # %% ../nbs/15_grad.ipynb #gradpl02p1
 def _planned(model: "_Training", folder: Path, keys: dict[str, str], pictures: int) -> Plan:
@@ -550,8 +568,10 @@ def _planned(model: "_Training", folder: Path, keys: dict[str, str], pictures: i
         said = "of other pictures, settings or a changed file, and made again"
         log.warning("%s in %s: %s", ", ".join(others), folder, said)
     size = model.preset_.generator.size
-    kinds = [f"{len(model.levels_)} detectors" if len(model.levels_) > 1 else "1 detector"]
-    text = f"{len(costs)} stages: {len(costs) - len(model.levels_)} generators and {kinds[0]}; {pictures} pictures"
+    detectors = f"{len(model.levels_)} detectors" if len(model.levels_) > 1 else "1 detector"
+    generators = f"{sum(name.startswith('generate') for name in costs)} generators"
+    kinds = f"{generators}, {detectors} and one network" if "student" in costs else f"{generators} and {detectors}"
+    text = f"{len(costs)} stages: {kinds}; {pictures} pictures"
     there = sum(share >= 1 for share in plan.shares.values())
     plan.announce(
         f"{text} to learn from, seen at {size} x {size} pixels{f'; {there} stages are done' if there else ''}"
@@ -569,6 +589,7 @@ class _Training(_Scoring):
         keys = _stage_keys(self, normals)
         plan = _planned(self, folder, keys, len(normals))
         levels = config.generator_levels(self.layout)
+        self.student_ = None
         for n in levels:
             draw = partial(make_contrastive, folder, normals, n, config.generator, *rest, levels)
             name = f"generate-{n:02d}"
@@ -584,7 +605,26 @@ class _Training(_Scoring):
                 run_stage(folder, name, keys[name], train, device)
             (folder / f"{name}.checkpoint").unlink(missing_ok=True)
             detectors.append(load_detector(folder / f"{name}.safetensors")[0])
+        if "student" in keys:
+            with plan.stage("student"):
+                self._distil(folder, normals, detectors, keys["student"], device)
         return detectors
+
+    def _distil(
+        self, folder: Path, normals: np.ndarray, teachers: list[Detector], key: str, device: torch.device
+    ) -> None:
+        "One network for all levels."
+        levels = self.preset_.generator_levels(self.layout)
+        sets = [read_array(folder / f"contrastive/level-{n:02d}.npy") for n in levels]
+        settings = (self.preset_.student, self.augmentation, self.random_state, device, self.progress)
+        train = partial(make_student, folder, teachers, self.levels_, normals, sets, *settings)
+        run_stage(folder, "student", key, train, device)
+        (folder / "student.checkpoint").unlink(missing_ok=True)
+        self.student_ = load_student(folder / "student.safetensors")
+
+# %% ../nbs/15_grad.ipynb #gradkeep1
+class _Banking(_Training):
+    "What is kept of the training for `explain`."
 
     def _keep_patches(
         self, folder: Path, pictures: np.ndarray, train: np.ndarray, device: torch.device
@@ -605,7 +645,7 @@ class _Training(_Scoring):
         return banks
 
 # %% ../nbs/15_grad.ipynb #grlearn1
-class _Learning(_Training, _Calibrating):
+class _Learning(_Banking, _Calibrating):
     "The work of `fit`, on a model that is not fitted yet."
 
     def _normal_pictures(self, X: Input, y: Iterable[int] | None) -> np.ndarray:
@@ -701,7 +741,7 @@ class _Describing(_Fitted):
             settings=json.dumps(shown, indent=1),
         )
 
-
+# %% ../nbs/15_grad.ipynb #graduse1
 def _uses(model: _Fitted) -> str:
     "The part of a card that tells how a model was made."
     seen = "{} normal pictures, and {} held out".format(*model.n_pictures_) if model.n_pictures_ else "normal pictures"
@@ -711,9 +751,13 @@ def _uses(model: _Fitted) -> str:
         for row in model.levels_
     )
     size = model.preset_.generator.size
+    judge = ""
+    if model.student_ is not None:
+        count = sum(p.numel() for p in model.student_.parameters())
+        judge = f" One network of {count:,} parameters has learnt their maps and judges in their place."
     return (
         f"Trained on {seen}, each resized to {size} x {size} pixels{light}, with preset `{model.preset_.name}` and "
-        f"seed {model.settings_['random_state']}. No anomalous picture was used. Detectors: {names}."
+        f"seed {model.settings_['random_state']}. No anomalous picture was used. Detectors: {names}.{judge}"
     )
 
 # %% ../nbs/15_grad.ipynb #calibr05
@@ -785,12 +829,17 @@ def _contents(
         for kind, bank in zip(("normal", "contrastive"), banks or ()):
             for f in fields(PatchBank):
                 tensors[f"bank.{row.level}.{kind}.{f.name}"] = torch.from_numpy(getattr(bank, f.name))
+    if model.student_ is not None:
+        tensors |= {f"student.{name}": weights for name, weights in model.student_.state_dict().items()}
+    settings = to_dict(model.preset_)
+    if model.student_ is None:
+        del settings["student"], settings["one_network"]  # as in files of before
     known = calibration(model)
     return tensors, {
         "kind": "GRAD",
         "format": FORMAT,
         **model.settings_,
-        "preset": to_dict(model.preset_),
+        "preset": settings,
         "augmentation": to_dict(model.settings_["augmentation"]),
         "offset": model.offset_,
         "map_limits": model.map_limits_,
@@ -802,7 +851,7 @@ def _contents(
         "card": model.card(),
     }
 
-
+# %% ../nbs/15_grad.ipynb #gradsav1
 def save_grad(
     model: _Describing,  # fitted
     path: str | Path,  # the file
@@ -868,6 +917,14 @@ def _load_bank(found: dict[str, torch.Tensor], kind: str, features: int) -> Patc
     return bank
 
 # %% ../nbs/15_grad.ipynb #b84b220dp1
+def _load_student(model: _Fitted, tensors: dict[str, torch.Tensor]) -> Student | None:
+    "The one network of a file, None if its detectors judge; errors for weights that do not fit."
+    found = _take_out(tensors, "student.")
+    if bool(found) != model.preset_.one_network:
+        raise ValueError("there is one network that the settings do not know, or none where they name one")
+    return student_with(found, model.levels_, model.preset_.generator.size, model.preset_.student) if found else None
+
+
 def _load_banks(
     tensors: dict[str, torch.Tensor], prefix: str, detector: Detector
 ) -> tuple[PatchBank, PatchBank] | None:
@@ -935,6 +992,7 @@ def _rebuild(cls: type[FittedT], tensors: dict[str, torch.Tensor], meta: dict[st
         device,
         explain_patches=meta["explain_patches"],
         white=meta.get("white"),  # files of 0.2.0 have none
+        one_network=meta.get("one_network", False),
     )
     _check_parameters(model)
     _check_sides(_preset_of(model))
@@ -954,6 +1012,7 @@ def _rebuild(cls: type[FittedT], tensors: dict[str, torch.Tensor], meta: dict[st
     model.calibration_ = known and checked_calibration(known)
     model.versions_ = dict(meta["versions"])
     model.light_ = _load_light(tensors, model.preset_.generator.light)
+    model.student_ = _load_student(model, tensors)
     model.detectors_ = [_load_weights(model.preset_.detector.width, tensors, f"{row.level}.") for row in model.levels_]
     model.banks_ = [_load_banks(tensors, f"bank.{row.level}.", d) for row, d in zip(model.levels_, model.detectors_)]
     if tensors:
@@ -1008,7 +1067,8 @@ class GRAD(_Fitting, _Calibrating, _Evaluating, _Predicting, _Explaining, _Keepi
     Parameters, all with defaults: `preset` ("paper", "fast", "demo", or a `Preset`), `layout`, `augmentation`,
     `validation` (share held out for the threshold), `false_alarm_rate` (share of normal pictures wanted above it),
     `random_state` (seed), `device` ("auto", "cpu", "cuda"), `progress`, `work_dir` (folder in which an interrupted
-    `fit` goes on), `explain_patches`, `white` (the value of white in pictures of more than 8 bits).
+    `fit` goes on), `explain_patches`, `white` (the value of white in pictures of more than 8 bits), `one_network`
+    (distil the detectors into one small network that judges in their place: the same verdicts, nearly, much sooner).
 
         model = GRAD(preset("fast"), random_state=0).fit("my_parts/train/good")
         result = model.predict("my_parts/incoming")  # scores, labels, maps, paths

@@ -26,7 +26,7 @@ from ..detector import Detector
 from ..evaluation import MapStats, image_auroc
 from ..grad import GRAD
 from ..inference.scorer import InBfloat16, arithmetic
-from ..use.export import OnnxScorer, Scorer, to_int8, to_onnx
+from ..use.export import DetectorViews, OnnxScorer, Scorer, to_int8, to_onnx
 
 # %% ../../nbs/bench/04_ways.ipynb #bway0001
 def random_model(
@@ -56,8 +56,8 @@ def in_bfloat16(
 ) -> Scorer:
     "The same way from bytes to verdicts with the detectors in bfloat16; everything around them stays in float32."
     made = copy.deepcopy(scorer)
-    for view in made.views:
-        view.add_module("detector", InBfloat16(view.get_submodule("detector")))
+    assert isinstance(made.judge, DetectorViews)
+    made.judge.detectors = nn.ModuleList(InBfloat16(detector) for detector in made.judge.detectors)
     return made
 
 
