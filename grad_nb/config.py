@@ -178,6 +178,7 @@ class StudentConfig:
     "Settings of the student and of its training, all our choice. `ValueError` for a value that cannot be meant."
 
     width: int = 48  # channels of the layers that all levels share (our choice)
+    stem_width: int = 16  # channels of the first layer, where two of stride 2 lead to the cells (our choice)
     coarse_width: int = 64  # channels of the layers that only coarser levels have (our choice)
     steps: int = 2000  # training steps (our choice)
     batch: int = 12  # pictures per step, half of them contrastive (our choice)
@@ -188,7 +189,7 @@ class StudentConfig:
     bf16: bool = True  # mixed precision where the processor has it (our choice)
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "width", "coarse_width", "steps", "batch")
+        _at_least(self, 1, "width", "stem_width", "coarse_width", "steps", "batch")
         _at_least(self, 0, "lr", "weight_decay")
         _shares(self, "warm_up")
         if not 0 <= self.paste <= 1:

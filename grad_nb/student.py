@@ -57,8 +57,8 @@ def input_side(
     return fitting[0]
 
 # %% ../nbs/18_student.ipynb #stud2
-STEM = 6  # pixels of the finest detector's input that the first layer sees
-SPACING = STRIDE  # of the first layer's cells, in these pixels: one for each cell of the finest map
+STEM = 6  # pixels of the finest detector's input that the first layers see, at least
+SPACING = STRIDE  # of their cells, in these pixels: one for each cell of the finest map
 
 
 def branches(
@@ -125,9 +125,11 @@ class Student(nn.Module):
         self.size = input_side(levels, picture)
         self.branches = branches(levels)
         stride = SPACING * self.size // levels[0].size
-        kernel = max(3, STEM * self.size // levels[0].size)
-        self.colours = nn.Conv2d(3, config.width, kernel, stride, (kernel - 1) // 2)
-        self.places = nn.Conv2d(2, config.width, kernel, stride, (kernel - 1) // 2, bias=False)
+        first = config.stem_width if stride == 4 else config.width
+        self.colours = nn.Conv2d(3, first, 3, min(stride, 2), 1)
+        self.places = nn.Conv2d(2, first, 3, min(stride, 2), 1, bias=False)
+        second = (nn.Conv2d(first, config.width, 3, 2, 1), nn.ReLU())
+        self.stem = nn.Sequential(*second if stride == 4 else ())
         self.register_buffer("coords", coord_map(self.size, self.size)[None], persistent=False)
         self.stages = nn.ModuleList()
         self.heads = nn.ModuleList()
@@ -144,7 +146,7 @@ class Student(nn.Module):
         pictures: Tensor,  # (B, 3, size, size) in 0..255
     ) -> list[Tensor]:  # (B, h, h) logits of each level
         "The first layer sees the coordinates by a convolution of their own: for a given network that is a constant."
-        x = F.relu(self.colours(pictures / 127.5 - 1) + self.places(self.coords))
+        x = self.stem(F.relu(self.colours(pictures / 127.5 - 1) + self.places(self.coords)))
         maps = []
         for branch, stage, head in zip(self.branches, self.stages, self.heads):
             x = stage(x)

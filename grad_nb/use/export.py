@@ -431,14 +431,18 @@ def to_openvino_int8(
     if not len(pictures):
         raise ValueError("the ranges of the activations need at least one normal picture")
     import nncf
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
     graph = _openvino_graph(model)
     layers = [layer for layer in graph.get_ordered_ops() if layer.get_type_name() == "Convolution"]
     shapes = {layer.get_friendly_name(): tuple(layer.input(1).get_shape()) for layer in layers}
     exact = nncf.IgnoredScope(names=[name for name, shape in shapes.items() if not _is_large(shape)], types=["MatMul"])
     told = nncf.Dataset([pictures[i : i + 1] for i in range(len(pictures))])
+    whole = RangeEstimatorParametersSet.MINMAX  # by default the mean over pictures, which would cut off defects
+    ranges = nncf.AdvancedQuantizationParameters(activations_range_estimator_params=whole)
+    rest = {"subset_size": len(pictures), "ignored_scope": exact, "advanced_parameters": ranges}
     with _quiet(), _unlogged():
-        small = nncf.quantize(graph, told, subset_size=len(pictures), ignored_scope=exact)
+        small = nncf.quantize(graph, told, **rest)
     _save_openvino(small, model, Path(path))
 
 # %% ../../nbs/use/02_export.ipynb #expov003
