@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from shared import PLAIN, TINY, do_all, rng, seeded, tiny
+from shared import PLAIN, TINY, TINY_FIT, do_all, rng, seeded, tiny
 
 from grad_nb.config import Level, StudentConfig, from_dict, override, preset, to_dict
 from grad_nb.core.loop import TimeUp
@@ -207,6 +207,25 @@ def test_an_export_judges_as_the_model_does(fitted):
     scores, labels, maps = Scorer(one).eval()(torch.from_numpy(x))
     assert np.allclose(scores.numpy(), expected.scores, atol=1e-4)
     assert np.allclose(maps.numpy(), expected.maps, atol=1e-4) and labels.numpy().tolist() == expected.labels.tolist()
+
+
+def test_the_command_distils_a_finished_training(tmp_path):
+    from PIL import Image
+
+    from grad_nb.use.daily import grad_fit
+
+    (tmp_path / "good").mkdir()
+    for i, picture in enumerate(pictures(12)):
+        Image.fromarray(picture).save(tmp_path / "good" / f"{i}.png")
+    settings = " ".join(f"{name.replace('__', '.')}={value}" for name, value in (TINY_FIT | STUDENT).items())
+    rest = dict(preset="demo", overrides=settings, work_dir=str(tmp_path / "work"), device="cpu", quiet=True)
+    grad_fit(str(tmp_path / "good"), str(tmp_path / "whole.grad"), **rest)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*.json")}
+    grad_fit(str(tmp_path / "good"), str(tmp_path / "one.grad"), one_network=True, **rest)
+    assert before and all(path.stat().st_mtime_ns == time for path, time in before.items())
+    whole, one = (GRAD.load(tmp_path / f"{name}.grad", "cpu") for name in ("whole", "one"))
+    assert whole.student_ is None and one.student_ is not None
+    assert "judges in their place" in (tmp_path / "one.grad.md").read_text()
 
 
 def test_a_run_has_one_stage_more(tmp_path):
