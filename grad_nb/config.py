@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TABLE_7', 'AUGMENTATION', 'PAPER', 'FAST', 'DEMO', 'PAPER_OURS', 'PRESETS', 'ON_LOCO', 'GeneratorConfig',
-           'DetectorConfig', 'EvalConfig', 'Level', 'Augmentation', 'augmentation', 'Preset', 'override', 'preset',
-           'to_dict', 'from_dict']
+           'DetectorConfig', 'EvalConfig', 'StudentConfig', 'Level', 'Augmentation', 'augmentation', 'Preset',
+           'override', 'preset', 'to_dict', 'from_dict']
 
 # %% ../nbs/01_config.ipynb #684dc9eb
 from collections.abc import Mapping
@@ -172,6 +172,29 @@ class EvalConfig:
         _shares(self, "holdout")
         _one_of(self, "placement", "geometry", "patch", "stretch")
 
+# %% ../nbs/01_config.ipynb #cfgstud1
+@dataclass(frozen=True)
+class StudentConfig:
+    "Settings of the student and of its training, all our choice. `ValueError` for a value that cannot be meant."
+
+    width: int = 48  # channels of the layers that all levels share (our choice)
+    stem_width: int = 16  # channels of the first layer, where two of stride 2 lead to the cells (our choice)
+    coarse_width: int = 64  # channels of the layers that only coarser levels have (our choice)
+    steps: int = 2000  # training steps (our choice)
+    batch: int = 12  # pictures per step, half of them contrastive (our choice)
+    lr: float = 3e-3  # peak of the one-cycle schedule (our choice)
+    weight_decay: float = 1e-4  # of AdamW (our choice: as for PatchDiff)
+    warm_up: float = 0.3  # share of the steps until the peak of the rate (our choice: torch's default)
+    paste: float = 0.5  # share of the pictures that get a rectangle of another one (our choice)
+    bf16: bool = True  # mixed precision where the processor has it (our choice)
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "width", "stem_width", "coarse_width", "steps", "batch")
+        _at_least(self, 0, "lr", "weight_decay")
+        _shares(self, "warm_up")
+        if not 0 <= self.paste <= 1:
+            raise ValueError(f"paste is a share of the pictures, from 0 to 1, not {self.paste}")
+
 # %% ../nbs/01_config.ipynb #26cb4892
 @dataclass(frozen=True)
 class Level:
@@ -228,6 +251,8 @@ class Preset:
     evaluation: EvalConfig = EvalConfig()  # scoring and evaluation
     levels_ad: tuple[Level, ...] = TABLE_7["mvtec_ad"]  # detectors for MVTec AD and plain folders
     levels_loco: tuple[Level, ...] = TABLE_7["mvtec_loco"]  # detectors for MVTec LOCO and the trays
+    student: StudentConfig = StudentConfig()  # of the one network
+    one_network: bool = False  # distil the detectors into one small network, which judges in their place (our choice)
 
     def __post_init__(self):
         for rows in (self.levels_ad, self.levels_loco):
@@ -408,7 +433,8 @@ def from_dict(
     data: Mapping[str, Any],  # what `to_dict` gave, perhaps through JSON
 ) -> Any:
     "The inverse of `to_dict`; a field that is missing has its default. `ValueError` for an unknown field."
-    types = {"generator": GeneratorConfig, "detector": DetectorConfig, "evaluation": EvalConfig}
+    types = {"generator": GeneratorConfig, "detector": DetectorConfig}
+    types |= {"evaluation": EvalConfig, "student": StudentConfig}
     names = {f.name for f in fields(cls)}
     if unknown := set(data) - names:
         raise ValueError(f"{cls.__name__} has no setting {', '.join(sorted(unknown))}")

@@ -279,9 +279,10 @@ def test_bfloat16_changes_the_detectors_alone():
     exact, half = scorer(x)[2], in_bfloat16(scorer)
     near = half(x)[2]
     assert near.dtype == torch.float32 and 0 < float((near - exact).abs().max()) < 0.1 * float(exact.std())
-    assert all(p.dtype == torch.bfloat16 for p in half.parameters()) and all(
-        b.dtype == torch.float32 for b in half.buffers()
-    )
+    assert all(p.dtype == torch.bfloat16 for p in half.parameters())
+    of_detectors = {name for name, b in half.named_buffers() if b.dtype == torch.bfloat16}
+    assert {name.rpartition(".")[2] for name in of_detectors} == {"constant"}, "their first layers' share of the places"
+    assert all(b.dtype == torch.float32 for name, b in half.named_buffers() if name not in of_detectors)
     assert torch.equal(scorer(x)[2], exact)
 
 

@@ -347,6 +347,7 @@ def test_parameters_are_those_of_the_constructor(model):
         "work_dir",
         "explain_patches",
         "white",
+        "one_network",
     }
 
 

@@ -26,20 +26,24 @@ from ..detector import Detector
 from ..evaluation import MapStats, image_auroc
 from ..grad import GRAD
 from ..inference.scorer import InBfloat16, arithmetic
-from ..use.export import OnnxScorer, Scorer, to_int8, to_onnx
+from ..student import Student
+from ..use.export import DetectorViews, OnnxScorer, Scorer, random_pictures, to_int8, to_onnx, to_openvino_int8
 
 # %% ../../nbs/bench/04_ways.ipynb #bway0001
 def random_model(
     sizes: Sequence[int],  # sides of the detectors' pictures, pixels, the largest first
     width: float = 1.0,  # multiple of the channels of Table 8
+    one_network: bool = False,  # a student judges in place of the detectors
 ) -> GRAD:  # with random weights, as if it had been fitted
     "A model to be timed, not to be believed."
     side = max(sizes)
     levels = tuple(Level(34 * side // size, size, ()) for size in sizes)
     parts = GeneratorConfig(size=side), DetectorConfig(width=width), EvalConfig(map_size=side)
-    model = GRAD(Preset("random", *parts, levels, levels), device="cpu", progress=False)
+    chosen = Preset("random", *parts, levels, levels, one_network=one_network)
+    model = GRAD(chosen, device="cpu", progress=False)
     with torch.random.fork_rng(devices=[]):
         model.detectors_ = [Detector(width).eval().requires_grad_(False) for _ in sizes]
+        model.student_ = Student(levels, side).eval().requires_grad_(False) if one_network else None
     model.levels_ = levels
     model.stats_ = [MapStats(0.0, 1.0)] * len(sizes)
     model.banks_ = [None] * len(sizes)
@@ -56,8 +60,8 @@ def in_bfloat16(
 ) -> Scorer:
     "The same way from bytes to verdicts with the detectors in bfloat16; everything around them stays in float32."
     made = copy.deepcopy(scorer)
-    for view in made.views:
-        view.add_module("detector", InBfloat16(view.get_submodule("detector")))
+    assert isinstance(made.judge, DetectorViews)
+    made.judge.detectors = nn.ModuleList(InBfloat16(detector) for detector in made.judge.detectors)
     return made
 
 
@@ -84,6 +88,8 @@ def _predicted(model: GRAD) -> Callable:
 
 def _model_precision(model: GRAD) -> str:
     "How a model's own way computes."
+    if model.student_ is not None:
+        return "float32"
     return arithmetic(model.detectors_, [row.size for row in model.levels_])
 
 # %% ../../nbs/bench/04_ways.ipynb #bway0008
@@ -97,7 +103,7 @@ def ways_of(
     scorer, file = Scorer(model).eval(), Path(folder) / "model.onnx"
     yield "library", _model_precision(model), _predicted(model)
     yield "torch, plain", "float32", _on_arrays(scorer)
-    if bf16_supported("cpu"):
+    if bf16_supported("cpu") and model.student_ is None:
         yield "torch, bf16", "bf16", _on_arrays(in_bfloat16(scorer))
     if compiled:
         yield "torch, compiled", "float32", _on_arrays(torch.compile(scorer))
@@ -107,18 +113,20 @@ def ways_of(
         return
     try:
         yield "ONNX Runtime", "float32", OnnxScorer(file, threads)
-        some = np.random.default_rng(1).integers(0, 256, (8, scorer.size, scorer.size, 3), dtype=np.uint8)
         small = Path(folder) / "int8.onnx"
-        to_int8(model, small, some)
+        to_int8(model, small, random_pictures(8, scorer.size))
         yield "ONNX Runtime, int8", "int8", OnnxScorer(small, threads)
     except ImportError:
         pass
     try:
         yield "OpenVINO", "float32", _openvino(file, threads)
+        small = Path(folder) / "int8.xml"
+        to_openvino_int8(model, small, random_pictures(8, scorer.size))
+        yield "OpenVINO, int8", "int8", _openvino(small, threads)
     except ImportError:
         pass
 
-
+# %% ../../nbs/bench/04_ways.ipynb #bway0013
 def _openvino(file: Path, threads: int) -> Callable:
     "An exported model in OpenVINO, in float32 even where the processor has bfloat16. `ImportError` without it."
     import openvino
@@ -135,10 +143,11 @@ def bench_ways(
     threads: int = 0,  # threads of CPU work, 0 = as it is
     runs: int = 10,  # timed rounds
     width: float = 1.0,  # multiple of the channels of Table 8
+    one_network: bool = False,  # a student judges in place of the detectors
     compiled: bool = False,  # also compile with torch
 ) -> list[dict]:  # a row for each way, the library's first
     "Latency on the CPU of the ways from bytes to score, label and map, in turns; random weights."
-    model, side, rng = random_model(sizes, width), max(sizes), np.random.default_rng(0)
+    model, side, rng = random_model(sizes, width, one_network), max(sizes), np.random.default_rng(0)
     draw = partial(rng.integers, 0, 256, (batch, side, side, 3), dtype=np.uint8)
     same = rng.integers(0, 256, (4, side, side, 3), dtype=np.uint8)
     with threads_of(threads), tempfile.TemporaryDirectory() as folder:

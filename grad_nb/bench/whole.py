@@ -30,7 +30,9 @@ from ..grad import GRAD
 from ..plots import save_figure
 
 # %% ../../nbs/bench/12_whole.ipynb #bnchprnt
-_TABLES = "detectors path ways precisions protocol peers stages terms growth backends".split()  # as they are printed
+_TABLES = (
+    "detectors path ways one_network precisions protocol peers stages terms growth backends".split()
+)  # as they are printed
 
 
 def print_bench(
@@ -79,6 +81,7 @@ def _whole_bench(settings: Preset, device: torch.device, batch: int, threads: in
         "stages": bench_stages(settings, device=device, threads=threads, limits=limits),
         "terms": bench_terms(settings.detector, size, device=device, threads=threads, limits=limits),
         "ways": bench_ways(batch=batch, threads=threads, runs=runs, compiled=compiled) if on_cpu else [],
+        "one_network": bench_ways(batch=batch, threads=threads, runs=runs, one_network=True) if on_cpu else [],
     }
 
 # %% ../../nbs/bench/12_whole.ipynb #bcom0005

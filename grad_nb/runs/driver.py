@@ -31,7 +31,7 @@ from ..core.progress import BARS, Plan
 from ..core.stages import stage_done
 from ..grad import STAGE_SHARES
 from ..patchdiff import check_level
-from .stages import Run, detect_key, generate_key, split_normals
+from .stages import Run, detect_key, generate_key, split_normals, student_key
 
 # %% ../../nbs/runs/03_driver.ipynb #e0a72c13
 def package_file(
@@ -101,7 +101,9 @@ def plan(
         for row in run.levels
         if not stage_done(run.folder, f"detect-{row.level:03d}", detect_key(run, row.level))
     ]
-    return [phase for phase in (generate, detect, [Task("table", "table")]) if phase]
+    wanted = run.preset.one_network and not stage_done(run.folder, "student", student_key(run))
+    student = [Task("student", "student")] if wanted else []
+    return [phase for phase in (generate, detect, student, [Task("table", "table")]) if phase]
 
 # %% ../../nbs/runs/03_driver.ipynb #drvplan1
 def planned(
@@ -111,6 +113,7 @@ def planned(
     "The stages of a run as a plan; those that were done before are left out of it."
     costs = {task.name: task.cost for phase in phases for task in phase}
     before = [f"generate-{n:02d}" for n in run.generator_levels] + [f"detect-{row.level:03d}" for row in run.levels]
+    before += ["student"] if run.preset.one_network else []
     done = [name for name in before if name not in costs]
     beside = 1 if run.device.startswith("cuda") else cpu_count()
     at_once = {"generate": beside, "detect": beside}
@@ -119,6 +122,7 @@ def planned(
         found.skip(name)
     train, held = split_normals(run)
     detectors = "1 detector" if len(run.levels) == 1 else f"{len(run.levels)} detectors"
+    detectors += ", one network" if run.preset.one_network else ""
     text = f"{len(found.costs)} stages: {len(run.generator_levels)} generators, {detectors} and the table"
     size = run.preset.generator.size
     text += f"; {len(train)} pictures to learn from, seen at {size} x {size} pixels, {len(held)} held out"

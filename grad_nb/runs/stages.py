@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SPRO_LIMITS', 'parse_overrides', 'Run', 'dataset_name', 'open_run', 'split_normals', 'normals_in_light',
            'load_normals', 'run_light', 'generate_key', 'generate_stage', 'contrastive_set', 'detect_key',
-           'detect_stage', 'full_size_maps', 'image_figures', 'spro_figures', 'pixel_figures', 'evaluate_key',
-           'evaluate_stage', 'write_tiffs', 'changed_stages', 'provenance', 'result_table']
+           'detect_stage', 'student_key', 'check_detected', 'student_stage', 'full_size_maps', 'image_figures',
+           'spro_figures', 'pixel_figures', 'evaluate_key', 'evaluate_stage', 'write_tiffs', 'changed_stages',
+           'provenance', 'result_table']
 
 # %% ../../nbs/runs/01_stages.ipynb #876e4aa8
 import time
@@ -59,6 +60,7 @@ from grad_nb.datasets.readers import (
 from ..detector import Detector, load_detector
 from ..evaluation import MapStats, fuse, image_scores, score_maps, summary, trivial
 from ..inference.scorer import arithmetic
+from ..student import load_student, make_student, multiplications, student_maps
 from ..training import make_detector
 
 # %% ../../nbs/runs/01_stages.ipynb #a13c04b6
@@ -270,6 +272,50 @@ def _score(run: Run, detector: Detector, row: Level, samples: Sequence[Sample], 
         parts.append(score_maps(detector, even_light(pictures, light), row.size, run.device, batch))
     return np.concatenate(parts) if parts else np.empty((0, 1, 1), np.float32)
 
+# %% ../../nbs/runs/01_stages.ipynb #runstud1
+def student_key(
+    run: Run,  # the run
+) -> str:
+    "The fingerprint of a run's student; it depends on the fingerprints of the detect stages."
+    teachers = [detect_key(run, row.level) for row in run.levels]
+    sources = [generate_key(run, n) for n in run.generator_levels]
+    return stage_key("student", teachers, sources, to_dict(run.preset.student), run.seed)
+
+
+def check_detected(
+    run: Run,  # the run
+) -> None:
+    "`FileNotFoundError` for a detector that is not trained with these settings."
+    for row in run.levels:
+        if not stage_done(run.folder, f"detect-{row.level:03d}", detect_key(run, row.level)):
+            missing = f"{run.folder} has no level-{row.level} detector for these settings"
+            raise FileNotFoundError(f"{missing}; run the detect stage for it first")
+
+
+def student_stage(
+    run: Run,  # the run
+) -> dict:  # the record
+    "Distil the detectors into one network and score with it. `FileNotFoundError` before the detect stages."
+    check_detected(run)
+    return run_stage(run.folder, "student", student_key(run), lambda: _distil(run), run.device)
+
+
+def _distil(run: Run) -> tuple[dict, list[str]]:
+    "The work of a student stage."
+    teachers = [load_detector(run.folder / f"detector-{row.level:03d}.safetensors")[0] for row in run.levels]
+    sets = [contrastive_set(run, n) for n in run.generator_levels]
+    normals, light = normals_in_light(run)
+    settings = (run.preset.student, augmentation(run.category.name), run.seed, run.device, run.progress)
+    figures, files = make_student(run.folder, teachers, run.levels, normals, sets, *settings)
+    student = load_student(run.folder / files[0])
+    for kind, samples in (("held", split_normals(run)[1]), ("test", run.category.test)):
+        pictures = load_images(samples, run.preset.generator.size, progress=run.progress)
+        for row, maps in zip(run.levels, student_maps(student, even_light(pictures, light), run.device)):
+            files.append(f"scores/student-{kind}-{row.level:03d}.npy")
+            write_array(run.folder / files[-1], maps)
+    (run.folder / "student.checkpoint").unlink(missing_ok=True)
+    return figures | {"multiplications": multiplications(student)}, files
+
 # %% ../../nbs/runs/01_stages.ipynb #37ef3443
 SPRO_LIMITS = (0.01, 0.05, 0.1, 0.3, 1)  # of the false-positive rate (Bergmann et al., IJCV 2022)
 
@@ -354,11 +400,8 @@ def _figures_of_run(run: Run, now: Callable[[str], None]) -> dict:
     config = run.preset.evaluation
     samples = run.category.test
     types = [s.type for s in samples]
-    test = _scores_of_run(run, "test")
     now("fusing the maps")
-    stats = [MapStats.of(m) for m in _scores_of_run(run, "held")] if len(run.levels) > 1 else []
-    scores, maps = fuse(test, [row.size for row in run.levels], stats, config.map_size, config)
-    assert maps is not None  # they are asked for
+    test, scores, maps = _fused_scores(run)
     write_array(run.folder / "maps.npy", maps.astype(np.float16))
     now("image figures")
     result = image_figures(scores, types, run.seed)
@@ -370,12 +413,32 @@ def _figures_of_run(run: Run, now: Callable[[str], None]) -> dict:
     normal = load_images(run.category.train, config.baseline_size, run.progress)
     judged = load_images(samples, config.baseline_size, run.progress)
     result["trivial"] = trivial(normal, judged, types, config.baseline_size, run.progress)
+    if run.preset.one_network:
+        result["one_network"] = _student_figures(run)
     _write_scores(run, test, scores)
     return result
 
 # %% ../../nbs/runs/01_stages.ipynb #pipe0007
+def _fused_scores(run: Run, by: str = "") -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    "Score maps of the test pictures on every level, their scores and their pixel maps; by the student if it is named."
+    config = run.preset.evaluation
+    test = _scores_of_run(run, f"{by}test")
+    stats = [MapStats.of(m) for m in _scores_of_run(run, f"{by}held")] if len(run.levels) > 1 else []
+    scores, maps = fuse(test, [row.size for row in run.levels], stats, config.map_size, config)
+    assert maps is not None  # they are asked for
+    return test, scores, maps
+
+
+def _student_figures(run: Run) -> dict:
+    "The figures of the student, and its size: what the run's own figures are for its teachers."
+    _, scores, maps = _fused_scores(run, "student-")
+    record = read_json(run.folder / "student.json")
+    about = {name: record[name] for name in ("parameters", "multiplications")}
+    return image_figures(scores, [s.type for s in run.category.test], run.seed) | pixel_figures(run, maps) | about
+
+
 def _scores_of_run(run: Run, kind: str) -> list[np.ndarray]:
-    "The score maps of the held-out (`held`) or the test pictures (`test`) of every level."
+    "The score maps of the held-out (`held`) or the test pictures (`test`) of every level, or the student's."
     return [read_array(run.folder / f"scores/{kind}-{row.level:03d}.npy") for row in run.levels]
 
 
@@ -394,9 +457,10 @@ def _write_scores(run: Run, test: Sequence[np.ndarray], scores: np.ndarray) -> N
 def evaluate_key(
     run: Run,  # the run
 ) -> str:
-    "The fingerprint of the evaluate stage: of the detect stages, the settings, and which figures a result has."
+    "The fingerprint of the evaluate stage: of the stages before it, the settings, and which figures a result has."
     sources = [detect_key(run, row.level) for row in run.levels]
-    return stage_key("evaluate", to_dict(run.preset.evaluation), sources)
+    student = [student_key(run)] if run.preset.one_network else []
+    return stage_key("evaluate", to_dict(run.preset.evaluation), sources, *student)
 
 
 def evaluate_stage(
@@ -407,10 +471,9 @@ def evaluate_stage(
 
     `FileNotFoundError` before the detect stages, `ValueError` without test pictures.
     """
-    for row in run.levels:
-        if not stage_done(run.folder, f"detect-{row.level:03d}", detect_key(run, row.level)):
-            missing = f"{run.folder} has no level-{row.level} detector for these settings"
-            raise FileNotFoundError(f"{missing}; run the detect stage for it first")
+    check_detected(run)
+    if run.preset.one_network and not stage_done(run.folder, "student", student_key(run)):
+        raise FileNotFoundError(f"{run.folder} has no student for these settings; run the student stage first")
     if not run.category.test:
         raise ValueError(f"{run.category.root} has no test pictures, so there is nothing to evaluate")
     record = run_stage(run.folder, "evaluate", evaluate_key(run), lambda: _evaluate(run), run.device)
@@ -451,6 +514,7 @@ def provenance(
     "What a result says about how it was made: settings, seed, versions, device, data, and each of its stages."
     files = {f"generate-{n:02d}": run.sets_folder for n in run.generator_levels}
     files |= {f"detect-{row.level:03d}": run.folder for row in run.levels}
+    files |= {"student": run.folder} if run.preset.one_network else {}
     records = {name: read_json(folder / f"{name}.json") for name, folder in files.items()}
     kept = ("device", "versions", "fingerprint", "products", "two_sample_auroc", "position_auroc", "wrong_coordinates")
     train, held = split_normals(run)
@@ -479,6 +543,7 @@ def result_table(
     Image AUROC by type, their mean and the pooled one, pixel AUROC, AU-PRO to 0.3 or sPRO to 0.05 (mean of types).
     """
     rows = {"GRAD": result} | {f"  level {n} alone": r for n, r in result.get("by_level", {}).items()}
+    rows |= {"one network": result["one_network"]} if "one_network" in result else {}
     rows["trivial: per-pixel Gaussian"] = result["trivial"]["gaussian"]
     rows["trivial: nearest picture"] = result["trivial"]["nearest"]
     table = pd.DataFrame({name: _percents(row) for name, row in rows.items()}).T

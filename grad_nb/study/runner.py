@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 from ..core.loop import TimeUp, time_left
 from ..core.progress import Plan
 from ..plots import localisation_figure, picture_rows, save_figure
-from ..runs.stages import Run, detect_stage, evaluate_stage, generate_stage
+from ..runs.stages import Run, detect_stage, evaluate_stage, generate_stage, student_stage
 from .figures import by_level, localised
 
 MORE = 75  # exit status if there is more to do
@@ -31,6 +31,8 @@ def stages(
         todo.append((f"generate-{level:02d}", partial(generate_stage, run, level)))
     for row in run.levels:
         todo.append((f"detect-{row.level:03d}", partial(detect_stage, run, row.level)))
+    if run.preset.one_network:
+        todo.append(("student", partial(student_stage, run)))
     todo.append(("evaluate", partial(evaluate_stage, run)))
     return todo
 

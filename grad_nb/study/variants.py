@@ -35,7 +35,7 @@ def table_4_presets(
 ) -> dict[str, Preset]:  # rows of Table 4 → their settings, but for those that the preset itself has
     "What is trained for Table 4 beside the run itself."
     rows = rows_of_table_4(preset, layout)
-    with_rows = replace(preset, levels_ad=rows, levels_loco=rows)
+    with_rows = replace(preset, levels_ad=rows, levels_loco=rows, one_network=False)
     found = {name: override(with_rows, changes) for name, changes in SETS["table4"](preset).items()}
     own = (preset.levels(layout), preset.detector)
     return {name: other for name, other in found.items() if (other.levels(layout), other.detector) != own}

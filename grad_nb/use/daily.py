@@ -41,6 +41,7 @@ def grad_fit(
     device: str = "auto",  # "auto", "cpu" or "cuda"
     work_dir: str | None = None,  # folder for the stages: an interrupted training goes on; <model>.work if not given
     white: float | None = None,  # value of white in pictures of more than 8 bits; found if not given
+    one_network: bool = False,  # distil the detectors into one small network, which judges in their place
     quiet: bool = False,  # no progress bars
     debug: bool = False,  # show the traceback of an error
 ):
@@ -59,7 +60,7 @@ def grad_fit(
     shares = (validation, false_alarm_rate)
     with _kept_until_done(work_dir, model) as folder:
         made = GRAD(settings, layout, augmentation, *shares, seed, device, not quiet, folder, white=white)
-        fitted = made.fit(pictures)
+        fitted = made.set_params(one_network=one_network).fit(pictures)
     fitted.save(model)
     with atomic_path(card) as temporary:
         temporary.write_text(fitted.card(), encoding="utf-8")
@@ -238,15 +239,15 @@ def _before_predict(pictures: tuple[str, ...], format: str, watch: str | None, m
 def grad_export(
     model: str,  # file that grad_fit wrote
     output: str | None = None,  # file to write; beside the model, with the ending of the format, if not given
-    format: str = "onnx",  # "onnx", "int8" (ONNX with 8-bit convolutions), "openvino" or "torch" (torch.export)
-    normals: str = "",  # folder of normal pictures, for "int8": they set the ranges of the 8-bit numbers
+    format: str = "onnx",  # "onnx", "int8" (ONNX, 8-bit convolutions), "openvino", "openvino-int8" or "torch"
+    normals: str = "",  # folder of normal pictures, for 8 bits: they set the ranges of the numbers
     debug: bool = False,  # show the traceback of an error
 ):
     """Write a model for another runtime, and say how far it is from the model.
 
     Example: grad_export part.grad --format int8 --normals my_parts/train/good
     """
-    if (format == "int8") != bool(normals):
+    if format.endswith("int8") != bool(normals):
         raise ValueError("--normals, a folder of normal pictures, belongs to --format int8, and int8 needs it")
     from grad_nb.grad import GRAD
     from grad_nb.use.export import FORMATS, difference_words, largest_difference, random_pictures, read_normals

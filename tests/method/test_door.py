@@ -98,7 +98,7 @@ def imports_of(module):
 
 def test_every_module_of_the_method_is_checked():
     there = {path.stem for path in (ROOT / "grad_nb").glob("*.py") if path.stem[0] != "_"}
-    assert there == {*METHOD, "config", "grad", "plots", "verdicts"}
+    assert there == {*METHOD, "config", "grad", "plots", "verdicts", "student"}
 
 
 @pytest.mark.parametrize("module", METHOD)

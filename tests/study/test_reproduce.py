@@ -153,6 +153,16 @@ def test_a_plan_has_every_stage_once_and_waits_for_what_it_needs(data, tmp_path)
     assert not any(job_done(batch["folder"], job) for job in batch["jobs"])
 
 
+def test_a_plan_with_one_network_has_one_stage_more(data, tmp_path):
+    overrides = f"{TINY} one_network=true"
+    batch = plan_batch(data, "trays", "demo", (0,), tmp_path, overrides=overrides, device="cpu", table4=True)
+    jobs = {job["notebook"]: job for job in batch["jobs"]}
+    assert list(jobs["student"]["needs"]) == [jobs["detect"]["marker"]], "it waits for its teachers"
+    assert jobs["student"]["marker"] in jobs["table"]["needs"] and batch["threads"]["student"] >= 1
+    run = open_run(data, "trays", "demo", 0, tmp_path, overrides, "cpu", False)
+    assert not variant_run(run, jobs["variant"]["values"]["variant"]).preset.one_network
+
+
 def test_a_plan_with_table_4_takes_the_pictures_that_are_made_once(data, tmp_path):
     plain, whole = (
         plan_batch(data, "trays", "demo", (0,), tmp_path, overrides=TINY, device="cpu", table4=table4)

@@ -35,6 +35,8 @@ from grad_nb.use.export import (
     resize_matrix,
     to_int8,
     to_onnx,
+    to_openvino,
+    to_openvino_int8,
     to_torch,
 )
 
@@ -349,6 +351,19 @@ def test_openvino_judges_as_the_model_does(layout, tmp_path, capsys):
     (tmp_path / "m.xml").write_text("<net/>")
     with pytest.raises(ValueError, match="m.xml was not made by grad_export"):
         OpenvinoScorer(tmp_path / "m.xml")
+
+
+@pytest.mark.parametrize("layout", LEVELS)
+def test_openvino_in_eight_bits_is_near(layout, tmp_path):
+    for name in ("onnx", "onnxscript", "openvino", "nncf"):
+        pytest.importorskip(name)
+    model, x = fitted(layout), pictures(8)
+    to_openvino(model, tmp_path / "exact.xml")
+    to_openvino_int8(model, tmp_path / "small.xml", x)
+    exact, rounded = (OpenvinoScorer(tmp_path / name)(x)[0] for name in ("exact.xml", "small.xml"))
+    assert 0 < np.abs(exact - rounded).max() < 0.5 * exact.std() + 0.1 * np.abs(exact).max()
+    with pytest.raises(ValueError, match="at least one normal picture"):
+        to_openvino_int8(model, tmp_path / "none.xml", x[:0])
 
 
 def test_without_openvino_it_says_what_to_install(tmp_path, monkeypatch, capsys):
