@@ -1748,6 +1748,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'grad_nb/study/reproduce.py'),
                                          'grad_nb.study.reproduce.snakemake_call': ( 'study/reproduce.html#snakemake_call',
                                                                                      'grad_nb/study/reproduce.py'),
+                                         'grad_nb.study.reproduce.speed_job': ( 'study/reproduce.html#speed_job',
+                                                                                'grad_nb/study/reproduce.py'),
                                          'grad_nb.study.reproduce.variant_jobs': ( 'study/reproduce.html#variant_jobs',
                                                                                    'grad_nb/study/reproduce.py'),
                                          'grad_nb.study.reproduce.why': ('study/reproduce.html#why', 'grad_nb/study/reproduce.py'),

@@ -682,7 +682,7 @@ class _Banking(_Training):
         return banks
 
 # %% ../nbs/15_grad.ipynb #grlearn1
-class _Learning(_Banking, _Calibrating):
+class _Learning(_Banking, _Changing):
     "The work of `fit`, on a model that is not fitted yet."
 
     def _normal_pictures(self, X: Input, y: Iterable[int] | None) -> np.ndarray:
@@ -726,7 +726,7 @@ class _Learning(_Banking, _Calibrating):
         scores, maps = self._score(pictures[held])
         if maps is None or not (np.isfinite(scores).all() and np.isfinite(maps).all()):
             raise ValueError("the training diverged: scores of held-out pictures are not finite; lower detector.lr")
-        self._set_threshold(maps, *threshold_of_normals(scores, self.false_alarm_rate))
+        self._set_threshold(scores, maps, *threshold_of_normals(scores, self.false_alarm_rate))
 
 # %% ../nbs/15_grad.ipynb #grad0002
 FittingT = TypeVar("FittingT", bound="_Fitting")
@@ -871,7 +871,7 @@ def _contents(
     settings = to_dict(model.preset_)
     if model.student_ is None:
         del settings["student"], settings["one_network"]  # as in files of before
-    known = calibration(model)
+    known, kept = calibration(model), model.normals_
     return tensors, {
         "kind": "GRAD",
         "format": FORMAT,
@@ -883,6 +883,7 @@ def _contents(
         "stats": [[s.mean, s.std] for s in model.stats_],
         "pictures": model.n_pictures_,
         "calibration": known and asdict(known),
+        "normals": kept and kept.as_plain(),
         "versions": model.versions_,
         "licence": LICENCE,
         "card": model.card(),

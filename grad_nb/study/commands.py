@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from fastcore.script import call_parse, store_true
 
 from .. import config
-from ..use.errors import plain_errors
+from ..use.errors import plain_errors, tell
 
 # %% ../../nbs/study/11_commands.ipynb #scomm002
 @call_parse
@@ -40,6 +40,7 @@ def grad_run(
     from grad_nb.core.devices import device_name
     from grad_nb.core.loop import TimeUp, time_limit
     from grad_nb.runs.check import check_run
+    from grad_nb.runs.driver import plan, planned
     from grad_nb.runs.stages import open_run, result_table
     from grad_nb.study.runner import MORE, do_stages, write_pictures
 
@@ -47,7 +48,7 @@ def grad_run(
 
     def say(text: str) -> None:
         "Tell something, with the seconds since the command began."
-        print(f"[{time.perf_counter() - began:7.1f} s] {text}", flush=True)
+        tell(f"[{time.perf_counter() - began:7.1f} s] {text}")
 
     with time_limit(60 * minutes):
         run = open_run(data, category, preset, seed, runs, overrides, device, not quiet)
@@ -55,12 +56,12 @@ def grad_run(
         where = f"{device_name(run.device)}, up to {minutes:g} minutes, in {run.folder}"
         say(f"{run.category.name}, preset {run.preset.name}, seed {seed}, {where}")
         try:
-            result = do_stages(run, say)
+            result = do_stages(run, say, plan=None if quiet else planned(run, plan(run)))
         except TimeUp as e:
             say(f"{e}; repeat the command to go on")
             sys.exit(MORE)
         write_pictures(run)
-    print(result_table(result).round(1).to_string())
+    tell(result_table(result).round(1).to_string())
     say(f"finished: {run.folder / 'result.json'} and {run.folder / 'pictures'}")
 
 # %% ../../nbs/study/11_commands.ipynb #scomm003
