@@ -86,6 +86,23 @@ def test_the_reference_tells_what_the_comments_of_parameters_say():
     assert "**Returns** `Tensor`" in text
 
 
+def test_help_says_what_the_comments_of_parameters_say():
+    import inspect
+
+    from grad_nb import GRAD
+
+    signature = inspect.signature(GRAD).parameters
+    told = inspect.getdoc(GRAD).partition("Parameters\n----------\n")[2]
+    assert re.findall(r"^(\w+) : ", told, re.MULTILINE) == list(signature)
+    assert "random_state : int, default 0\n    seed; " in told
+    for name in ("fit", "predict", "stream", "calibrate", "evaluate", "explain", "save", "load"):
+        text = inspect.getdoc(getattr(GRAD, name))
+        assert text.count("Parameters\n----------\n") == 1, name
+        named = set(inspect.signature(getattr(GRAD, name)).parameters) - {"self"}
+        assert set(re.findall(r"^(\w+) : .*\n    \S", text, re.MULTILINE)) >= named, name
+    assert inspect.getdoc(GRAD.load).endswith("Returns\n-------\nGRAD\n    fitted")
+
+
 @pytest.mark.slow
 def test_the_site_is_built_without_a_warning(tmp_path):
     pytest.importorskip("sphinx_book_theme")
