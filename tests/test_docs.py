@@ -109,8 +109,12 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     command = [sys.executable, DOCS / "build.py", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    pages = "\n".join(path.read_text() for path in (tmp_path / "html").rglob("*.html"))
-    assert not re.search(r'(?:src|link href)="https?://', pages), "a page loads something from elsewhere"
+    html = tmp_path / "html"
+    for page in html.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r'(?:src|link href)="https?://', text), f"{page} loads something from elsewhere"
+        for link in re.findall(r'<(?:img|script|link)[^>]* (?:src|href)="([^"#?]+)', text):
+            assert (page.parent / link).exists() or link.startswith("data:"), f"{page} shows {link}, which is not there"
 
 
 def test_the_pictures_of_the_diagram_are_found_in_one_sitting():
