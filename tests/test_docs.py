@@ -149,6 +149,17 @@ def test_the_tables_of_readme_are_what_the_records_say(monkeypatch):
     assert tables == 3
 
 
+def test_figures_in_the_text_of_findings_are_printed_by_code():
+    "In prose a number with a decimal point is a setting, in `code` or in a formula; what was measured is printed."
+    for path in [NOTEBOOKS / "index.ipynb", *(NOTEBOOKS / "findings").glob("*.ipynb")]:
+        for text in cells_of(path, "markdown"):
+            prose = re.sub(
+                r"\$[^$]*\$|\]\([^)]*\)|Apache-2.0|CC BY-NC-SA \S+|Python \S+|\d+\.\d+\.\d+", "", outside_code(text)
+            )
+            found = re.search(r".{0,40}\d[.]\d.*", prose)
+            assert not found, f"{path.name} types a figure: {found[0][:80]}"
+
+
 # teaching
 
 
