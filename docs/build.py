@@ -175,7 +175,7 @@ def reading(notebook: dict) -> dict[str, int]:
 
 def on_one_line(cell: str) -> str:
     "A cell of a table whose figures, such as `96.3 ± 1.7`, are not torn apart."
-    return re.sub(r"(?<=\d) ([±/]) (?=\d)", "\u00a0\\1\u00a0", cell)
+    return re.sub(r"(?<=[\d-]) ([±/]) (?=[\d-])", "\u00a0\\1\u00a0", cell)
 
 
 def slim(html: Path):
