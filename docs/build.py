@@ -247,8 +247,16 @@ def as_slides(notebook: dict) -> dict:
                 continue
             kind = "subslide" if outputs else "-"
             tags = ["no-source"] if outputs and len(text.splitlines()) > 6 else []
-        cells.append(cell | {"metadata": {"slideshow": {"slide_type": kind}, "tags": tags}})
+        for part, source in enumerate(apart(text) if cell["cell_type"] == "markdown" else [text]):
+            kind = kind if part == 0 else "subslide"
+            told = {"source": source, "metadata": {"slideshow": {"slide_type": kind}, "tags": tags}}
+            cells.append(cell | told | {"id": f"{cell['id']}-{part}"})
     return notebook | {"cells": cells}
+
+
+def apart(text: str) -> list[str]:
+    "Prose and the pictures in it, each for a slide of its own."
+    return re.split(r"\n\n(?=!\[)|(?<=\.png\))\n\n", text)
 
 
 def write_slides(html: Path, notebook: str = "00_one_sitting"):

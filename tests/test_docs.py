@@ -103,6 +103,13 @@ def test_help_says_what_the_comments_of_parameters_say():
     assert inspect.getdoc(GRAD.load).endswith("Returns\n-------\nGRAD\n    fitted")
 
 
+def test_a_slide_has_prose_or_a_picture():
+    slides = builder().as_slides(json.loads((NOTEBOOKS / "00_one_sitting.ipynb").read_text(encoding="utf-8")))["cells"]
+    assert len({cell["id"] for cell in slides}) == len(slides) > 40
+    texts = ["".join(cell["source"]) for cell in slides if cell["cell_type"] == "markdown"]
+    assert [text for text in texts if "![" in text] == [text for text in texts if re.fullmatch(r"!\[.*\]\(.*\)", text)]
+
+
 @pytest.mark.slow
 def test_the_site_is_built_without_a_warning(tmp_path):
     pytest.importorskip("sphinx_book_theme")
