@@ -53,7 +53,7 @@ def is_imports(text: str) -> bool:
     "Whether a cell does nothing but import."
     code = re.sub(r"\([^)]*\)", "()", text)
     lines = [line for line in code.splitlines() if line.strip() and not line.startswith("#")]
-    return bool(lines) and all(line.startswith(("import ", "from ", "log = ")) for line in lines)
+    return bool(lines) and all(line.startswith(("import ", "from ", "log = ", "_all_ = ")) for line in lines)
 
 
 def as_page(notebook: dict, module: str, depth: int, fold: bool = False) -> dict:
