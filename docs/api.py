@@ -4,7 +4,7 @@ import ast
 import inspect
 from pathlib import Path
 
-from grad_nb.core.docstrings import Definition, Parameter, comments, parameters, returned
+from grad_nb.core.docstrings import Definition, Parameter, comments, parameters_of, returned
 
 
 def code(text: str) -> str:
@@ -42,7 +42,7 @@ def of_function(function: Definition, told: dict[int, str], name: str, level: in
     names = [argument.arg for argument in ast.walk(function.args) if isinstance(argument, ast.arg)]
     shown = ", ".join(n for n in names if n not in ("self", "cls"))
     lines = ["#" * level + f" {name}", "", f"```python\n{name}({shown})\n```", "", *docstring(function)]
-    lines += table(list(parameters(function, told)))
+    lines += table(list(parameters_of(function, told)))
     if given := returned(function, told):
         lines += [f"**Returns** `{given.kind}`" + (f": {clean(given.meaning)}" if given.meaning else ""), ""]
     return lines
@@ -69,7 +69,7 @@ def of_class(node: ast.ClassDef, told: dict[int, str]) -> list[str]:
     for method in methods:
         if method.name == "__init__":
             lines += [f"```python\n{node.name}(...)\n```", "", *docstring(method)]
-            lines += table(list(parameters(method, told)))
+            lines += table(list(parameters_of(method, told)))
     for method in methods:
         if not method.name.startswith("_"):
             lines += of_function(method, told, f"{node.name}.{method.name}", 4)
