@@ -1,25 +1,10 @@
-"""The API reference: a page for each part, read from its text, with parameters as tables. Nothing is imported."""
+"""The API reference: a page for each part, read from the text of its modules, with parameters as tables."""
 
 import ast
 import inspect
-import io
-import tokenize
-from collections.abc import Iterator
 from pathlib import Path
 
-Function = ast.FunctionDef | ast.AsyncFunctionDef
-
-
-def comments(text: str) -> dict[int, str]:
-    "The comments of a module that stand behind code, by line."
-    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    lines = text.splitlines()
-    found = [token for token in tokens if token.type == tokenize.COMMENT]
-    return {
-        token.start[0]: token.string.lstrip("# ").strip()
-        for token in found
-        if lines[token.start[0] - 1][: token.start[1]].strip()
-    }
+from grad_nb.core.docstrings import Definition, Parameter, comments, parameters_of, returned
 
 
 def code(text: str) -> str:
@@ -27,24 +12,7 @@ def code(text: str) -> str:
     return f"`{text}`".replace("|", "\\|") if text else ""
 
 
-def parameters(function: Function, told: dict[int, str]) -> Iterator[tuple[str, str, str, str]]:
-    "Name, type, default and meaning of each parameter."
-    args = function.args
-    plain = [*args.posonlyargs, *args.args]
-    defaults = [None] * (len(plain) - len(args.defaults)) + list(args.defaults)
-    pairs = [*zip(plain, defaults), *zip(args.kwonlyargs, args.kw_defaults)]
-    pairs += [(argument, None) for argument in (args.vararg, args.kwarg) if argument]
-    for argument, default in pairs:
-        if argument.arg in ("self", "cls"):
-            continue
-        end = (default or argument).end_lineno
-        kind = ast.unparse(argument.annotation) if argument.annotation else ""
-        same_line = end == function.lineno or end == (function.returns or argument).end_lineno
-        meaning = "" if same_line and function.returns else told.get(end, "")
-        yield argument.arg, kind, ast.unparse(default) if default else "", meaning
-
-
-def table(rows: list[tuple[str, str, str, str]]) -> list[str]:
+def table(rows: list[Parameter]) -> list[str]:
     "Rows of parameters as a table, or nothing."
     if not rows:
         return []
@@ -69,23 +37,22 @@ def docstring(node: ast.AST) -> list[str]:
     return [clean(text).replace("\\|", "|"), ""] if text else []
 
 
-def of_function(function: Function, told: dict[int, str], name: str, level: int) -> list[str]:
+def of_function(function: Definition, told: dict[int, str], name: str, level: int) -> list[str]:
     "A function or a method: signature, docstring, table, what it gives."
     names = [argument.arg for argument in ast.walk(function.args) if isinstance(argument, ast.arg)]
     shown = ", ".join(n for n in names if n not in ("self", "cls"))
     lines = ["#" * level + f" {name}", "", f"```python\n{name}({shown})\n```", "", *docstring(function)]
-    lines += table(list(parameters(function, told)))
-    if function.returns and ast.unparse(function.returns) != "None":
-        meaning = told.get(function.returns.end_lineno, "")
-        lines += [f"**Returns** `{ast.unparse(function.returns)}`" + (f": {clean(meaning)}" if meaning else ""), ""]
+    lines += table(list(parameters_of(function, told)))
+    if given := returned(function, told):
+        lines += [f"**Returns** `{given.kind}`" + (f": {clean(given.meaning)}" if given.meaning else ""), ""]
     return lines
 
 
-def fields(node: ast.ClassDef, told: dict[int, str]) -> list[tuple[str, str, str, str]]:
+def fields(node: ast.ClassDef, told: dict[int, str]) -> list[Parameter]:
     "The fields of a dataclass or a named tuple."
     found = [item for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)]
     return [
-        (
+        Parameter(
             item.target.id,
             ast.unparse(item.annotation),
             ast.unparse(item.value) if item.value else "",
@@ -97,12 +64,12 @@ def fields(node: ast.ClassDef, told: dict[int, str]) -> list[tuple[str, str, str
 
 def of_class(node: ast.ClassDef, told: dict[int, str]) -> list[str]:
     "A class: docstring, fields, and its public methods."
-    methods = [item for item in node.body if isinstance(item, Function)]
+    methods = [item for item in node.body if isinstance(item, Definition)]
     lines = [f"### {node.name}", "", *docstring(node), *table(fields(node, told))]
     for method in methods:
         if method.name == "__init__":
             lines += [f"```python\n{node.name}(...)\n```", "", *docstring(method)]
-            lines += table(list(parameters(method, told)))
+            lines += table(list(parameters_of(method, told)))
     for method in methods:
         if not method.name.startswith("_"):
             lines += of_function(method, told, f"{node.name}.{method.name}", 4)
@@ -122,7 +89,7 @@ def of_module(path: Path, module: str, notebook: str) -> list[str]:
         "",
     ]
     for node in tree.body:
-        if isinstance(node, Function) and not node.name.startswith("_"):
+        if isinstance(node, Definition) and not node.name.startswith("_"):
             lines += of_function(node, told, node.name, 3)
         elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             lines += of_class(node, told)

@@ -53,7 +53,7 @@ def is_imports(text: str) -> bool:
     "Whether a cell does nothing but import."
     code = re.sub(r"\([^)]*\)", "()", text)
     lines = [line for line in code.splitlines() if line.strip() and not line.startswith("#")]
-    return bool(lines) and all(line.startswith(("import ", "from ", "log = ")) for line in lines)
+    return bool(lines) and all(line.startswith(("import ", "from ", "log = ", "_all_ = ")) for line in lines)
 
 
 def as_page(notebook: dict, module: str, depth: int, fold: bool = False) -> dict:
@@ -173,11 +173,17 @@ def reading(notebook: dict) -> dict[str, int]:
     return {"words": words, "lines": lines, "pictures": stored + len(re.findall(r"!\[", text)), "minutes": minutes}
 
 
+def on_one_line(cell: str) -> str:
+    "A cell of a table whose figures, such as `96.3 ± 1.7`, are not torn apart."
+    return re.sub(r"(?<=[\d-]) ([±/]) (?=[\d-])", "\u00a0\\1\u00a0", cell)
+
+
 def slim(html: Path):
     "Leave out what no page loads, and store large pictures as WebP."
     shutil.rmtree(html / "_static" / "locales", ignore_errors=True)
     icons = "fontawesome.js"  # the style sheet draws the same icons from a font
-    for path in [*html.rglob("*.map"), html / "objects.inv", html / "_static" / "scripts" / icons]:
+    unused = [html / "objects.inv", html / "_static" / "scripts" / icons]
+    for path in [*unused, *html.rglob("*.map"), *html.rglob("*webpack-macros.html")]:
         path.unlink(missing_ok=True)
     smaller = {}
     for path in (html / "_images").glob("*.[pj][np]g"):
@@ -189,6 +195,7 @@ def slim(html: Path):
         text = page.read_text(encoding="utf-8")
         text = re.sub(r"_images/([^\"']+\.(?:png|jpg))", lambda m: f"_images/{smaller.get(m[1], m[1])}", text)
         text = re.sub(r'<span class="(?:w|n|nn|o|p)">([^<]*)</span>', r"\1", text)  # they have no colour
+        text = re.sub(r"<td.*?</td>", lambda m: on_one_line(m[0]), text, flags=re.DOTALL)
         text = re.sub(rf"<script[^>]*{icons}[^>]*></script>", "", text)
         head, start, rest = text.partition("<article")
         article, end, foot = rest.rpartition("</article>")
@@ -240,8 +247,16 @@ def as_slides(notebook: dict) -> dict:
                 continue
             kind = "subslide" if outputs else "-"
             tags = ["no-source"] if outputs and len(text.splitlines()) > 6 else []
-        cells.append(cell | {"metadata": {"slideshow": {"slide_type": kind}, "tags": tags}})
+        for part, source in enumerate(apart(text) if cell["cell_type"] == "markdown" else [text]):
+            kind = kind if part == 0 else "subslide"
+            told = {"source": source, "metadata": {"slideshow": {"slide_type": kind}, "tags": tags}}
+            cells.append(cell | told | {"id": f"{cell['id']}-{part}"})
     return notebook | {"cells": cells}
+
+
+def apart(text: str) -> list[str]:
+    "Prose and the pictures in it, each for a slide of its own."
+    return re.split(r"\n\n(?=!\[)|(?<=\.png\))\n\n", text)
 
 
 def write_slides(html: Path, notebook: str = "00_one_sitting"):
@@ -263,8 +278,15 @@ def write_slides(html: Path, notebook: str = "00_one_sitting"):
     made = nbformat.from_dict(as_slides(read_notebook(NOTEBOOKS / f"{notebook}.ipynb")))
     text, _ = exporter.from_notebook_node(made)
     text = re.sub(r'src="data:image/(\w+);base64,([^"]+)"', lambda m: f'src="{kept_picture(html, *m.groups())}"', text)
+    text = re.sub(r'src="images/([\w-]+)\.png"', lambda m: f'src="{drawn_picture(html, m[1])}"', text)
     text = re.sub(r'href="/?([\w/]+)\.(?:ipynb|md)', r'href="\1.html', text)
     (html / "slides.html").write_text(text, encoding="utf-8")
+
+
+def drawn_picture(html: Path, name: str) -> str:
+    "The picture of nbs/images that a page of the site has already."
+    smaller = html / "_images" / f"{name}.webp"
+    return f"_images/{smaller.name if smaller.is_file() else name + '.png'}"
 
 
 def kept_picture(html: Path, kind: str, data: str) -> str:

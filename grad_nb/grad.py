@@ -28,6 +28,7 @@ from .accel.backends import choice
 from .config import Augmentation, Level, Preset, from_dict, preset, to_dict
 from .contrastive import make_contrastive, read_changes
 from .core.devices import pick_device
+from .core.docstrings import with_parameters
 from .core.files import array_sha256, exclusive_lock, read_array
 from .core.progress import Plan, tqdm
 from .core.provenance import versions
@@ -1091,6 +1092,7 @@ class _Keeping(_Describing):
             raise ValueError(f"{path} does not fit its own settings ({said}); get the file again") from None
 
 # %% ../nbs/15_grad.ipynb #grad0024
+@with_parameters
 class GRAD(_Fitting, _Changing, _Evaluating, _Predicting, _Explaining, _Keeping):
     """GRAD for one kind of part: learns from normal pictures, finds defects in others.
 

@@ -1,11 +1,16 @@
 """Check that the notebooks are clean and that grad_nb/ and README.md are what the notebooks say.
 
+What a notebook has stored names no folder of the machine that ran it.
+
 Works on a copy, so that nothing of yours is changed; with --write-readme it writes README.md instead.
 """
 
 import filecmp
+import getpass
+import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -45,6 +50,27 @@ def differing(a: Path, b: Path, pattern: str) -> list[str]:
     ]
 
 
+FOLDERS = "tmp home root Users private var mnt media opt usr srv work workspace data content kaggle".split()
+PLACE = re.compile(rf"(?<![\w.:/<])/(?:{'|'.join(FOLDERS)})/[^\s\"'<>]+|\b[A-Z]:\\\\?Users\b[^\s\"']*")
+
+
+def machine_names() -> list[str]:
+    "The names of this machine and of its user, if they are names and not words that anybody may write."
+    names = {socket.gethostname(), getpass.getuser()}
+    return [name for name in names if len(name) > 5 and name not in ("runner", "jovyan", "localhost")]
+
+
+def places(path: Path) -> list[str]:
+    "What the stored outputs of a notebook say of the machine that ran it."
+    found = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        for output in cell.get("outputs", []):
+            data = {kind: text for kind, text in output.get("data", {}).items() if not kind.startswith("image/")}
+            text = json.dumps([output.get("text"), output.get("traceback"), data], ensure_ascii=False)
+            found += PLACE.findall(text) + [name for name in machine_names() if name in text]
+    return found
+
+
 def main() -> int:
     if "--write-readme" in sys.argv:
         (ROOT / "README.md").write_text(readme(ROOT), encoding="utf-8")
@@ -65,6 +91,8 @@ def main() -> int:
             f"grad_nb/{n} is not what the notebooks export"
             for n in differing(ROOT / "grad_nb", copy / "grad_nb", "*.py")
         ]
+        for path in sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts):
+            wrong += [f"{path.relative_to(ROOT)} has stored {place}" for place in places(path)]
         if readme(ROOT) != (ROOT / "README.md").read_text(encoding="utf-8"):
             wrong.append("README.md is not what nbs/index.ipynb says")
     for line in wrong:

@@ -86,14 +86,42 @@ def test_the_reference_tells_what_the_comments_of_parameters_say():
     assert "**Returns** `Tensor`" in text
 
 
+def test_help_says_what_the_comments_of_parameters_say():
+    import inspect
+
+    from grad_nb import GRAD
+
+    signature = inspect.signature(GRAD).parameters
+    told = inspect.getdoc(GRAD).partition("Parameters\n----------\n")[2]
+    assert re.findall(r"^(\w+) : ", told, re.MULTILINE) == list(signature)
+    assert "random_state : int, default 0\n    seed; " in told
+    for name in ("fit", "predict", "stream", "calibrate", "evaluate", "explain", "save", "load"):
+        text = inspect.getdoc(getattr(GRAD, name))
+        assert text.count("Parameters\n----------\n") == 1, name
+        named = set(inspect.signature(getattr(GRAD, name)).parameters) - {"self"}
+        assert set(re.findall(r"^(\w+) : .*\n    \S", text, re.MULTILINE)) >= named, name
+    assert inspect.getdoc(GRAD.load).endswith("Returns\n-------\nGRAD\n    fitted")
+
+
+def test_a_slide_has_prose_or_a_picture():
+    slides = builder().as_slides(json.loads((NOTEBOOKS / "00_one_sitting.ipynb").read_text(encoding="utf-8")))["cells"]
+    assert len({cell["id"] for cell in slides}) == len(slides) > 40
+    texts = ["".join(cell["source"]) for cell in slides if cell["cell_type"] == "markdown"]
+    assert [text for text in texts if "![" in text] == [text for text in texts if re.fullmatch(r"!\[.*\]\(.*\)", text)]
+
+
 @pytest.mark.slow
 def test_the_site_is_built_without_a_warning(tmp_path):
     pytest.importorskip("sphinx_book_theme")
     command = [sys.executable, DOCS / "build.py", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    pages = "\n".join(path.read_text() for path in (tmp_path / "html").rglob("*.html"))
-    assert not re.search(r'(?:src|link href)="https?://', pages), "a page loads something from elsewhere"
+    html = tmp_path / "html"
+    for page in html.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r'(?:src|link href)="https?://', text), f"{page} loads something from elsewhere"
+        for link in re.findall(r'<(?:img|script|link)[^>]* (?:src|href)="([^"#?]+)', text):
+            assert (page.parent / link).exists() or link.startswith("data:"), f"{page} shows {link}, which is not there"
 
 
 def test_the_pictures_of_the_diagram_are_found_in_one_sitting():
@@ -126,6 +154,17 @@ def test_the_tables_of_readme_are_what_the_records_say(monkeypatch):
             assert eval(last, names).data == "".join(output["data"]["text/markdown"]), "run nbs/index.ipynb again"
             tables += 1
     assert tables == 3
+
+
+def test_figures_in_the_text_of_findings_are_printed_by_code():
+    "In prose a number with a decimal point is a setting, in `code` or in a formula; what was measured is printed."
+    for path in [NOTEBOOKS / "index.ipynb", *(NOTEBOOKS / "findings").glob("*.ipynb")]:
+        for text in cells_of(path, "markdown"):
+            prose = re.sub(
+                r"\$[^$]*\$|\]\([^)]*\)|Apache-2.0|CC BY-NC-SA \S+|Python \S+|\d+\.\d+\.\d+", "", outside_code(text)
+            )
+            found = re.search(r".{0,40}\d[.]\d.*", prose)
+            assert not found, f"{path.name} types a figure: {found[0][:80]}"
 
 
 # teaching
