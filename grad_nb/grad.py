@@ -13,9 +13,10 @@ import inspect
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,7 +25,7 @@ import torch
 
 import grad_nb.inference.levels  # noqa: F401  offers the fast way to score batches
 from .accel.backends import choice
-from .config import Augmentation, Level, Preset, from_dict, preset, to_dict
+from .config import LARGEST, Augmentation, Level, Preset, from_dict, preset, to_dict
 from .contrastive import make_contrastive, read_changes
 from .core.devices import pick_device
 from .core.files import array_sha256, exclusive_lock, read_array
@@ -33,6 +34,7 @@ from .core.provenance import versions
 from .core.seeds import stage_generator
 from .core.stages import run_stage, stage_done, stage_key
 from .core.tensors import checked_format, read_tensors, write_tensors
+from .datasets.compare import LOOKED_AT, large_enough, some_of
 from .datasets.light import SIDE, Light, even_light, fit_light
 from .datasets.pictures import Input, Source, picture_pixels, picture_sources
 from .datasets.readers import MIN_NORMALS, DataError, find_white, hold_out, resize_image
@@ -617,6 +619,7 @@ class _Learning(_Training, _Calibrating):
         if white is not None:
             self.made_with_ = self.settings_ | {"white": white}
             log.info("pictures of more than 8 bits: white is %g", white)
+        sources = self._see_detail(sources, white)
         batches = picture_batches(sources, self.preset_.generator.size, 64, self.progress, white=white)
         pictures = np.concatenate([batch for _, batch in batches])
         if y is not None:
@@ -628,6 +631,21 @@ class _Learning(_Training, _Calibrating):
             said = "a model of them knows no variation and calls every other picture anomalous"
             log.warning("all %d pictures are equal; %s", len(pictures), said)
         return pictures
+
+    def _see_detail(self, sources: Iterable[Source], white: float | None) -> Iterable[Source]:
+        "Pictures are seen as large as their detail needs; of a stream, the first are looked at. The same sources."
+        if self.preset_.generator.max_detail_lost == 1:
+            return sources
+        if isinstance(sources, Sequence | np.ndarray):
+            first = some_of(sources)
+        else:
+            stream = iter(sources)
+            first = list(islice(stream, LOOKED_AT))
+            sources = chain(first, stream)
+        if first:
+            pictures = np.stack([resize_image(picture_pixels(source, white), LARGEST) for source in first])
+            self.made_with_ = self.settings_ | {"preset": large_enough(self.preset_, pictures)}
+        return sources
 
     def _learn(self, X: Input, y: Iterable[int] | None) -> None:
         self.made_with_ = _settings(self)

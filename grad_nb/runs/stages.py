@@ -25,6 +25,7 @@ import grad_nb.inference.levels  # noqa: F401  offers the fast way to score batc
 from .. import metrics
 from ..accel.backends import choice
 from grad_nb.config import (
+    LARGEST,
     Level,
     Preset,
     augmentation,
@@ -42,6 +43,7 @@ from grad_nb.core.files import (
 )
 from ..core.provenance import git_state, versions
 from ..core.stages import run_stage, stage_done, stage_key, write_table
+from ..datasets.compare import large_enough, some_of
 from ..datasets.light import Light, even_light, fit_light
 from grad_nb.datasets.readers import (
     Category,
@@ -135,6 +137,8 @@ def open_run(
     found = read_category(data, category)
     where = str(pick_device(device))
     settings = override(preset(preset_name, found.layout), parse_overrides(overrides))
+    if settings.generator.max_detail_lost < 1:
+        settings = large_enough(settings, load_images(some_of(found.train), LARGEST, progress=False))
     folder = Path(runs) / settings.name / dataset_name(found) / found.name / f"seed{seed}"
     return Run(found, settings, seed, folder, data_sha256(found, progress=progress), where, progress)
 
