@@ -61,6 +61,7 @@ class GeneratorConfig:
     sample_batch: int = 125  # pictures sampled together, at most; fewer where the memory is small (our choice)
     bf16: bool = True  # mixed precision where the processor has it (our choice)
     light: int = -1  # of all pictures, evened out: 0 brightness, 1 and a gradient, 2 and a bulge, -1 = not (the paper)
+    max_gain: float = 1.0  # of the grey levels of dark or flat pictures, with even light; 1 = none (our choice)
     start: float = 1.0  # earliest time, as a share of T, at which a noised real picture is taken; 1 = the paper
     start_to: float = 1.0  # latest such time (our choice)
     start_below: float = 1.0  # of `position_auroc`: parts of a known place begin with noise (our choice)
@@ -76,6 +77,7 @@ class GeneratorConfig:
 def _check_generator(config: GeneratorConfig) -> None:
     "Refuse values that cannot be meant."
     _at_least(config, 1, "size", "steps", "batch", "T", "n_samples", "sample_steps", "sample_batch", "spacing", "blobs")
+    _at_least(config, 1, "max_gain")
     _at_least(config, 0, "fourier", "crop", "lr", "weight_decay", "timestep_weighting", "sigma_g")
     _one_of(config, "field_of", "network", "bottleneck")
     _shares(config, "warm_up")
@@ -334,6 +336,7 @@ FAST = Preset(
         spacing=1.5,
         sample_batch=32,
         light=1,
+        max_gain=6,
         max_detail_lost=0.5,
     ),
     detector=DetectorConfig(width=0.5, steps=5000, pictures=8, block=2, alpha_1=0.0, alpha_2=0.0),
@@ -358,6 +361,7 @@ DEMO = Preset(
         spacing=1.5,
         sample_batch=32,
         light=1,
+        max_gain=6,
         start=0.3,
         start_to=0.7,
         start_below=0.83,

@@ -657,7 +657,8 @@ class _Learning(_Training, _Calibrating):
         _say_rate(len(held), self.false_alarm_rate)
         with _work_folder(self.work_dir) as folder:
             self.levels_ = self.preset_.levels(self.layout)
-            self.light_ = fit_light(pictures[train], self.preset_.generator.light)
+            config = self.preset_.generator
+            self.light_ = fit_light(pictures[train], config.light, max_gain=config.max_gain)
             even = even_light(pictures, self.light_)
             self.detectors_ = self._train(folder, even[train], device)
             self.banks_ = self._keep_patches(folder, even, train, device)
@@ -797,6 +798,7 @@ def _contents(
     tensors: dict[str, torch.Tensor] = {}
     if model.light_ is not None:
         tensors |= {"light.median": model.light_.median, "light.weight": model.light_.weight}
+        tensors["light.levels"] = torch.tensor([model.light_.low, model.light_.gain], dtype=torch.float64)
     for row, detector, banks in zip(model.levels_, model.detectors_, model.banks_):
         for name, weights in detector.state_dict().items():
             tensors[f"{row.level}.{name}"] = weights
@@ -858,9 +860,22 @@ def _load_light(tensors: dict[str, torch.Tensor], order: int) -> Light | None:
     for name in ("median", "weight"):
         if found[name].shape != (SIDE * SIDE,) or found[name].dtype != torch.float64:
             raise ValueError(f"light.{name} has shape {tuple(found[name].shape)} of {found[name].dtype}")
+    low, gain = _grey_levels(found.pop("levels", None))
     if order < 0 or len(found) > 2:
         raise ValueError("there is light that the settings do not know")
-    return Light(order, found["median"], found["weight"])
+    return Light(order, found["median"], found["weight"], low, gain)
+
+
+def _grey_levels(levels: torch.Tensor | None) -> tuple[float, float]:
+    "Offset and gain of a file's grey levels; files of models without them say nothing. `ValueError` for wrong ones."
+    if levels is None:
+        return 0.0, 1.0
+    if levels.shape != (2,) or levels.dtype != torch.float64:
+        raise ValueError(f"light.levels has shape {tuple(levels.shape)} of {levels.dtype}")
+    low, gain = levels.tolist()
+    if not (abs(low) <= 255 and 1 <= gain <= 255):
+        raise ValueError(f"light.levels is {low} and {gain}, which no pictures can have")
+    return low, gain
 
 
 def _load_weights(width: float, tensors: dict[str, torch.Tensor], prefix: str) -> Detector:

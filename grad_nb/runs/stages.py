@@ -160,7 +160,7 @@ def normals_in_light(
 ) -> tuple[np.ndarray, Light | None]:  # (N, size, size, 3) uint8 at the generator's size, and the light they are in
     "The training pictures of a run in even light, and the light to which every picture is brought; None = as it is."
     pictures = load_images(split_normals(run)[0], run.preset.generator.size, progress=run.progress)
-    light = fit_light(pictures, run.preset.generator.light)
+    light = fit_light(pictures, run.preset.generator.light, max_gain=run.preset.generator.max_gain)
     return even_light(pictures, light), light
 
 
