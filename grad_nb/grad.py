@@ -14,9 +14,10 @@ import inspect
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sized
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import asdict, dataclass, fields
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,16 +26,16 @@ import torch
 
 import grad_nb.inference.levels  # noqa: F401  offers the fast way to score batches
 from .accel.backends import choice
-from .config import Augmentation, Level, Preset, from_dict, preset, to_dict
+from .config import LARGEST, Augmentation, Level, Preset, from_dict, preset, to_dict
 from .contrastive import make_contrastive, read_changes
 from .core.devices import pick_device
-from .core.docstrings import with_parameters
 from .core.files import array_sha256, exclusive_lock, read_array
 from .core.progress import Plan, tqdm
 from .core.provenance import versions
 from .core.seeds import stage_generator
 from .core.stages import run_stage, stage_done, stage_key
 from .core.tensors import checked_format, read_tensors, write_tensors
+from .datasets.compare import LOOKED_AT, large_enough, some_of
 from .datasets.light import SIDE, Light, even_light, fit_light
 from .datasets.pictures import Input, Source, picture_pixels, picture_sources
 from .datasets.readers import MIN_NORMALS, DataError, find_white, hold_out, resize_image
@@ -42,7 +43,6 @@ from .detector import Detector, load_detector
 from .evaluation import MapStats, fuse, score_levels
 from .explain import Explanation, PatchBank, evidence, make_bank
 from .patches import PATCH
-from .student import Student, branches, load_student, make_student, student_maps, student_with
 from .training import make_detector
 
 log = logging.getLogger(__name__)
@@ -695,6 +695,7 @@ class _Learning(_Banking, _Changing):
         if white is not None:
             self.made_with_ = self.settings_ | {"white": white}
             log.info("pictures of more than 8 bits: white is %g", white)
+        sources = self._see_detail(sources, white)
         batches = picture_batches(sources, self.preset_.generator.size, 64, self.progress, white=white)
         pictures = np.concatenate([batch for _, batch in batches])
         if y is not None:
@@ -707,6 +708,21 @@ class _Learning(_Banking, _Changing):
             log.warning("all %d pictures are equal; %s", len(pictures), said)
         return pictures
 
+    def _see_detail(self, sources: Iterable[Source], white: float | None) -> Iterable[Source]:
+        "Pictures are seen as large as their detail needs; of a stream, the first are looked at. The same sources."
+        if self.preset_.generator.max_detail_lost == 1:
+            return sources
+        if isinstance(sources, Sequence | np.ndarray):
+            first = some_of(sources)
+        else:
+            stream = iter(sources)
+            first = list(islice(stream, LOOKED_AT))
+            sources = chain(first, stream)
+        if first:
+            pictures = np.stack([resize_image(picture_pixels(source, white), LARGEST) for source in first])
+            self.made_with_ = self.settings_ | {"preset": large_enough(self.preset_, pictures)}
+        return sources
+
     def _learn(self, X: Input, y: Iterable[int] | None) -> None:
         self.made_with_ = _settings(self)
         device = pick_device(self.device)
@@ -717,7 +733,8 @@ class _Learning(_Banking, _Changing):
         _say_rate(len(held), self.false_alarm_rate)
         with _work_folder(self.work_dir) as folder:
             self.levels_ = self.preset_.levels(self.layout)
-            self.light_ = fit_light(pictures[train], self.preset_.generator.light)
+            config = self.preset_.generator
+            self.light_ = fit_light(pictures[train], config.light, max_gain=config.max_gain)
             even = even_light(pictures, self.light_)
             self.detectors_ = self._train(folder, even[train], device)
             self.banks_ = self._keep_patches(folder, even, train, device)
@@ -861,6 +878,7 @@ def _contents(
     tensors: dict[str, torch.Tensor] = {}
     if model.light_ is not None:
         tensors |= {"light.median": model.light_.median, "light.weight": model.light_.weight}
+        tensors["light.levels"] = torch.tensor([model.light_.low, model.light_.gain], dtype=torch.float64)
     for row, detector, banks in zip(model.levels_, model.detectors_, model.banks_):
         for name, weights in detector.state_dict().items():
             tensors[f"{row.level}.{name}"] = weights
@@ -928,9 +946,22 @@ def _load_light(tensors: dict[str, torch.Tensor], order: int) -> Light | None:
     for name in ("median", "weight"):
         if found[name].shape != (SIDE * SIDE,) or found[name].dtype != torch.float64:
             raise ValueError(f"light.{name} has shape {tuple(found[name].shape)} of {found[name].dtype}")
+    low, gain = _grey_levels(found.pop("levels", None))
     if order < 0 or len(found) > 2:
         raise ValueError("there is light that the settings do not know")
-    return Light(order, found["median"], found["weight"])
+    return Light(order, found["median"], found["weight"], low, gain)
+
+
+def _grey_levels(levels: torch.Tensor | None) -> tuple[float, float]:
+    "Offset and gain of a file's grey levels; files of models without them say nothing. `ValueError` for wrong ones."
+    if levels is None:
+        return 0.0, 1.0
+    if levels.shape != (2,) or levels.dtype != torch.float64:
+        raise ValueError(f"light.levels has shape {tuple(levels.shape)} of {levels.dtype}")
+    low, gain = levels.tolist()
+    if not (abs(low) <= 255 and 1 <= gain <= 255):
+        raise ValueError(f"light.levels is {low} and {gain}, which no pictures can have")
+    return low, gain
 
 
 def _load_weights(width: float, tensors: dict[str, torch.Tensor], prefix: str) -> Detector:

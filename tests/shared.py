@@ -23,6 +23,7 @@ TINY_FIT = {
     "generator.batch": 2,
     "generator.n_samples": 4,
     "generator.sample_steps": 2,
+    "generator.max_detail_lost": 1.0,
     "detector.width": 0.1,
     "detector.steps": 5,
     "evaluation.map_size": 64,

@@ -6,7 +6,7 @@ import torch
 
 from grad_nb.config import Level, override, preset
 from grad_nb.datasets.keys import KINDS, draw_key
-from grad_nb.datasets.light import LIGHT_ORDERS, Light, even_light, fit_light
+from grad_nb.datasets.light import ENDS, LIGHT_ORDERS, SPREAD, Light, even_light, fit_light
 from grad_nb.datasets.trays import draw_tray
 from grad_nb.detector import Detector
 from grad_nb.evaluation import MapStats
@@ -180,3 +180,45 @@ def test_lamps_change_a_judge_of_brightness_and_not_one_of_edges():
     assert list(table.index) == ["own", "0.9", "1.1", "gradient"]
     assert table.loc["own", "change of false alarms"] == 0 and table.loc["0.9", "change of false alarms"] > 20
     assert np.array_equal(under_lamp(good, "0.9"), lit(good, 0.9))
+
+
+def test_the_grey_levels_of_a_dark_data_set_are_spread_once_for_all():
+    dim = (keys(40) // 5).astype(np.uint8)
+    light = fit_light(dim, 1, max_gain=10)
+    low, high = np.quantile(even_light(dim, light), ENDS)
+    assert light.gain > 3 and abs(low - SPREAD[0]) < 4 and abs(high - SPREAD[1]) < 8
+    assert fit_light(dim, 1, max_gain=2).gain == 2
+    brighter = np.clip(dim[:1].astype(int) + 40, 0, 255).astype(np.uint8)
+    assert even_light(brighter, light).mean() > even_light(dim[:1], light).mean()
+
+
+def test_pictures_that_use_the_grey_levels_stay_as_they_are():
+    pictures = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+    plain, free = fit_light(pictures, 1), fit_light(pictures, 1, max_gain=6)
+    assert (free.low, free.gain) == (0, 1) and np.array_equal(even_light(pictures, free), even_light(pictures, plain))
+    assert fit_light(pictures // 8, 1).gain == 1  # nobody asked
+
+
+def test_black_pictures_have_no_levels_to_spread():
+    light = fit_light(np.zeros((3, 64, 64, 3), np.uint8), 1, max_gain=6)
+    assert (
+        np.isfinite([light.low, light.gain]).all() and even_light(np.zeros((1, 64, 64, 3), np.uint8), light).max() < 20
+    )
+
+
+def test_a_model_and_its_export_keep_the_spread(lit_model, tmp_path):
+    dim = keys(30) // 5
+    before = lit_model.light_
+    lit_model.light_ = fit_light(dim, 1, max_gain=6)
+    assert lit_model.light_.gain > 2
+    scores = lit_model.score_samples(dim[:4])
+    lit_model.save(tmp_path / "a.grad")
+    exported = Scorer(lit_model)(torch.from_numpy(dim[:4]))[0]
+    lit_model.light_ = before
+    again = GRAD.load(tmp_path / "a.grad", device="cpu")
+    assert (again.light_.low, again.light_.gain) == (
+        fit_light(dim, 1, max_gain=6).low,
+        fit_light(dim, 1, max_gain=6).gain,
+    )
+    assert np.array_equal(again.score_samples(dim[:4]), scores)
+    assert np.allclose(exported, scores, rtol=0, atol=1e-4)

@@ -27,6 +27,7 @@ import grad_nb.inference.levels  # noqa: F401  offers the fast way to score batc
 from .. import metrics
 from ..accel.backends import choice
 from grad_nb.config import (
+    LARGEST,
     Level,
     Preset,
     augmentation,
@@ -44,6 +45,7 @@ from grad_nb.core.files import (
 )
 from ..core.provenance import git_state, versions
 from ..core.stages import run_stage, stage_done, stage_key, write_table
+from ..datasets.compare import large_enough, some_of
 from ..datasets.light import Light, even_light, fit_light
 from grad_nb.datasets.readers import (
     Category,
@@ -138,6 +140,8 @@ def open_run(
     found = read_category(data, category)
     where = str(pick_device(device))
     settings = override(preset(preset_name, found.layout), parse_overrides(overrides))
+    if settings.generator.max_detail_lost < 1:
+        settings = large_enough(settings, load_images(some_of(found.train), LARGEST, progress=False))
     folder = Path(runs) / settings.name / dataset_name(found) / found.name / f"seed{seed}"
     return Run(found, settings, seed, folder, data_sha256(found, progress=progress), where, progress)
 
@@ -159,7 +163,7 @@ def normals_in_light(
 ) -> tuple[np.ndarray, Light | None]:  # (N, size, size, 3) uint8 at the generator's size, and the light they are in
     "The training pictures of a run in even light, and the light to which every picture is brought; None = as it is."
     pictures = load_images(split_normals(run)[0], run.preset.generator.size, progress=run.progress)
-    light = fit_light(pictures, run.preset.generator.light)
+    light = fit_light(pictures, run.preset.generator.light, max_gain=run.preset.generator.max_gain)
     return even_light(pictures, light), light
 
 

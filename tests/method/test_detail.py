@@ -1,0 +1,93 @@
+"How large pictures are seen: fine textures are not made so small that they are gone."
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+from shared import TINY_FIT
+
+from grad_nb.config import LARGEST, GeneratorConfig, enlarged, override, preset
+from grad_nb.datasets.compare import LOOKED_AT, detail_lost, large_enough, some_of
+from grad_nb.grad import GRAD
+from grad_nb.runs.stages import open_run
+
+
+def stripes(period, n=1, size=LARGEST):
+    "(n, size, size, 3) uint8 waves of so many pixels."
+    y, x = np.mgrid[:size, :size]
+    shifts = np.arange(n)[:, None, None] / max(n, 1)
+    wave = 127 + 100 * np.sin(2 * np.pi * ((x + 0.5 * y)[None] / period + shifts))
+    return np.repeat(wave.round().astype(np.uint8)[..., None], 3, -1)
+
+
+def test_more_is_lost_the_smaller_a_picture_and_the_finer_its_pattern():
+    lost = [[detail_lost(stripes(period), size) for size in (32, 64, 128, 256)] for period in (5, 10, 40)]
+    assert np.all(np.diff(lost, axis=0) <= 1e-6) and np.all(np.diff(lost, axis=1) <= 1e-6)
+    assert lost[0][0] > 0.9 and lost[2][1] < 0.1 and all(row[-1] == 0 for row in lost)
+
+
+def test_pictures_without_detail_lose_none():
+    assert detail_lost(np.full((3, 64, 64, 3), 90, np.uint8), 32) == 0
+
+
+def test_a_texture_is_seen_larger_and_a_part_is_not():
+    demo = preset("demo")
+    assert large_enough(demo, stripes(40)) == demo
+    seen = large_enough(demo, stripes(8))
+    assert seen.generator.size == 128 and seen.levels_ad[0].size == 192
+    assert replace(seen, generator=demo.generator, levels_ad=demo.levels_ad, levels_loco=demo.levels_loco) == demo
+
+
+def test_no_picture_is_made_larger_than_the_papers():
+    seen = large_enough(preset("demo"), stripes(2.3))
+    assert seen.generator.size == LARGEST
+    for name in ("fast", "demo"):
+        rows = (*enlarged(enlarged(preset(name))).levels_loco, *enlarged(preset(name)).levels_ad)
+        assert all(row.size <= LARGEST * 34 // row.level for row in rows)
+
+
+def test_the_paper_and_a_size_that_was_asked_for_are_kept():
+    for chosen in (preset("paper"), override(preset("demo"), {"generator.size": 48})):
+        assert chosen.generator.max_detail_lost == 1 and large_enough(chosen, stripes(3)) == chosen
+    asked = override(preset("demo"), {"generator.size": 48, "generator.max_detail_lost": 0.5})
+    assert large_enough(asked, stripes(3)).generator.size > 48
+
+
+@pytest.mark.parametrize("share", (0.0, -1.0, 1.5, float("nan")))
+def test_a_share_that_cannot_be_is_refused(share):
+    with pytest.raises(ValueError, match="max_detail_lost"):
+        GeneratorConfig(max_detail_lost=share)
+
+
+@pytest.mark.parametrize("n", (0, 1, LOOKED_AT, LOOKED_AT + 1, 500))
+def test_a_few_are_looked_at_and_all_parts_of_the_list(n):
+    chosen = some_of(range(n))
+    assert len(chosen) == min(n, LOOKED_AT) and sorted(set(chosen)) == list(chosen)
+    assert n < 100 or max(chosen) > n - 2 * n / LOOKED_AT
+
+
+@pytest.mark.parametrize("stream", (False, True))
+def test_an_estimator_sees_the_detail(stream):
+    settings = override(preset("demo"), TINY_FIT | {"generator.max_detail_lost": 0.5, "generator.crop": 16})
+    pictures = stripes(8, 12)
+    fitted = GRAD(settings, device="cpu", progress=False).fit(iter(pictures) if stream else pictures)
+    assert fitted.preset_.generator.size == 128 and fitted.levels_[0].size == 192
+    assert fitted.n_pictures_[0] + fitted.n_pictures_[1] == 12
+    assert "128 x 128" in fitted.card() and fitted.preset.generator.size == 64
+
+
+def test_a_run_sees_the_detail(tmp_path):
+    for i, picture in enumerate(stripes(8, 6)):
+        for part in ("train", "test"):
+            file = tmp_path / "cloth" / part / "good" / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(file)
+    for i, picture in enumerate(stripes(40, 2)):
+        file = tmp_path / "cloth" / "test" / "torn" / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(file)
+    run = open_run(tmp_path, "cloth", "demo", runs=tmp_path / "runs", progress=False)
+    assert run.preset.generator.size == 128 and run.levels[0].size == 192
+    asked = open_run(tmp_path, "cloth", "demo", runs=tmp_path / "runs", overrides="generator.size=64", progress=False)
+    assert asked.preset.generator.size == 64
