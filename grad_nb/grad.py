@@ -15,7 +15,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -29,6 +29,7 @@ from .accel.backends import choice
 from .config import LARGEST, Augmentation, Level, Preset, from_dict, preset, to_dict
 from .contrastive import make_contrastive, read_changes
 from .core.devices import pick_device
+from .core.docstrings import with_parameters
 from .core.files import array_sha256, exclusive_lock, read_array
 from .core.progress import Plan, tqdm
 from .core.provenance import versions
@@ -43,6 +44,7 @@ from .detector import Detector, load_detector
 from .evaluation import MapStats, fuse, score_levels
 from .explain import Explanation, PatchBank, evidence, make_bank
 from .patches import PATCH
+from .student import Student, branches, load_student, make_student, student_maps, student_with
 from .training import make_detector
 
 log = logging.getLogger(__name__)
