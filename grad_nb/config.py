@@ -61,7 +61,7 @@ class GeneratorConfig:
     sample_batch: int = 125  # pictures sampled together, at most; fewer where the memory is small (our choice)
     bf16: bool = True  # mixed precision where the processor has it (our choice)
     light: int = -1  # of all pictures, evened out: 0 brightness, 1 and a gradient, 2 and a bulge, -1 = not (the paper)
-    max_gain: float = 1.0  # of the grey levels of dark or flat pictures, with even light; 1 = none (our choice)
+    max_gain: float = 1.0  # of the grey levels of dark pictures, with even light; 1 = none (our choice)
     start: float = 1.0  # earliest time, as a share of T, at which a noised real picture is taken; 1 = the paper
     start_to: float = 1.0  # latest such time (our choice)
     start_below: float = 1.0  # of `position_auroc`: parts of a known place begin with noise (our choice)
