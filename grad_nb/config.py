@@ -287,7 +287,10 @@ def override(
     config: Any,  # a (nested) dataclass, for instance a `Preset`
     changes: Mapping[str, Any],  # dotted path of a field → its new value
 ) -> Any:  # a new object of the same type
-    "`config` with some fields changed; a generator's size stays as it is given here. `ValueError` for an unknown field or a value of the wrong type."
+    """`config` with some fields changed; a generator's size stays as it is given here.
+
+    `ValueError` for an unknown field or a value of the wrong type.
+    """
     new: dict[str, Any] = {}
     for path, value in changes.items():
         head, _, rest = path.partition(".")
