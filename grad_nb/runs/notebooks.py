@@ -21,15 +21,23 @@ from ..core.memory import keep_memory
 from ..core.processes import Stopped, clean_end, end_with_parent
 
 # %% ../../nbs/runs/02_notebooks.ipynb #exec0004
-def _engine() -> type:
-    "papermill's engine, but for the end of a kernel whose cells have run."
+def _engine(connection: Path) -> type:
+    """papermill's engine, but for the end of a kernel whose cells have run.
+
+    What it is connected by is noted in a file of the run, which the next attempt of a killed one writes anew.
+    """
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine
+    from traitlets import default
 
     class ThisPython(AsyncKernelManager):
         "The kernel of this interpreter, whatever kernels are installed under its name."
+
+        @default("connection_file")
+        def _beside_the_notebook(self) -> str:
+            return str(connection)
 
         @property
         def kernel_spec(self) -> KernelSpec:
@@ -68,7 +76,7 @@ def execute(
     from papermill import execute_notebook
     from papermill.engines import papermill_engines
 
-    papermill_engines.register("grad_nb", _engine())
+    papermill_engines.register("grad_nb", _engine(Path(executed).absolute().with_suffix(".kernel.json")))
     options = {"engine_name": "grad_nb", "kernel_name": "python3", "progress_bar": False}
     with Path(log).open("w", encoding="utf-8") as stderr:
         try:

@@ -315,7 +315,9 @@ def figures(runs: Path) -> dict[str, dict]:
     "The results in a folder of runs, less what tells when, how long and in how many threads."
     found = {}
     for path in sorted(runs.rglob("result.json")):
-        result = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("seconds", "made", "device", "git")}
+        result = {
+            k: v for k, v in json.loads(path.read_text()).items() if k not in ("seconds", "made", "device", "git")
+        }
         stages = result["stages"].items()
         result["stages"] = {name: {k: v for k, v in stage.items() if k != "device"} for name, stage in stages}
         found[str(path.relative_to(runs))] = result
