@@ -26,7 +26,7 @@ import torch
 
 import grad_nb.inference.levels  # noqa: F401  offers the fast way to score batches
 from .accel.backends import choice
-from .config import LARGEST, Augmentation, Level, Preset, from_dict, preset, to_dict
+from .config import LARGEST_SIDE, Augmentation, Level, Preset, from_dict, preset, to_dict
 from .contrastive import make_contrastive, read_changes
 from .core.devices import pick_device
 from .core.docstrings import with_parameters
@@ -684,9 +684,25 @@ class _Banking(_Training):
             banks.append((both[0], both[1]))
         return banks
 
-# %% ../nbs/15_grad.ipynb #grlearn1
-class _Learning(_Banking, _Changing):
-    "The work of `fit`, on a model that is not fitted yet."
+# %% ../nbs/15_grad.ipynb #grdetail1
+def _see_detail(model: _Fitted, sources: Iterable[Source], white: float | None) -> Iterable[Source]:
+    "Pictures are seen as large as their detail needs; of a stream, the first are looked at. The same sources."
+    if model.preset_.generator.max_detail_lost == 1:
+        return sources
+    if isinstance(sources, Sequence | np.ndarray):
+        first = some_of(sources)
+    else:
+        stream = iter(sources)
+        first = list(islice(stream, LOOKED_AT))
+        sources = chain(first, stream)
+    if first:
+        pictures = np.stack([resize_image(picture_pixels(source, white), LARGEST_SIDE) for source in first])
+        model.made_with_ = model.settings_ | {"preset": large_enough(model.preset_, pictures)}
+    return sources
+
+# %% ../nbs/15_grad.ipynb #grread01
+class _Reading(_Banking, _Changing):
+    "What `fit` reads."
 
     def _normal_pictures(self, X: Input, y: Iterable[int] | None) -> np.ndarray:
         "The normal pictures (N, S, S, 3), and what can be said of them before the training."
@@ -697,7 +713,7 @@ class _Learning(_Banking, _Changing):
         if white is not None:
             self.made_with_ = self.settings_ | {"white": white}
             log.info("pictures of more than 8 bits: white is %g", white)
-        sources = self._see_detail(sources, white)
+        sources = _see_detail(self, sources, white)
         batches = picture_batches(sources, self.preset_.generator.size, 64, self.progress, white=white)
         pictures = np.concatenate([batch for _, batch in batches])
         if y is not None:
@@ -710,20 +726,9 @@ class _Learning(_Banking, _Changing):
             log.warning("all %d pictures are equal; %s", len(pictures), said)
         return pictures
 
-    def _see_detail(self, sources: Iterable[Source], white: float | None) -> Iterable[Source]:
-        "Pictures are seen as large as their detail needs; of a stream, the first are looked at. The same sources."
-        if self.preset_.generator.max_detail_lost == 1:
-            return sources
-        if isinstance(sources, Sequence | np.ndarray):
-            first = some_of(sources)
-        else:
-            stream = iter(sources)
-            first = list(islice(stream, LOOKED_AT))
-            sources = chain(first, stream)
-        if first:
-            pictures = np.stack([resize_image(picture_pixels(source, white), LARGEST) for source in first])
-            self.made_with_ = self.settings_ | {"preset": large_enough(self.preset_, pictures)}
-        return sources
+# %% ../nbs/15_grad.ipynb #grlearn1
+class _Learning(_Reading):
+    "The work of `fit`, on a model that is not fitted yet."
 
     def _learn(self, X: Input, y: Iterable[int] | None) -> None:
         self.made_with_ = _settings(self)
@@ -976,7 +981,7 @@ def _load_weights(width: float, tensors: dict[str, torch.Tensor], prefix: str) -
     detector.load_state_dict(state, assign=True)
     return detector.eval()
 
-
+# %% ../nbs/15_grad.ipynb #b84b220dp1
 def _load_bank(found: dict[str, torch.Tensor], kind: str, features: int) -> PatchBank:
     "The patches of one kind; `ValueError` for arrays that cannot be a bank."
     bank = PatchBank(*(found[f"{kind}.{f.name}"].numpy() for f in fields(PatchBank)))
@@ -988,7 +993,7 @@ def _load_bank(found: dict[str, torch.Tensor], kind: str, features: int) -> Patc
             raise ValueError(f"{name} of bank.{kind} has shape {array.shape} of {array.dtype}")
     return bank
 
-# %% ../nbs/15_grad.ipynb #b84b220dp1
+# %% ../nbs/15_grad.ipynb #2f863ea5
 def _load_student(model: _Fitted, tensors: dict[str, torch.Tensor]) -> Student | None:
     "The one network of a file, None if its detectors judge; errors for weights that do not fit."
     found = _take_out(tensors, "student.")

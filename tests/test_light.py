@@ -6,7 +6,7 @@ import torch
 
 from grad_nb.config import Level, override, preset
 from grad_nb.datasets.keys import KINDS, draw_key
-from grad_nb.datasets.light import ENDS, LIGHT_ORDERS, SPREAD, Light, even_light, fit_light
+from grad_nb.datasets.light import DARKEST_AND_BRIGHTEST, LIGHT_ORDERS, SPREAD, Light, even_light, fit_light
 from grad_nb.datasets.trays import draw_tray
 from grad_nb.detector import Detector
 from grad_nb.evaluation import MapStats
@@ -185,7 +185,7 @@ def test_lamps_change_a_judge_of_brightness_and_not_one_of_edges():
 def test_the_grey_levels_of_a_dark_data_set_are_spread_once_for_all():
     dim = (keys(40) // 5).astype(np.uint8)
     light = fit_light(dim, 1, max_gain=10)
-    low, high = np.quantile(even_light(dim, light), ENDS)
+    low, high = np.quantile(even_light(dim, light), DARKEST_AND_BRIGHTEST)
     assert light.gain > 3 and abs(low - SPREAD[0]) < 4 and abs(high - SPREAD[1]) < 8
     assert fit_light(dim, 1, max_gain=2).gain == 2
     brighter = np.clip(dim[:1].astype(int) + 40, 0, 255).astype(np.uint8)

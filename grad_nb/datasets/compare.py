@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from ..config import LARGEST, Preset, enlarged
+from ..config import LARGEST_SIDE, Preset, enlarged
 from .readers import resize_pictures
 
 log = logging.getLogger(__name__)
@@ -135,11 +135,11 @@ def some_of(
 
 def large_enough(
     chosen: Preset,  # as chosen
-    pictures: np.ndarray,  # (N, LARGEST, LARGEST, 3) uint8 some training pictures
+    pictures: np.ndarray,  # (N, LARGEST_SIDE, LARGEST_SIDE, 3) uint8 some training pictures
 ) -> Preset:  # with pictures large enough to show the detail
     "A preset at twice its size, once or twice, where the training pictures lose too much of their detail."
     limit = chosen.generator.max_detail_lost
-    while limit < 1 and 2 * chosen.generator.size <= LARGEST:
+    while limit < 1 and 2 * chosen.generator.size <= LARGEST_SIDE:
         size = chosen.generator.size
         lost = detail_lost(pictures, size)
         if lost <= limit:

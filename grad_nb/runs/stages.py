@@ -27,7 +27,7 @@ import grad_nb.inference.levels  # noqa: F401  offers the fast way to score batc
 from .. import metrics
 from ..accel.backends import choice
 from grad_nb.config import (
-    LARGEST,
+    LARGEST_SIDE,
     Level,
     Preset,
     augmentation,
@@ -141,7 +141,7 @@ def open_run(
     where = str(pick_device(device))
     settings = override(preset(preset_name, found.layout), parse_overrides(overrides))
     if settings.generator.max_detail_lost < 1:
-        settings = large_enough(settings, load_images(some_of(found.train), LARGEST, progress=False))
+        settings = large_enough(settings, load_images(some_of(found.train), LARGEST_SIDE, progress=False))
     folder = Path(runs) / settings.name / dataset_name(found) / found.name / f"seed{seed}"
     return Run(found, settings, seed, folder, data_sha256(found, progress=progress), where, progress)
 

@@ -7,13 +7,13 @@ import pytest
 from PIL import Image
 from shared import TINY_FIT
 
-from grad_nb.config import LARGEST, GeneratorConfig, enlarged, override, preset
+from grad_nb.config import LARGEST_SIDE, GeneratorConfig, enlarged, override, preset
 from grad_nb.datasets.compare import LOOKED_AT, detail_lost, large_enough, some_of
 from grad_nb.grad import GRAD
 from grad_nb.runs.stages import open_run
 
 
-def stripes(period, n=1, size=LARGEST):
+def stripes(period, n=1, size=LARGEST_SIDE):
     "(n, size, size, 3) uint8 waves of so many pixels."
     y, x = np.mgrid[:size, :size]
     shifts = np.arange(n)[:, None, None] / max(n, 1)
@@ -41,10 +41,10 @@ def test_a_texture_is_seen_larger_and_a_part_is_not():
 
 def test_no_picture_is_made_larger_than_the_papers():
     seen = large_enough(preset("demo"), stripes(2.3))
-    assert seen.generator.size == LARGEST
+    assert seen.generator.size == LARGEST_SIDE
     for name in ("fast", "demo"):
         rows = (*enlarged(enlarged(preset(name))).levels_loco, *enlarged(preset(name)).levels_ad)
-        assert all(row.size <= LARGEST * 34 // row.level for row in rows)
+        assert all(row.size <= LARGEST_SIDE * 34 // row.level for row in rows)
 
 
 def test_the_paper_and_a_size_that_was_asked_for_are_kept():
