@@ -581,7 +581,7 @@ FORMATS: dict[str, tuple[str, Callable[..., None], Callable[[Path], Any]]] = {
     "int8": (".int8.onnx", to_int8, OnnxScorer),
     "torch": (".pt2", to_torch, TorchScorer),
     "openvino": (".xml", to_openvino, OpenvinoScorer),
-    "openvino-int8": (".xml", to_openvino_int8, OpenvinoScorer),
+    "openvino-int8": (".int8.xml", to_openvino_int8, OpenvinoScorer),
 }  # name → ending, writer, reader
 
 
