@@ -57,7 +57,7 @@ def grad_evaluate(
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font-family: sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }}
-pre {{ background: #f4f4f4; padding: 1em; overflow-x: auto }}
+pre {{ background: #f4f4f4; padding: 1em; white-space: pre-wrap }}
 figure {{ display: inline-block; margin: 0 1em 1em 0; width: 20em; vertical-align: top }}
 img {{ width: 100% }} figcaption {{ font-size: 0.85em; overflow-wrap: anywhere }}
 </style></head><body><h1>{title}</h1><pre>{table}</pre>{sections}</body></html>
