@@ -89,8 +89,7 @@ def _check_generator(config: GeneratorConfig) -> None:
     if not 0 < config.start_below <= 1:
         raise ValueError(f"start_below is an AUROC, above 0 and at most 1, not {config.start_below}")
     if not 0 < config.max_detail_lost <= 1:
-        share = f"not {config.max_detail_lost}"
-        raise ValueError(f"max_detail_lost is a share of the detail, above 0 and at most 1, {share}")
+        raise ValueError(f"max_detail_lost is a share, above 0 and at most 1, not {config.max_detail_lost}")
     if not 0 < config.redraw <= 1:
         raise ValueError(f"redraw is a share of the picture, above 0 and at most 1, not {config.redraw}")
     if config.redraw < 1 and config.start == 1:

@@ -7,18 +7,15 @@ __all__ = ['TEETH', 'KINDS', 'BEND', 'KEYS_VERSION', 'Mark', 'KeyScene', 'sample
            'key_mask', 'draw_key', 'make_keys']
 
 # %% ../../nbs/datasets/04_keys.ipynb #tskeysi
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from ..core.files import read_json, write_json
+from ..core.files import write_json
 from ..core.progress import tqdm
-from .trays import _cover, _grid, _paint, _rgb, _save, _turn
+from .trays import _cover, _grid, _paint, _rgb, _save, _turn, drawn_once, stamped
 
 # %% ../../nbs/datasets/04_keys.ipynb #keysc001
 TEETH = (0.030, 0.052, 0.024, 0.060, 0.040, 0.024, 0.052, 0.030, 0.044)  # heights of the teeth, sides of the picture
@@ -222,21 +219,11 @@ def make_keys(
     want = dict(seed=seed, size=size, train=train, good=good, defective=defective, version=KEYS_VERSION)
     if seed < 0 or size < 48 or train < 1 or min(good, defective) < 0:
         raise ValueError(f"cannot draw keys with {want}; seed >= 0, size >= 48, train >= 1, counts >= 0 are needed")
-    target = Path(root) / "keys"
-    if target.exists():
-        stamp = target / "keys.json"
-        if not stamp.is_file() or read_json(stamp) != want:
-            raise ValueError(f"{target} holds something else than keys of {want}; choose another root or move it away")
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".keys."))
-    try:
-        pictures = _write_keys(temporary, seed, size, (train, good, defective))
+
+    def draw(folder: Path) -> None:
+        pictures = _write_keys(folder, seed, size, (train, good, defective))
         for _ in tqdm(pictures, "keys", train + good + defective, disable=not progress):
             pass
-        write_json(temporary / "keys.json", want)
-        temporary.chmod(0o755)
-        os.rename(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
+        write_json(folder / "keys.json", want)
+
+    return drawn_once(Path(root) / "keys", draw, stamped(want, "keys.json"))

@@ -111,7 +111,7 @@ def fit_gain(
     "Spread the grey levels of a dark data set: one offset and one gain for all of its pictures."
     low, high = np.quantile(pictures, DARKEST_AND_BRIGHTEST)
     gain = min((SPREAD[1] - SPREAD[0]) / max(high - low, 1.0), max_gain)
-    if max_gain == 1 or high >= DARK_SET:
+    if high >= DARK_SET:
         return light
     return replace(light, low=float(low - SPREAD[0] / gain), gain=float(gain))
 
@@ -136,6 +136,8 @@ def fit_light(
         weight = 1 / (SCALES[-1] ** 2 + spread**2)
         weight = weight / weight.mean()
     light = Light(order, even.quantile(0.5, 0), weight)
+    if max_gain == 1:
+        return light
     return fit_gain(light, even_light(pictures[:: 1 + len(pictures) // 64], light), max_gain)
 
 

@@ -6,18 +6,15 @@
 __all__ = ['PICTURE_SIDE', 'CLOTH', 'THREAD', 'PLATES', 'MORE_SETS', 'drifting_light', 'draw_cloth', 'draw_plate', 'make_more']
 
 # %% ../../nbs/datasets/08_more.ipynb #morept02
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from ..core.files import read_json, write_json
+from ..core.files import write_json
 from ..core.progress import tqdm
+from .trays import _save, drawn_once, stamped
 
 # %% ../../nbs/datasets/08_more.ipynb #morept04
 PICTURE_SIDE = 256  # of the pictures, pixels
@@ -163,35 +160,23 @@ def make_more(
         raise ValueError(f"no set {category!r}; there are {', '.join(MORE_SETS)}")
     draw, kinds, seed = MORE_SETS[category]
     want = dict(category=category, seed=seed, train=train, good=good, each=each)
-    target = Path(root) / category
-    if target.exists():
-        stamp = target / "made.json"
-        if not stamp.is_file() or read_json(stamp) != want:
-            raise ValueError(f"{target} holds something else than {want}; choose another root")
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{category}."))
-    rng = np.random.default_rng(seed)
     parts = [("train/good", "", train), ("test/good", "", good), *((f"test/{kind}", kind, each) for kind in kinds)]
-    try:
-        for folder, kind, n in tqdm(parts, category, disable=not progress):
-            _write_part(temporary, folder, kind, n, draw, rng)
-        write_json(temporary / "made.json", want)
-        temporary.chmod(0o755)
-        os.rename(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
+
+    def draw_all(folder: Path) -> None:
+        rng = np.random.default_rng(seed)
+        for part, kind, n in tqdm(parts, category, disable=not progress):
+            _write_part(folder, part, kind, n, draw, rng)
+        write_json(folder / "made.json", want)
+
+    return drawn_once(Path(root) / category, draw_all, stamped(want, "made.json"))
 
 # %% ../../nbs/datasets/08_more.ipynb #morept12p1
 def _write_part(root: Path, folder: str, kind: str, n: int, draw: Callable, rng: np.random.Generator) -> None:
     "Some pictures of one folder, and their masks."
-    truth = root / "ground_truth" / kind
     (root / folder).mkdir(parents=True)
-    if kind:
-        truth.mkdir(parents=True)
     for number in range(n):
         picture, mask = draw(rng, kind)
-        Image.fromarray(picture).save(root / folder / f"{number:03d}.png")
+        _save(root / folder / f"{number:03d}.png", picture)
         if kind:
-            Image.fromarray(np.where(mask, np.uint8(255), np.uint8(0))).save(truth / f"{number:03d}_mask.png")
+            truth = root / "ground_truth" / kind / f"{number:03d}_mask.png"
+            _save(truth, np.where(mask, np.uint8(255), np.uint8(0)))

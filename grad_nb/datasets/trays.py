@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['COLOURS', 'PARTS', 'TRAY', 'COMPARTMENT', 'OFFSET', 'RADIUS', 'SHADOW', 'LOGICAL', 'STRUCTURAL', 'DEFECTS', 'VERSION',
            'SPLITS', 'Part', 'Scratch', 'Stain', 'Scene', 'sample_scene', 'render', 'spoil', 'defects_config',
-           'find_defects', 'draw_tray', 'make_trays']
+           'find_defects', 'draw_tray', 'drawn_once', 'stamped', 'make_trays']
 
 # %% ../../nbs/datasets/03_trays.ipynb #ae7eea92
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
@@ -435,6 +435,44 @@ def _save(path: Path, pixels: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path, format="PNG", compress_level=1)
 
+
+def drawn_once(
+    target: Path,  # the data set's folder
+    draw: Callable[[Path], object],  # draws everything into an empty folder
+    recognise: Callable[[Path], Path],  # the folder, if it is what is wanted; `ValueError` if it is not
+) -> Path:  # target
+    "A data set that is drawn whole, or found where it already is; nothing is ever overwritten."
+    if target.exists():
+        return recognise(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        draw(temporary)
+        temporary.chmod(0o755)
+        os.rename(temporary, target)
+    except OSError:
+        if not target.exists():
+            raise
+        return recognise(target)  # another process was faster
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def stamped(
+    want: dict,  # what was drawn
+    file: str,  # that says so
+) -> Callable[[Path], Path]:  # for `drawn_once`
+    "Recognises a data set by its stamp alone."
+
+    def recognise(folder: Path) -> Path:
+        if not (folder / file).is_file() or read_json(folder / file) != want:
+            wanted = f"{folder.name} of {want}"
+            raise ValueError(f"{folder} holds something else than {wanted}; choose another root or move it away")
+        return folder
+
+    return recognise
+
 # %% ../../nbs/datasets/03_trays.ipynb #f3edcbdb
 def _write(folder: Path, seed: int, size: int, counts: tuple[int, ...]) -> Iterator[Path]:
     "Write every picture and its masks into `folder`, and yield each picture's path."
@@ -472,24 +510,12 @@ def make_trays(
     if seed < 0 or size < 48 or train < 1 or min(counts) < 0:
         raise ValueError(f"cannot draw trays with {want}; seed >= 0, size >= 48, train >= 1, counts >= 0 are needed")
     want["version"] = VERSION
-    target = Path(root) / "trays"
-    if target.exists():
-        return _recognise(target, want)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".trays."))
-    try:
-        for _ in tqdm(_write(temporary, seed, size, counts), "trays", sum(counts), disable=not progress):
+
+    def draw(folder: Path) -> None:
+        for _ in tqdm(_write(folder, seed, size, counts), "trays", sum(counts), disable=not progress):
             pass
-        write_json(temporary / "defects_config.json", defects_config(size))
-        files, sha256 = _digest(temporary)
-        write_json(temporary / "trays.json", want | {"files": files, "sha256": sha256})
-        temporary.chmod(0o755)
-        try:
-            os.rename(temporary, target)
-        except OSError:
-            if not target.exists():
-                raise
-            return _recognise(target, want)  # another process was faster
-        return target
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        write_json(folder / "defects_config.json", defects_config(size))
+        files, sha256 = _digest(folder)
+        write_json(folder / "trays.json", want | {"files": files, "sha256": sha256})
+
+    return drawn_once(Path(root) / "trays", draw, partial(_recognise, want=want))
