@@ -295,6 +295,7 @@ def table_10(
 # %% ../../nbs/study/01_tables.ipynb #b953af12
 FORMS = {
     "fast": "the library's form",
+    "library": "the library's form",
     "level by level": "the library's form",
     "plain": "plain torch",
     "one graph": "one captured graph",
@@ -306,6 +307,7 @@ def _speed_row(row: Mapping[str, Any]) -> dict[str, str]:
     words = [row["timed"]] if "timed" in row else []
     words += [FORMS.get(row["way"], row["way"])] if "way" in row else []
     words += [f"batch {row['batch']}", row["precision"], f"transfers {row['transfers']}", f"{row['runs']} runs"]
+    words += ["two processes side by side"] if row.get("processes", 1) == 2 else []
     words += [] if row.get("width", 1.0) == 1.0 else [f"width {row['width']:g} of Table 8"]
     return {
         "method": row["method"] if "method" in row else f"GRAD here, {row['detectors']}",
@@ -317,11 +319,12 @@ def _speed_row(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _speed_file(path: str | Path) -> tuple[list[Mapping[str, Any]], list[str]]:
-    "All rows of a file of `grad_bench`: detectors, protocol, peers that could be run; and its notes."
+    "All rows of a file of `grad_bench`: detectors, protocol, students, peers that could be run; and its notes."
     found = read_json(path)
     if not isinstance(found, dict) or "detectors" not in found:
         raise ValueError(f"{path} is not a file of grad_bench; write it with grad_bench --json-file")
-    rows = [*found["detectors"], *(found.get("protocol") or []), *(found.get("peers") or [])]
+    parts = ("detectors", "protocol", "students", "peers")
+    rows = [row for part in parts for row in found.get(part) or []]
     notes = [f"not measured here: {sentence}" for sentence in found.get("missing") or []]
     return [row for row in rows if "error" not in row], [*(found.get("notes") or []), *notes]
 
