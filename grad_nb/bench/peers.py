@@ -30,7 +30,7 @@ from ..core.devices import device_name, float32_name
 from ..core.latency import Latency
 from ..core.progress import tqdm
 from ..grad import GRAD
-from ..use.export import random_pictures
+from ..use.export import _quiet, _unlogged, random_pictures
 
 # %% ../../nbs/bench/08_peers.ipynb #_pee0013
 BANK = (21_400, 1_536)  # patches that PatchCore keeps of 209 pictures, and their features
@@ -185,24 +185,27 @@ def export_peer(
     model: nn.Module,  # of anomalib, on the CPU
     file: Path,  # ends in .xml
     size: int,  # side of the pictures, pixels
-) -> Iterator[Exported]:
+) -> list[Exported]:
     "A peer's files for OpenVINO in both precisions; the 8 bits as nncf makes them without being told anything."
     import openvino
 
-    example = torch.from_numpy(random_pictures(1, size))
-    graph = openvino.convert_model(FromBytes(model).eval(), example_input=example)
-    openvino.save_model(graph, str(file), compress_to_fp16=False)
-    yield Exported("OpenVINO", "float32", file)
+    made = [Exported("OpenVINO", "float32", file)]
+    with _quiet(), _unlogged():
+        graph = openvino.convert_model(
+            FromBytes(model).eval(), example_input=torch.from_numpy(random_pictures(1, size))
+        )
+        openvino.save_model(graph, str(file), compress_to_fp16=False)
     if importlib.util.find_spec("nncf") is None:
-        return
+        return made
     import nncf
 
-    graph = openvino.Core().read_model(str(file))
-    graph.reshape([1, size, size, 3])
-    told = nncf.Dataset([picture[None] for picture in random_pictures(8, size)])
     small = file.with_name(f"{file.stem}-int8.xml")
-    openvino.save_model(nncf.quantize(graph, told, subset_size=8), str(small), compress_to_fp16=False)
-    yield Exported("OpenVINO", "int8", small)
+    told = nncf.Dataset([picture[None] for picture in random_pictures(8, size)])
+    with _quiet(), _unlogged():
+        graph = openvino.Core().read_model(str(file))
+        graph.reshape([1, size, size, 3])
+        openvino.save_model(nncf.quantize(graph, told, subset_size=8), str(small), compress_to_fp16=False)
+    return [*made, Exported("OpenVINO", "int8", small)]
 
 # %% ../../nbs/bench/08_peers.ipynb #_pee0016
 def ours_in_all_forms(
