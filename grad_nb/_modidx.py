@@ -1906,6 +1906,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'grad_nb.study.tables._switches': ('study/tables.html#_switches', 'grad_nb/study/tables.py'),
                                       'grad_nb.study.tables._text': ('study/tables.html#_text', 'grad_nb/study/tables.py'),
                                       'grad_nb.study.tables.all_tables': ('study/tables.html#all_tables', 'grad_nb/study/tables.py'),
+                                      'grad_nb.study.tables.averaged_data_set': ( 'study/tables.html#averaged_data_set',
+                                                                                  'grad_nb/study/tables.py'),
                                       'grad_nb.study.tables.cell': ('study/tables.html#cell', 'grad_nb/study/tables.py'),
                                       'grad_nb.study.tables.collect': ('study/tables.html#collect', 'grad_nb/study/tables.py'),
                                       'grad_nb.study.tables.of_preset': ('study/tables.html#of_preset', 'grad_nb/study/tables.py'),
