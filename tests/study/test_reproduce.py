@@ -672,7 +672,7 @@ def test_the_rows_of_table_4_are_of_the_data_set_that_it_averages(data, tmp_path
     for name in ("mvtec_ad/bottle", "mvtec_loco/juice_bottle"):
         shutil.copytree(data / "trays", root / name, ignore=shutil.ignore_patterns("trays.json"))
     several = plan_batch(root, "all", "demo", (0,), tmp_path, overrides=TINY, device="cpu", table4=True)
-    of = {job["folder"].split("/")[0] for job in several["jobs"] if job["notebook"] == "variant"}
-    assert of == {"mvtec_loco"}
+    of = {job["folder"].split("/")[1] for job in several["jobs"] if job["notebook"] == "variant"}
+    assert of == {"juice_bottle"}
     one = plan_batch(root, "mvtec_ad", "demo", (0,), tmp_path, overrides=TINY, device="cpu", table4=True)
-    assert {job["folder"].split("/")[0] for job in one["jobs"] if job["notebook"] == "variant"} == {"mvtec_ad"}
+    assert {job["folder"].split("/")[1] for job in one["jobs"] if job["notebook"] == "variant"} == {"bottle"}
