@@ -1732,6 +1732,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'grad_nb.study.reproduce._checked_bench': ( 'study/reproduce.html#_checked_bench',
                                                                                      'grad_nb/study/reproduce.py'),
                                          'grad_nb.study.reproduce._cost': ('study/reproduce.html#_cost', 'grad_nb/study/reproduce.py'),
+                                         'grad_nb.study.reproduce._end_all': ( 'study/reproduce.html#_end_all',
+                                                                               'grad_nb/study/reproduce.py'),
                                          'grad_nb.study.reproduce._end_with_parent': ( 'study/reproduce.html#_end_with_parent',
                                                                                        'grad_nb/study/reproduce.py'),
                                          'grad_nb.study.reproduce._free_gpu': ( 'study/reproduce.html#_free_gpu',

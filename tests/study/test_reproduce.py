@@ -553,6 +553,18 @@ def test_the_driver_killed_in_every_stage(data, whole, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_to_the_driver_alone_does_not_wait_for_what_runs(data, tmp_path, number):
+    long = f"{TINY} detector.steps=1000000"
+    driver = subprocess.Popen(arguments(data, tmp_path, "--overrides", long), stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: processes("grad_nb.runs.notebooks", "/notebooks/detect-034.ipynb", str(tmp_path)), driver)
+    driver.send_signal(number)
+    driver.communicate(timeout=600)
+    assert driver.returncode in (128 + number, 130)
+    assert not processes(str(tmp_path), "ipykernel") and not processes(str(tmp_path), "snakemake")
+
+
+@pytest.mark.slow
 def test_a_job_killed_in_every_stage(data, whole, tmp_path):
     driver = subprocess.Popen(arguments(data, tmp_path), stdout=subprocess.PIPE, text=True)
     for stage in ("generate-05", "detect-034", "table", "tables"):
