@@ -10,6 +10,7 @@ __all__ = ['ENDS', 'TRAIN', 'LAST', 'HOLDER', 'ON_GPU', 'NOTEBOOK', 'USUAL', 'NE
            'batch_summary', 'why', 'report_of', 'run_batch', 'clear_logs', 'announce', 'dry', 'write_plan', 'run_whole']
 
 # %% ../../nbs/study/05_reproduce.ipynb #d5ec3bb5
+import contextlib
 import importlib.util
 import math
 import os
@@ -674,7 +675,8 @@ def follow(
     left = list(jobs)
     env = os.environ | {HOLDER: f"{os.getpid()} {batch['folder']}"}
     with open(folder / "snakemake.log", "a") as log, tqdm(bar_format="{desc}", leave=False) as bar:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[held.fileno()], env=env)
+        keep: dict[str, Any] = {"pass_fds": [held.fileno()], "env": env, "start_new_session": True}
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **keep)
         status = None
         try:
             while status is None:
@@ -683,10 +685,16 @@ def follow(
                 _tell(folder, left, progress)
                 bar.set_description_str(plan_line(progress[0])[: shutil.get_terminal_size().columns - 1])
         except BaseException:
-            process.terminate()
-            process.wait()
+            _end_all(process)
             raise
     return status
+
+
+def _end_all(process: subprocess.Popen) -> None:
+    "End Snakemake and its jobs together: told alone, it would wait for those that run, and one can take hours."
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    process.wait()
 
 
 def _poll(process: subprocess.Popen) -> int | None:

@@ -49,7 +49,8 @@ def variant_run(
     presets = table_4_presets(run.preset, run.category.layout)
     if name not in presets:
         raise ValueError(f"{name!r} is no variant of {run.preset.name!r} here; there are {', '.join(presets)}")
-    return replace(run, preset=presets[name], folder=run.folder / "table4" / slug(name), made=run.folder)
+    folder = run.folder / "table4" / slug(name)
+    return replace(run, preset=presets[name], folder=folder, made=run.folder, hold_out=run.holds_out)
 
 
 def variant_stage(

@@ -19,7 +19,7 @@ from shared import ROOT
 from grad_nb.config import to_dict
 from grad_nb.core.files import read_json, write_json
 from grad_nb.core.progress import BARS, tell_plan
-from grad_nb.runs.stages import generate_key, open_run
+from grad_nb.runs.stages import generate_key, open_run, split_normals, standardising
 from grad_nb.study import calibration
 from grad_nb.study import reproduce as reproduce_module
 from grad_nb.study.reproduce import (
@@ -553,6 +553,18 @@ def test_the_driver_killed_in_every_stage(data, whole, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_to_the_driver_alone_does_not_wait_for_what_runs(data, tmp_path, number):
+    long = f"{TINY} detector.steps=1000000"
+    driver = subprocess.Popen(arguments(data, tmp_path, "--overrides", long), stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: processes("grad_nb.runs.notebooks", "/notebooks/detect-034.ipynb", str(tmp_path)), driver)
+    driver.send_signal(number)
+    driver.communicate(timeout=600)
+    assert driver.returncode in (128 + number, 130)
+    assert not processes(str(tmp_path), "ipykernel") and not processes(str(tmp_path), "snakemake")
+
+
+@pytest.mark.slow
 def test_a_job_killed_in_every_stage(data, whole, tmp_path):
     driver = subprocess.Popen(arguments(data, tmp_path), stdout=subprocess.PIPE, text=True)
     for stage in ("generate-05", "detect-034", "table", "tables"):
@@ -676,3 +688,17 @@ def test_the_rows_of_table_4_are_of_the_data_set_that_it_averages(data, tmp_path
     assert of == {"juice_bottle"}
     one = plan_batch(root, "mvtec_ad", "demo", (0,), tmp_path, overrides=TINY, device="cpu", table4=True)
     assert {job["folder"].split("/")[1] for job in one["jobs"] if job["notebook"] == "variant"} == {"bottle"}
+
+
+@pytest.mark.parametrize("levels", ["demo", "paper"])  # one detector of its own, and three
+def test_a_variant_learns_from_what_its_run_learns_from_without_a_validation_folder(data, tmp_path, levels):
+    root = Path(shutil.copytree(data / "trays", tmp_path / "data/part"))
+    shutil.rmtree(root / "validation")
+    run = open_run(root.parent, "part", levels, 0, tmp_path, TINY if levels == "demo" else "", "cpu", False)
+    assert not run.category.validation
+    variant_of_it = variant_run(run, "baseline")
+    assert len(variant_of_it.levels) == 3
+    assert split_normals(variant_of_it) == split_normals(run)
+    level = run.generator_levels[0]
+    assert generate_key(variant_of_it, level) == generate_key(run, level), "its contrastive sets fit"
+    assert standardising(variant_of_it)
