@@ -1332,6 +1332,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'grad_nb.runs.driver._follow': ('runs/driver.html#_follow', 'grad_nb/runs/driver.py'),
                                      'grad_nb.runs.driver._last_line': ('runs/driver.html#_last_line', 'grad_nb/runs/driver.py'),
                                      'grad_nb.runs.driver._start': ('runs/driver.html#_start', 'grad_nb/runs/driver.py'),
+                                     'grad_nb.runs.driver._with_threads': ('runs/driver.html#_with_threads', 'grad_nb/runs/driver.py'),
                                      'grad_nb.runs.driver.check_parameters': ( 'runs/driver.html#check_parameters',
                                                                                'grad_nb/runs/driver.py'),
                                      'grad_nb.runs.driver.last_progress': ('runs/driver.html#last_progress', 'grad_nb/runs/driver.py'),
