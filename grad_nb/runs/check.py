@@ -130,12 +130,13 @@ def room_left(
 def check_room(
     folder: str | Path,  # where something will be written
     needed: int,  # bytes
+    option: str = "--runs",  # of the command, that names another folder
 ) -> None:
     "`DataError` if there is less room on the disk of a folder than will be needed."
     free = room_left(folder)
     if free < needed:
         need = f"up to {needed / 1e6:.0f} MB are needed in {folder}, {free / 1e6:.0f} MB are free"
-        raise DataError(f"No space left for this: {need}; make room, or give another folder with --runs")
+        raise DataError(f"No space left for this: {need}; make room, or give another folder with {option}")
 
 # %% ../../nbs/runs/04_check.ipynb #chkrun1
 def check_run(
