@@ -81,6 +81,7 @@ def test_the_figures_of_the_text():
     assert words.startswith("only 9 held-out pictures, too few for 5 %: 10 % expected, at most 23 %")
     assert "19 are needed" in words and "--validation" in words and "grad_calibrate" in words
     assert not too_few_words(Calibration(19, 1, 0.05)) and too_few_words(Calibration(18, 1, 0.05))
+    assert too_few_words(Calibration(9, 1, 0.05, "new")).endswith("19 are needed: give more good pictures")
     said = str(Calibration(40, 2, 0.05))
     assert said.startswith("the 2nd largest score of 40 held-out normal pictures: 4.9 % false alarms expected")
     assert [percent(x) for x in (0.0244, 0.05, 0.0996, 0.226, 1.0)] == ["2.4 %", "5 %", "10 %", "23 %", "100 %"]
@@ -245,6 +246,16 @@ def test_labelled_folders_that_cannot_be_are_refused_with_what_to_rename(trays, 
     ):
         with pytest.raises(DataError, match=said):
             labelled_folder(folder)
+
+
+def test_masks_of_some_pictures_alone_are_told_of(trays, tmp_path):
+    for part in ("test", "ground_truth"):
+        shutil.copytree(trays / part, tmp_path / "parts" / part)
+    assert not labelled_folder(tmp_path / "parts").notes
+    masks = sorted((tmp_path / "parts/ground_truth/structural_anomalies").iterdir())
+    shutil.rmtree(masks[0])
+    (note,) = labelled_folder(tmp_path / "parts").notes
+    assert note.startswith("1 anomalous pictures have no mask, the first ") and note.endswith("pixel figures are n/a")
 
 
 def test_evaluate_says_what_the_scores_say(model, trays):
