@@ -82,7 +82,8 @@ def check_stage(
         if problems:
             many = f"{len(problems)} of the files of {category.root} cannot be used, the first: "
             raise DataError(f"{many if len(problems) > 1 else ''}{problems[0]}")
-        return {"pictures": len(category.samples), "notes": [str(note) for note in notes]}, []
+        inside = f"{category.root}{os.sep}"  # where it lies on this machine is nobody's business
+        return {"pictures": len(category.samples), "notes": [str(note).replace(inside, "") for note in notes]}, []
 
     key = check_key(sha256 or data_sha256(category, progress))
     return run_stage(Path(folder), "check", key, check)

@@ -298,6 +298,8 @@ def test_masks_beside_a_plain_folder_give_au_pro(model, trays, tmp_path):
 
 def test_the_command_evaluates_in_a_table_json_and_a_page(model, parts, tmp_path, capsys):
     (parts / "logical_anomalies").rename(parts / "<b>bent & torn")
+    (parts / "empty").mkdir()
+    shutil.copy(next((parts / "good").iterdir()), parts / "loose.png")
     fitted = GRAD.load(model, "cpu")
     fitted.offset_ = float(np.median(fitted.set_params(progress=False).evaluate(parts).scores))
     fitted.save(model)
@@ -311,7 +313,9 @@ def test_the_command_evaluates_in_a_table_json_and_a_page(model, parts, tmp_path
     assert all(found.names[i] in said for i in found.missed) and len(found.missed)
     assert json.loads(made[0].read_text()) == json.loads(json.dumps(found.figures))
     page = made[1].read_text()
-    assert "<b>" not in page and html.escape("<b>bent & torn") in page and "m.grad on " in page
+    assert "<b>" not in page and html.escape("<b>bent & torn") in page and "m.grad on parts" in page
+    assert "1 pictures that lie directly in it" in page and "empty holds no pictures" in page
+    assert str(tmp_path) not in page + made[0].read_text(), "what is given away says not where it was made"
     assert page.count("<figure>") == len(found.missed) + len(found.false_alarms) + found.figures["confusion"]["found"]
     assert not re.search(r"https?://", page) and "Missed" in page and f"{calibration(fitted).n} held-out" in page
 
