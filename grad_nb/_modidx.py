@@ -2057,6 +2057,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'grad_nb.use.page.browse_tab': ('use/page.html#browse_tab', 'grad_nb/use/page.py'),
                                   'grad_nb.use.page.drop_tab': ('use/page.html#drop_tab', 'grad_nb/use/page.py'),
                                   'grad_nb.use.page.grey_map_words': ('use/page.html#grey_map_words', 'grad_nb/use/page.py'),
+                                  'grad_nb.use.page.grey_words': ('use/page.html#grey_words', 'grad_nb/use/page.py'),
                                   'grad_nb.use.page.judged_views': ('use/page.html#judged_views', 'grad_nb/use/page.py'),
                                   'grad_nb.use.page.make_page': ('use/page.html#make_page', 'grad_nb/use/page.py'),
                                   'grad_nb.use.page.or_text': ('use/page.html#or_text', 'grad_nb/use/page.py'),

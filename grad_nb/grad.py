@@ -1165,7 +1165,7 @@ class GRAD(_Fitting, _Changing, _Evaluating, _Predicting, _Explaining, _Keeping)
     `fit` goes on), `explain_patches`, `white` (the value of white in pictures of more than 8 bits), `one_network`
     (distil the detectors into one small network that judges in their place: the same verdicts, nearly, much sooner).
 
-        model = GRAD(preset("fast"), random_state=0).fit("my_parts/train/good")
+        model = GRAD("fast", random_state=0).fit("my_parts/train/good")
         result = model.predict("my_parts/incoming")  # scores, labels, maps, paths
         model.save("part.grad")
     """
