@@ -2078,6 +2078,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'grad_nb.use.verdicts._map_name': ('use/verdicts.html#_map_name', 'grad_nb/use/verdicts.py'),
                                       'grad_nb.use.verdicts._names_on_stdin': ( 'use/verdicts.html#_names_on_stdin',
                                                                                 'grad_nb/use/verdicts.py'),
+                                      'grad_nb.use.verdicts._write_line': ('use/verdicts.html#_write_line', 'grad_nb/use/verdicts.py'),
                                       'grad_nb.use.verdicts.expand': ('use/verdicts.html#expand', 'grad_nb/use/verdicts.py'),
                                       'grad_nb.use.verdicts.judge': ('use/verdicts.html#judge', 'grad_nb/use/verdicts.py'),
                                       'grad_nb.use.verdicts.map_drawer': ('use/verdicts.html#map_drawer', 'grad_nb/use/verdicts.py'),
