@@ -24,27 +24,29 @@ MIN_SIDE = 34  # pixels: one patch of the detector
 onnxruntime.disable_telemetry_events()  # what is judged here is nobody else's business
 
 
-def grey(im: Image.Image, white: float | None) -> Image.Image:
+def grey(im: Image.Image, white: float | None, kind: str | None) -> Image.Image:
     "A picture of mode I, I;16 or F as 8-bit grey; `white` is that of the model's training pictures."
     values = np.asarray(im).astype(np.float64)
     if not np.isfinite(values).all() or values.min() < 0 or (im.mode != "F" and values.max() > 65535):
         raise ValueError("its values are neither 8 nor 16 bits")
     if white is None and im.mode == "F":
         raise ValueError("it holds floating-point values; convert it to 8 or 16 bits")
+    if white is None and im.mode == "I" and kind != "PNG":  # an older Pillow opens PNG of 16 bits so
+        raise ValueError("it holds whole numbers of 32 bits; convert it to 8 or 16 bits")
     transparent = values == im.info.get("transparency", -1)
-    eight = im.mode == "I" and im.format != "PNG" and values.max() <= 255
-    values = np.floor(np.minimum(values / (white or (255 if eight else 65535)), 1) * 255 + 0.5)
+    values = np.floor(np.minimum(values / (white or 65535), 1) * 255 + 0.5)
     return Image.fromarray(np.where(transparent, 0, values).astype(np.uint8))
 
 
 def read(path: str, size: int, white: float | None = None) -> np.ndarray:  # (size, size, 3) uint8
     "A picture as the model wants it; errors of many kinds if it is damaged."
     with Image.open(path, formats=FORMATS) as im:
+        kind = im.format
         im = ImageOps.exif_transpose(im)
     if min(im.size) < MIN_SIDE:
         raise ValueError(f"it has {im.width}x{im.height} pixels; {MIN_SIDE}x{MIN_SIDE} are needed")
     if im.mode == "F" or im.mode.startswith("I"):
-        im = grey(im, white)
+        im = grey(im, white, kind)
     elif im.has_transparency_data:
         rgba = im.convert("RGBA")
         im = Image.new("RGB", im.size)

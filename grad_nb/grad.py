@@ -695,12 +695,24 @@ def _see_detail(model: _Fitted, sources: Iterable[Source], white: float | None) 
         stream = iter(sources)
         first = list(islice(stream, LOOKED_AT))
         sources = chain(first, stream)
-    if first:
-        pictures = np.stack([resize_image(picture_pixels(source, white), LARGEST_SIDE) for source in first])
-        model.made_with_ = model.settings_ | {"preset": large_enough(model.preset_, pictures)}
+    pictures = []
+    for source in first:
+        with contextlib.suppress(DataError):  # whoever reads them all will say so
+            pictures.append(resize_image(picture_pixels(source, white), LARGEST_SIDE))
+    if pictures:
+        model.made_with_ = model.settings_ | {"preset": large_enough(model.preset_, np.stack(pictures))}
     return sources
 
 # %% ../nbs/15_grad.ipynb #grread01
+def _refuse_broken(broken: Sequence[DataError]) -> None:
+    "`DataError` if there are pictures that cannot be read: their number and the first; the log names the others."
+    for error in broken[1:]:
+        log.warning("%s", error)
+    if broken:
+        many = f"{len(broken)} pictures cannot be used, the first: " if len(broken) > 1 else ""
+        raise DataError(f"{many}{broken[0]}")
+
+
 class _Reading(_Banking, _Changing):
     "What `fit` reads."
 
@@ -714,8 +726,11 @@ class _Reading(_Banking, _Changing):
             self.made_with_ = self.settings_ | {"white": white}
             log.info("pictures of more than 8 bits: white is %g", white)
         sources = _see_detail(self, sources, white)
-        batches = picture_batches(sources, self.preset_.generator.size, 64, self.progress, white=white)
-        pictures = np.concatenate([batch for _, batch in batches])
+        broken: list[DataError] = []
+        told = (self.progress, "reading pictures", lambda _, error: broken.append(error), white)
+        batches = [batch for _, batch in picture_batches(sources, self.preset_.generator.size, 64, *told)]
+        _refuse_broken(broken)
+        pictures = np.concatenate(batches)
         if y is not None:
             anomalous = checked_labels(y, len(pictures))
             if anomalous.any():
@@ -1150,7 +1165,7 @@ class GRAD(_Fitting, _Changing, _Evaluating, _Predicting, _Explaining, _Keeping)
     `fit` goes on), `explain_patches`, `white` (the value of white in pictures of more than 8 bits), `one_network`
     (distil the detectors into one small network that judges in their place: the same verdicts, nearly, much sooner).
 
-        model = GRAD(preset("fast"), random_state=0).fit("my_parts/train/good")
+        model = GRAD("fast", random_state=0).fit("my_parts/train/good")
         result = model.predict("my_parts/incoming")  # scores, labels, maps, paths
         model.save("part.grad")
     """

@@ -103,11 +103,16 @@ def too_few_words(
         return ""
     needed = int(np.ceil(1 / calibration.rate - 1e-9)) - 1
     noun = "picture" if calibration.n == 1 else "pictures"
+    advice = (
+        "give more normal pictures, hold out more of them (--validation), "
+        "or set the threshold with good pictures kept aside (grad_calibrate)"
+    )
+    if calibration.source == "new":
+        advice = "give more good pictures"
     return (
         f"only {calibration.n} {calibration.source} {noun}, too few for {percent(calibration.rate)}: "
         f"{percent(calibration.expected)} expected, at most {percent(calibration.bound)}; "
-        f"{needed} are needed: give more normal pictures, hold out more of them (--validation), "
-        "or set the threshold with good pictures kept aside (grad_calibrate)"
+        f"{needed} are needed: {advice}"
     )
 
 # %% ../nbs/17_verdicts.ipynb #verd0008
@@ -282,17 +287,22 @@ def _plain_category(folder: Path, test: Path, truth: Path) -> Category:
     samples: list[Sample] = []
     notes: list[str] = []
     if loose := picture_files(test):
-        notes.append(f"{len(loose)} pictures that lie directly in {test} have no label and are not used")
+        where = "it" if test == folder else test.name
+        notes.append(f"{len(loose)} pictures that lie directly in {where} have no label and are not used")
     for place in sorted(p for p in test.iterdir() if p.is_dir() and p.name[0] != "." and p != truth):
         kind = "good" if place.name.lower() in NORMAL_NAMES else place.name
         inside = picture_files(place)
         if not inside:
-            notes.append(f"{place} holds no pictures of its own and is not used")
+            notes.append(f"{place.name} holds no pictures of its own and is not used")
         elif kind != place.name:
             notes.append(f"the {len(inside)} pictures of {place.name} count as normal")
         masks = mask_files(truth / place.name) if kind != "good" else {}
         samples += [Sample(p, int(kind != "good"), kind, masks.get(p.stem.lower(), ())) for p in inside]
-        notes += [f"{place}: {line}" for line in passed_over(place, inside)]
+        notes += [f"{place.name}: {line}" for line in passed_over(place, inside)]
+    bare = [s for s in samples if s.label and not s.masks]
+    if bare and any(s.masks for s in samples):
+        first = bare[0].path.relative_to(folder)
+        notes.append(f"{len(bare)} anomalous pictures have no mask, the first {first}: pixel figures are n/a")
     return Category(folder.resolve().name, "folder", folder, (), test=tuple(samples), notes=tuple(notes))
 
 # %% ../nbs/17_verdicts.ipynb #verd0018

@@ -29,6 +29,7 @@ from grad_nb.datasets.readers import (
     load_images,
     load_mask,
     load_masks,
+    passed_over,
     read_category,
     read_image,
     shrink_mask,
@@ -134,10 +135,16 @@ def test_big_endian_sixteen_bits(tmp_path):
     assert (read_image(save(im, tmp_path / "a.tif")) == np.round(x / 257)[..., None]).all()
 
 
-def test_mode_i_is_sixteen_bit_only_above_255(tmp_path):
+def test_thirty_two_bits_need_a_white_and_no_picture_is_its_own_scale(tmp_path):
     x = noise(channels=1).astype(np.int32)
-    assert (read_image(save(x, tmp_path / "8.tif")) == x[..., None]).all()
-    assert (read_image(save(x * 257, tmp_path / "16.tif")) == x[..., None]).all()
+    assert (read_image(save(x, tmp_path / "8.tif"), white=255.0) == x[..., None]).all()
+    assert (read_image(save(x * 257, tmp_path / "16.tif"), white=65535.0) == x[..., None]).all()
+    for name in ("8.tif", "16.tif"):
+        assert f"{name} (mode I) cannot be made RGB: it holds whole numbers of 32 bits" in refused(
+            read_image, tmp_path / name
+        )
+    dark = save((x // 300).astype(np.uint16), tmp_path / "dark.png")
+    assert not read_image(dark).any(), "16 bits have one white, whatever is in a picture"
     assert "32.tif" in refused(read_image, save(x + 70_000, tmp_path / "32.tif"))
     assert "neg.tif" in refused(read_image, save(x - 300, tmp_path / "neg.tif"))
 
@@ -319,7 +326,7 @@ def test_any_mode_any_size(tmp_path, mode, height, width, size, seed):
     if min(height, width) < 34:
         assert "34" in refused(read_image, path, size)
         return
-    got = read_image(path, size)
+    got = read_image(path, size, 255.0 if mode == "I" else None)
     assert got.dtype == np.uint8 and got.shape == ((height, width, 3) if size is None else (size, size, 3))
 
 
@@ -758,6 +765,15 @@ def test_what_is_not_used_is_counted_and_named(tmp_path):
     ):
         assert any(said in note for note in told), told
         assert said in str(survey(root)) and said in str(read_category(root))
+
+
+def test_it_is_said_when_there_are_too_many_files_to_look_through(tmp_path, monkeypatch):
+    save(noise(), tmp_path / "0.png")
+    save(noise(), tmp_path / "deep/er/1.png")
+    monkeypatch.setattr("grad_nb.datasets.readers.MOST_ENTRIES", 1)
+    assert passed_over(tmp_path)[-1] == "not all folders were looked through: there are more than 1 files"
+    monkeypatch.setattr("grad_nb.datasets.readers.MOST_ENTRIES", 9)
+    assert len(passed_over(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("bits", [10, 12, 14, 16])

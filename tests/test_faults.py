@@ -135,6 +135,14 @@ def test_each_bad_picture_is_named_by_fit_and_by_predict(model, normal, tmp_path
             assert "\n" not in str(error.value)
 
 
+def test_fit_counts_and_names_all_pictures_that_cannot_be_read(normal, tmp_path, caplog):
+    bad = [tmp_path / name for name in bad_pictures(tmp_path) if name in ("cut.png", "empty.png", "text.png")]
+    with pytest.raises(DataError, match="3 pictures cannot be used, the first: ") as error:
+        small().fit([*sorted(normal.iterdir()), *bad])
+    said = f"{error.value} {caplog.text}"
+    assert all(said.count(str(path)) == 1 for path in bad)
+
+
 def test_bad_pictures_are_passed_over_if_somebody_listens(model, normal, tmp_path):
     bad, good = [tmp_path / name for name in bad_pictures(tmp_path)], sorted(normal.iterdir())[:3]
     told = []

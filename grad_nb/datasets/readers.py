@@ -99,7 +99,9 @@ def _open(path: str | Path) -> Image.Image:
             raise DataError(f"{path} is empty (0 bytes); copy it again or leave it out")
         with Image.open(path, formats=_FORMATS) as im:
             _check_cost(path, im)
-            return ImageOps.exif_transpose(im)
+            upright = ImageOps.exif_transpose(im)
+            upright.format = im.format  # a copy has none
+            return upright
     except DataError:
         raise
     except UnidentifiedImageError:
@@ -139,16 +141,16 @@ def _deep_to_grey(im: Image.Image, white: float | None) -> Image.Image:
     if white is None:
         if im.mode == "F":
             raise ValueError("it holds floating-point values, whose black and white are unknown")
-        white = _usual_white(im, values)
+        if im.mode == "I" and im.format != "PNG":  # an older Pillow opens PNG of 16 bits so
+            raise ValueError("it holds whole numbers of 32 bits, whose white is unknown")
+        white = _usual_white(values)
     grey = np.floor(np.minimum(values / white, 1.0) * 255 + 0.5)
     return Image.fromarray(np.where(transparent, 0, grey).astype(np.uint8))
 
 
-def _usual_white(im: Image.Image, values: np.ndarray) -> float:
-    "White where nothing is known: 16 bits, or 8 in a TIFF of 32 that has no more; a warning if it may be wrong."
+def _usual_white(values: np.ndarray) -> float:
+    "White where nothing is known, that of 16 bits for every picture; a warning if it may be wrong."
     high = values.max()
-    if im.mode == "I" and im.format != "PNG" and high <= 255:
-        return 255.0
     if 0 < high < 2**14:
         said = "white is taken as 65535; if the camera has fewer bits, the picture is far too dark: say which is white"
         log.warning("a picture of 16 bits has values up to %d only; %s", high, said)
@@ -242,7 +244,7 @@ def upright_shape(
     path: str | Path,  # of a picture
 ) -> tuple[int, int]:  # height and width
     "The shape of a picture, upright, from the head of its file."
-    with Image.open(path) as im:
+    with Image.open(path, formats=_FORMATS) as im:
         turned = im.getexif().get(0x0112, 1) in (5, 6, 7, 8)
         return im.size if turned else im.size[::-1]
 
@@ -362,7 +364,11 @@ def passed_over(
     known = used if isinstance(used, frozenset) else {os.path.normpath(path) for path in used}
     found: dict[tuple[str, str], list[str]] = {}
     seen = 0
+    more: list[str] = []
     for place, folders, names in os.walk(root):
+        if seen > MOST_ENTRIES:
+            more = [f"not all folders were looked through: there are more than {MOST_ENTRIES:,} files"]
+            break
         folders[:] = sorted(name for name in folders if name[0] != ".")
         seen += len(folders) + len(names)
         for name in names:
@@ -372,9 +378,7 @@ def passed_over(
             if ending in IMAGE_SUFFIXES + OTHER_SUFFIXES:
                 key = (os.path.relpath(place, root), ending if ending in OTHER_SUFFIXES else "")
                 found.setdefault(key, []).append(name)
-        if seen > MOST_ENTRIES:
-            break
-    return tuple(_not_used(*key, names) for key, names in sorted(found.items()))
+    return tuple([_not_used(*key, names) for key, names in sorted(found.items())] + more)
 
 
 def _not_used(place: str, ending: str, names: list[str]) -> str:

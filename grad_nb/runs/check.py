@@ -82,7 +82,8 @@ def check_stage(
         if problems:
             many = f"{len(problems)} of the files of {category.root} cannot be used, the first: "
             raise DataError(f"{many if len(problems) > 1 else ''}{problems[0]}")
-        return {"pictures": len(category.samples), "notes": [str(note) for note in notes]}, []
+        inside = f"{category.root}{os.sep}"  # where it lies on this machine is nobody's business
+        return {"pictures": len(category.samples), "notes": [str(note).replace(inside, "") for note in notes]}, []
 
     key = check_key(sha256 or data_sha256(category, progress))
     return run_stage(Path(folder), "check", key, check)
@@ -130,12 +131,13 @@ def room_left(
 def check_room(
     folder: str | Path,  # where something will be written
     needed: int,  # bytes
+    option: str = "--runs",  # of the command, that names another folder
 ) -> None:
     "`DataError` if there is less room on the disk of a folder than will be needed."
     free = room_left(folder)
     if free < needed:
         need = f"up to {needed / 1e6:.0f} MB are needed in {folder}, {free / 1e6:.0f} MB are free"
-        raise DataError(f"No space left for this: {need}; make room, or give another folder with --runs")
+        raise DataError(f"No space left for this: {need}; make room, or give another folder with {option}")
 
 # %% ../../nbs/runs/04_check.ipynb #chkrun1
 def check_run(

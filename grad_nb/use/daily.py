@@ -59,6 +59,7 @@ def grad_fit(
     augmentation = config.augmentation(category)
     shares = (validation, false_alarm_rate)
     with _kept_until_done(work_dir, model) as folder:
+        _check_room_of_fit(Path(folder), settings, layout)
         made = GRAD(settings, layout, augmentation, *shares, seed, device, not quiet, folder, white=white)
         fitted = made.set_params(one_network=one_network).fit(pictures)
     fitted.save(model)
@@ -127,6 +128,16 @@ def _before_fit(model: str, category: str) -> Path:
     if card.exists() and not _is_card(card):
         raise ValueError(f"{card} is there and is no model card; give another --model, or move it away")
     return card
+
+# %% ../../nbs/use/05_daily.ipynb #fitroom1
+def _check_room_of_fit(folder: Path, settings: "config.Preset", layout: str) -> None:
+    "`DataError` if the disk has no room for the stages of a fit that are left."
+    from grad_nb.runs.check import check_room, stage_bytes
+
+    stages = {f"generate-{n:02d}": "generate" for n in settings.generator_levels(layout)}
+    stages |= {f"detector-{row.level:03d}": "detect" for row in settings.levels(layout)}
+    left = [stage for name, stage in stages.items() if not (folder / f"{name}.json").is_file()]
+    check_room(folder, sum(stage_bytes(stage, settings, 0) for stage in left), "--work-dir")
 
 # %% ../../nbs/use/05_daily.ipynb #calcmd00
 def _print_threshold(fitted: "GRAD", path: str) -> None:

@@ -9,6 +9,7 @@ __all__ = ['PAGE', 'grad_evaluate', 'evaluation_page']
 import base64
 import html
 import io
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,7 @@ def grad_evaluate(
         write_json(json, found.figures)
     if page:
         with atomic_path(page) as temporary:
-            text = evaluation_page(found, fitted, f"{Path(model).name} on {pictures}", most)
+            text = evaluation_page(found, fitted, f"{Path(model).name} on {Path(os.path.abspath(pictures)).name}", most)
             temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 # %% ../../nbs/use/10_evaluate.ipynb #evalcmd3

@@ -617,8 +617,9 @@ def difference_words(
     scores = np.concatenate([part[0] for part in found])
     labels = np.concatenate([part[1] for part in found])
     away = np.abs(scores - expected.scores).max()
+    changed = int((labels != expected.labels).sum())
     return (
         f"on the {len(pictures)} normal pictures: largest difference of a score {away:.2g}, where scores lie from "
         f"{expected.scores.min():.3f} to {expected.scores.max():.3f} and the threshold at {model.offset_:.3f}; "
-        f"{int((labels != expected.labels).sum())} verdicts differ"
+        f"{changed} {'verdict differs' if changed == 1 else 'verdicts differ'}"
     )

@@ -81,6 +81,9 @@ def grad_show(
     address = f"http://{name}:{port}/?token={door.token}"
     if host not in LOOPBACK:
         print(f"grad_show: every machine that reaches {host} and has the token can see these pictures", file=sys.stderr)
-    print(f"{address}  (Ctrl-C ends it)", flush=True)
-    serve(found, door, port, address if browser else "", Path(run).name)
+
+    def ready() -> None:
+        print(f"{address}  (Ctrl-C ends it)", flush=True)
+
+    serve(found, door, port, address if browser else "", Path(run).name, ready)
     raise KeyboardInterrupt  # the server returns only when it is told to stop

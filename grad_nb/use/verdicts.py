@@ -133,6 +133,12 @@ def map_drawer(
 
     return draw
 
+# %% ../../nbs/use/04_verdicts.ipynb #verdwrt1
+def _write_line(line: str) -> None:
+    "A line and its end in one call: a kill between two would join this row to the next process's."
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
 # %% ../../nbs/use/04_verdicts.ipynb #verdic06
 PATHS = ("path", "map_path")  # columns that hold paths
 
@@ -153,7 +159,7 @@ class RowWriter:
         self.columns = list(columns)
         self.jsonl = jsonl
         if not jsonl:
-            print(",".join(self.columns), flush=True)
+            _write_line(",".join(self.columns))
 
     def row(
         self,
@@ -168,7 +174,7 @@ class RowWriter:
             line = json.dumps(row)
         else:
             line = ",".join(csv_field(row.get(name, ""), name in PATHS) for name in self.columns)
-        print(printable(line) if sys.stdout.isatty() else line, flush=True)
+        _write_line(printable(line) if sys.stdout.isatty() else line)
 
     def error(
         self,

@@ -320,7 +320,8 @@ def model_key(
     model: GRAD,  # fitted
 ) -> str:  # 16 hexadecimal digits
     "A fingerprint of what decides over scores and verdicts."
-    weights = [tensor for detector in model.detectors_ for tensor in detector.state_dict().values()]
+    networks = [*model.detectors_, *([model.student_] if model.student_ is not None else [])]
+    weights = [tensor for network in networks for tensor in network.state_dict().values()]
     return fingerprint(model.offset_, *(array_sha256(tensor.cpu().numpy()) for tensor in weights))
 
 

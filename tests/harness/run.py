@@ -7,9 +7,11 @@ same seed and number give the same trial, but for what the machine does meanwhil
 """
 
 import argparse
+import atexit
 import json
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -17,7 +19,9 @@ import warnings
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process with threads cannot be forked
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="harness-"))
+CACHE = tempfile.mkdtemp(prefix="harness-")  # what is killed ends without this clean-up
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", CACHE)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # ruff: noqa: E402

@@ -171,6 +171,17 @@ def test_what_can_be_known_before_the_training_is_the_same_for_every_command(dat
     assert messages[0] == messages[1] and str(root) in messages[0] and said in messages[0]
 
 
+def test_what_a_check_notes_says_not_where_it_was_made(data, tmp_path):
+    from grad_nb.datasets.readers import read_category
+    from grad_nb.runs.check import check_stage
+
+    root = Path(shutil.copytree(data / "trays", tmp_path / "data/trays"))
+    picture = next((root / "test/good").rglob("*.png"))
+    Image.open(picture).convert("RGB").save(picture.with_suffix(".jpg"))
+    (note,) = check_stage(tmp_path / "batch", read_category(root), progress=False)["notes"]
+    assert "would have maps of one name" in note and note.startswith("test/good/") and str(tmp_path) not in note
+
+
 def test_one_kind_of_test_pictures_and_a_doubtful_mask_are_said_before_the_training(data, tmp_path):
     from grad_nb.runs.check import check_run
 

@@ -1,6 +1,7 @@
 """What is handed to what: small changes of a line that would leave every shape right and every figure wrong."""
 
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -216,6 +217,21 @@ def test_a_notebook_that_fails_is_named_with_its_error(run, monkeypatch):
     values = dict(data="d", category="c", preset="demo", seed=0, runs="r", overrides="", device="cpu")
     with pytest.raises(RuntimeError, match=r"generate-05 failed: ValueError: it broke\n.*notebooks/generate-05.ipynb"):
         grad_nb.runs.driver.run_phase([grad_nb.runs.driver.Task("generate", "generate-05", 5)], run, values)
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3, 8])
+def test_a_notebook_has_the_same_threads_whatever_is_done_already(run, monkeypatch, cores):
+    driver = grad_nb.runs.driver
+    done: set[str] = set()
+    monkeypatch.setattr(driver, "cpu_count", lambda: cores)
+    monkeypatch.setattr(driver, "stage_done", lambda folder, name, key: name in done)
+    whole = {task.name: task.threads for phase in driver.plan(run) for task in phase}
+    assert len(whole) > 3 and min(whole.values()) >= 1
+    for left_out in range(1, len(whole)):
+        for chosen in combinations(sorted(set(whole) - {"table"}), left_out):
+            done = {*chosen}
+            left = {task.name: task.threads for phase in driver.plan(run) for task in phase}
+            assert left == {name: count for name, count in whole.items() if name not in done}
 
 
 # ---- the detector's training ----------------------------------------------------------------------------------------

@@ -80,6 +80,14 @@ def parts(trays, tmp_path) -> Path:
     return Path(shutil.copytree(trays / "test/good", tmp_path / "parts"))
 
 
+def test_a_full_disk_is_said_before_a_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("grad_nb.runs.check.room_left", lambda folder: 10)
+    with pytest.raises(SystemExit):
+        grad_fit(str(tmp_path), str(tmp_path / "m.grad"), preset="demo", work_dir=str(tmp_path / "work"))
+    said = capsys.readouterr().err
+    assert "No space left for this" in said and "--work-dir" in said and not (tmp_path / "work").exists()
+
+
 def test_several_folders_and_pictures(model, trays, capsys):
     one = trays / "train/good/000.png"
     status, rows, _ = called(capsys, model, trays / "test/good", one, trays / "test/logical_anomalies")

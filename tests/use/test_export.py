@@ -444,7 +444,6 @@ def odd_pictures(folder):
     deep = np.linspace(0, 65535, 110 * 80).reshape(80, 110).astype(np.uint16)
     Image.fromarray(deep).save(folder / "deep.png")
     Image.fromarray(deep).save(folder / "deep.tif")
-    Image.fromarray(deep.astype(np.int32) // 257).save(folder / "int.tif")
     x.convert("1").save(folder / "bits.png")
     x.convert("CMYK").save(folder / "print.jpg")
     x.convert("L").save(folder / "keyed.png", transparency=int(np.asarray(x.convert("L")).min()))
@@ -486,8 +485,10 @@ def broken_pictures(folder):
     (folder / "empty.png").touch()
     Image.new("L", (33, 90)).save(folder / "small.png")
     Image.new("F", (64, 64)).save(folder / "float.tif")
+    Image.new("I", (64, 64)).save(folder / "whole.tif")
     Image.new("L", (64, 64)).save(folder / "gif.png", "GIF")
-    return [folder / name for name in ("half.png", "empty.png", "small.png", "float.tif", "gif.png", "gone.png")]
+    names = ("half.png", "empty.png", "small.png", "float.tif", "whole.tif", "gif.png", "gone.png")
+    return [folder / name for name in names]
 
 
 def test_the_example_runs_without_torch_and_scores_alike(exported, tmp_path):

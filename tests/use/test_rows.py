@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -133,3 +134,22 @@ def test_a_picture_that_is_gone_when_its_map_is_drawn(keep_going):
         return
     assert [row["path"] for row in rows] == ["a", "c"]
     assert [path.name for path, _ in broken] == ["b"]
+
+
+@pytest.mark.parametrize("jsonl", [False, True])
+def test_a_row_and_its_end_are_one_write_even_without_a_buffer(monkeypatch, jsonl):
+    "As with PYTHONUNBUFFERED=1, where a kill between two writes would join a row to the next process's."
+    pieces = []
+
+    class Raw(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            pieces.append(bytes(data))
+            return len(data)
+
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(Raw(), write_through=True))
+    told = RowWriter(["path", "score", "anomalous"], jsonl)
+    told.row({"path": "a.png", "score": 0.5, "anomalous": False})
+    assert len(pieces) == 2 - jsonl and all(piece.endswith(b"\n") for piece in pieces)

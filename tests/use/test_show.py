@@ -45,7 +45,17 @@ from grad_nb.use.gallery import (
     told,
     verdict_line,
 )
-from grad_nb.use.page import grey_map_words, judged_views, make_page, or_text, plain_text, png, verdict_view
+from grad_nb.use.page import (
+    browse_tab,
+    grey_map_words,
+    grey_words,
+    judged_views,
+    make_page,
+    or_text,
+    plain_text,
+    png,
+    verdict_view,
+)
 from grad_nb.use.show import free_port, grad_show, open_for_show
 from grad_nb.verdicts import Calibration, calibration_of_quantile, percent
 
@@ -349,17 +359,16 @@ def test_the_page_in_a_browser(run, gallery, tmp_path):
         page.get_by_text(verdict_line(gallery, best, gallery.model.offset_)).wait_for()
         page.get_by_label("order").select_option("lowest score first")
         least = int(choose(gallery, "good", "lowest score first")[0])
-        page.get_by_label("pictures").locator("option:first-child", has_text=gallery.names[least]).wait_for(
+        page.get_by_role("listbox").locator("option:first-child", has_text=gallery.names[least]).wait_for(
             state="attached"
         )  # the new order is there
-        page.get_by_label("pictures").select_option(index=0)
+        page.get_by_role("listbox").select_option(index=0)
         page.get_by_text(verdict_line(gallery, least, gallery.model.offset_)).wait_for()
         page.get_by_role("button", name="explain this picture").click()
         page.locator("img").nth(2).wait_for()
         page.wait_for_timeout(1500)
         page.screenshot(path=keep / "explained.png", full_page=True)
-        page.get_by_text("pictures of your own").click()
-        page.locator("input[type=file]").set_input_files(good.path)
+        dropped(page, {good.path.name: good.path.read_bytes()})  # the second tab comes to the front by itself
         score = gallery.scores[gallery.samples.index(good)]
         page.get_by_text(re.compile(rf"(normal|anomalous): score {score:.3f}")).wait_for()
         page.wait_for_timeout(1500)
@@ -370,9 +379,9 @@ def test_the_page_in_a_browser(run, gallery, tmp_path):
         own = (server.base, server.base.replace("http", "ws"), "data:", "blob:")
         assert not alerts and all(url.startswith(own) for url in asked), asked
         large = tmp_path / "large.png"
-        large.write_bytes(os.urandom(110 * 2**20))
+        large.write_bytes(os.urandom(200 * 2**20))
         page.locator("input[type=file]").set_input_files(large)
-        page.get_by_text("a file may have at most 64 MB").first.wait_for()
+        page.get_by_text("large.png has 200 MB; a file may have at most 64 MB").wait_for()
         page.screenshot(path=keep / "large.png", full_page=True)
         page.reload()
         page.get_by_text(gallery.title).wait_for()
@@ -436,6 +445,21 @@ def test_a_grey_map_of_an_anomalous_picture_has_words(gallery):
     assert "where colour begins" in grey_map_words(replace(anomalous, limits=(peak + 1, peak + 2)))
     assert grey_map_words(replace(anomalous, limits=(peak - 1, peak + 2))) == ""
     assert grey_map_words(replace(found, threshold=found.score + 1, limits=(peak + 1, peak + 2))) == ""
+    assert grey_words(True, 0.2, 0.3).endswith("Smoothed, it stays below 0.300, where colour begins.")
+
+
+def test_a_grey_map_of_a_test_picture_has_words_too(gallery):
+    pn = pytest.importorskip("panel")
+    first = int(choose(gallery)[0])
+    begins = gallery.model.map_limits_
+    for limits, wanted in (((1e6, 2e6), True), ((-1e6, 1e6), False)):
+        gallery.model.map_limits_ = limits
+        try:
+            shown = browse_tab(gallery).select(pn.pane.HTML)
+        finally:
+            gallery.model.map_limits_ = begins
+        words = [pane.object for pane in shown if "The map is grey although" in pane.object]
+        assert gallery.scores[first] > gallery.model.offset_ and bool(words) == wanted
 
 
 def test_verdicts_are_a_word_in_a_colour_under_the_name_of_the_file(gallery):
@@ -487,6 +511,12 @@ def test_only_this_machine_and_only_this_page(run, tmp_path):
         with urllib.request.urlopen(server.address, timeout=60) as answer:
             assert "HttpOnly" in answer.headers["Set-Cookie"] and "SameSite=Strict" in answer.headers["Set-Cookie"]
             assert answer.headers["Content-Security-Policy"] == "frame-ancestors 'none'"
+        with socket.create_connection((host, int(port)), 60) as s:  # whoever passes by the page's own refusal
+            s.sendall(handshake.format(origin=server.base, host=f"{host}:{port}", token=token).encode())
+            assert b"101" in s.recv(4096)
+            s.sendall(b"\x81\xff" + (200 * 2**20).to_bytes(8, "big") + bytes(4))
+            while s.recv(4096):
+                pass  # it is closed before the 200 MB come
         with socket.create_connection((host, int(port)), 30) as s:
             s.sendall(f"POST / HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: 200000000\r\n\r\n".encode())
             assert s.recv(100)[:12] in (b"", b"HTTP/1.1 400", b"HTTP/1.1 413"), "refused before it is sent"

@@ -81,6 +81,7 @@ def test_the_figures_of_the_text():
     assert words.startswith("only 9 held-out pictures, too few for 5 %: 10 % expected, at most 23 %")
     assert "19 are needed" in words and "--validation" in words and "grad_calibrate" in words
     assert not too_few_words(Calibration(19, 1, 0.05)) and too_few_words(Calibration(18, 1, 0.05))
+    assert too_few_words(Calibration(9, 1, 0.05, "new")).endswith("19 are needed: give more good pictures")
     said = str(Calibration(40, 2, 0.05))
     assert said.startswith("the 2nd largest score of 40 held-out normal pictures: 4.9 % false alarms expected")
     assert [percent(x) for x in (0.0244, 0.05, 0.0996, 0.226, 1.0)] == ["2.4 %", "5 %", "10 %", "23 %", "100 %"]
@@ -247,6 +248,16 @@ def test_labelled_folders_that_cannot_be_are_refused_with_what_to_rename(trays, 
             labelled_folder(folder)
 
 
+def test_masks_of_some_pictures_alone_are_told_of(trays, tmp_path):
+    for part in ("test", "ground_truth"):
+        shutil.copytree(trays / part, tmp_path / "parts" / part)
+    assert not labelled_folder(tmp_path / "parts").notes
+    masks = sorted((tmp_path / "parts/ground_truth/structural_anomalies").iterdir())
+    shutil.rmtree(masks[0])
+    (note,) = labelled_folder(tmp_path / "parts").notes
+    assert note.startswith("1 anomalous pictures have no mask, the first ") and note.endswith("pixel figures are n/a")
+
+
 def test_evaluate_says_what_the_scores_say(model, trays):
     fitted = GRAD.load(model, "cpu").set_params(progress=False)
     found = fitted.evaluate(trays)
@@ -287,6 +298,8 @@ def test_masks_beside_a_plain_folder_give_au_pro(model, trays, tmp_path):
 
 def test_the_command_evaluates_in_a_table_json_and_a_page(model, parts, tmp_path, capsys):
     (parts / "logical_anomalies").rename(parts / "<b>bent & torn")
+    (parts / "empty").mkdir()
+    shutil.copy(next((parts / "good").iterdir()), parts / "loose.png")
     fitted = GRAD.load(model, "cpu")
     fitted.offset_ = float(np.median(fitted.set_params(progress=False).evaluate(parts).scores))
     fitted.save(model)
@@ -300,7 +313,9 @@ def test_the_command_evaluates_in_a_table_json_and_a_page(model, parts, tmp_path
     assert all(found.names[i] in said for i in found.missed) and len(found.missed)
     assert json.loads(made[0].read_text()) == json.loads(json.dumps(found.figures))
     page = made[1].read_text()
-    assert "<b>" not in page and html.escape("<b>bent & torn") in page and "m.grad on " in page
+    assert "<b>" not in page and html.escape("<b>bent & torn") in page and "m.grad on parts" in page
+    assert "1 pictures that lie directly in it" in page and "empty holds no pictures" in page
+    assert str(tmp_path) not in page + made[0].read_text(), "what is given away says not where it was made"
     assert page.count("<figure>") == len(found.missed) + len(found.false_alarms) + found.figures["confusion"]["found"]
     assert not re.search(r"https?://", page) and "Missed" in page and f"{calibration(fitted).n} held-out" in page
 

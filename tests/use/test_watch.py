@@ -1,5 +1,6 @@
 """grad_predict --watch as a line of production uses it: slow writers, kills, broken files, two watchers, full disks."""
 
+import copy
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from grad_nb.config import override, preset
@@ -319,6 +321,9 @@ def test_a_journal_of_another_model_or_of_no_model(model, inbox, pictures, tmp_p
     list(watch(model, inbox, tmp_path / "j", every=0.001, looks=2))
     other = GRAD(override(preset("demo"), TINY), random_state=1, device="cpu", progress=False).fit(pictures)
     assert model_key(other) != model_key(model)
+    distilled = copy.copy(model)
+    distilled.student_ = torch.nn.Linear(1, 1)
+    assert model_key(distilled) != model_key(model), "the one network decides over verdicts too"
     with pytest.raises(ValueError, match="another model"):
         list(watch(other, inbox, tmp_path / "j", every=0.001, looks=2))
     for text in (
