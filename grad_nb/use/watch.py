@@ -328,10 +328,9 @@ def _readable(
     paths: Sequence[Path],  # pictures
     seen: Mapping[Path, tuple[Stamp, int]],  # with their stamps
     progress: Progress,  # is told which is being read
-    size: int,  # side to which they are resized, pixels
     broken: dict[Path, DataError],  # takes those that cannot be read
     white: float | None,  # of pictures of more than 8 bits
-) -> Iterator[tuple[Path, np.ndarray]]:  # (size, size, 3) uint8 of each
+) -> Iterator[tuple[Path, np.ndarray]]:  # (H, W, 3) uint8 of each
     "Read pictures; one in the middle of which processes have died is not read again."
     for path in sorted(paths, key=lambda p: -progress.deaths.get((p.name, *seen[p][0]), 0)):
         stamp = seen[path][0]
@@ -341,7 +340,7 @@ def _readable(
             continue
         try:
             with progress.reading(path.name, stamp):
-                pixels = read_image(path, size, white)
+                pixels = read_image(path, white=white)
         except DataError as e:
             broken[path] = e
         else:
@@ -360,7 +359,7 @@ def _judge(
     paths: list[Path] = []
 
     def pictures() -> Iterator[np.ndarray]:
-        for path, pixels in _readable(ready, seen, progress, model.preset_.generator.size, broken, model.white_):
+        for path, pixels in _readable(ready, seen, progress, broken, model.white_):
             paths.append(path)
             yield pixels
 
