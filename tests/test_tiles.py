@@ -11,11 +11,12 @@ from scipy.ndimage import label
 from shared import pictures, seeded, tiny
 
 from grad_nb import grad
-from grad_nb.config import Level
+from grad_nb.config import Level, override, preset
 from grad_nb.core.tensors import read_tensors
 from grad_nb.datasets.large import LARGE, draw_large, make_large, small_mark
 from grad_nb.datasets.light import even_light, even_tiles, fit_light
 from grad_nb.datasets.readers import DataError, read_category
+from grad_nb.evaluation import image_auroc
 from grad_nb.grad import GRAD
 from grad_nb.inference.tiles import Tiling, check_tile, cut_tiles, join_matrix, judge_in_tiles, random_tiles
 from grad_nb.use.daily import grad_export, grad_fit, grad_predict
@@ -314,3 +315,18 @@ def test_large_trays_are_whole_seeded_and_marked(tmp_path):
             assert 14.5 <= across <= 25.5
     with pytest.raises(ValueError, match="no defect"):
         small_mark("dent", np.random.default_rng(0))
+
+
+@pytest.mark.slow
+def test_small_defects_of_large_pictures_are_found_with_tiles_alone(tmp_path):
+    "Trays of 2,048 px with defects of 16 to 24 px, `demo` with fewer steps: AUROC 0.90 with tiles, 0.15 less without."
+    made = make_large(tmp_path, seed=0, progress=False)
+    category = read_category(made)
+    files, truth = [s.path for s in category.test], [s.label for s in category.test]
+    chosen = override(preset("demo"), {"generator.steps": 300, "generator.n_samples": 256, "detector.steps": 2000})
+    found = {}
+    for tile in (256, 0):
+        model = GRAD(chosen, tile=tile, device="cpu", progress=False).fit(made / "train/good")
+        found[tile] = image_auroc(model.score_samples(files), truth)
+    print(found)
+    assert found[256] >= 0.90 and found[256] - found[0] >= 0.15
