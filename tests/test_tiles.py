@@ -239,8 +239,10 @@ def test_a_picture_that_shrinks_by_more_than_four_is_said_once(large, caplog, fe
 def test_a_folder_that_is_watched_is_judged_in_tiles(model, large, tmp_path):
     (tmp_path / "in").mkdir()
     Image.fromarray(large[0]).save(tmp_path / "in/a.png")
-    rows = list(watch(model, tmp_path / "in", every=0.01, looks=3))
-    assert [row["score"] for row in rows] == [round(model.score_samples(large[0])[0], 6)]
+    Image.fromarray(large[0][:80]).save(tmp_path / "in/b.png")
+    good, small = watch(model, tmp_path / "in", every=0.01, looks=9)
+    assert good["score"] == round(model.score_samples(large[0])[0], 6)
+    assert "b.png has 300x80 pixels, less than a tile of 96" in str(small["error"])
 
 
 @pytest.mark.parametrize("light", [1, -1])
