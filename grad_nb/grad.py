@@ -996,7 +996,7 @@ def _uses(model: _Fitted) -> str:
         count = sum(p.numel() for p in model.student_.parameters())
         judge = f" One network of {count:,} parameters has learnt their maps and judges in their place."
     return (
-        f"Trained on {seen}, {_seen(model)}{light}, with preset `{model.preset_.name}` and "
+        f"Trained on {seen}, each {_seen(model)}{light}, with preset `{model.preset_.name}` and "
         f"seed {model.settings_['random_state']}. No anomalous picture was used. Detectors: {names}.{judge}"
     )
 
@@ -1004,10 +1004,8 @@ def _uses(model: _Fitted) -> str:
 def _seen(model: _Fitted) -> str:
     "How a model sees its pictures."
     side = model.preset_.generator.size
-    if not model.tile_:
-        return f"each resized to {side} x {side} pixels whatever the proportions (Lanczos)"
-    tile = f"{model.tile_} x {model.tile_} pixels"
-    return f"each cut into overlapping tiles of {tile} that are resized to {side} x {side} (Lanczos)"
+    tile = f"cut into overlapping tiles of {model.tile_} x {model.tile_} pixels, each of them " if model.tile_ else ""
+    return f"{tile}resized to {side} x {side} pixels"
 
 # %% ../nbs/15_grad.ipynb #calibr05
 def _promise(model: _Fitted) -> str:
@@ -1032,8 +1030,8 @@ CARD = """# GRAD: a defect detector
   models.
 - **Threshold**: {threshold}. A false-alarm rate of {rate} was wanted. {promise}
 - **Heat maps**: colour begins at {low} and is full at {high}, for every picture.
-- **Preprocessing**, done by the model: turned upright by EXIF, 8 bits, transparency over black, {seen},
-  values in [-1, 1], and two channels of coordinates in [-1, 1].
+- **Preprocessing**, done by the model: turned upright by EXIF, 8 bits, transparency over black, {seen}
+  whatever the proportions (Lanczos), values in [-1, 1], and two channels of coordinates in [-1, 1].
 
 ```python
 from grad_nb.grad import GRAD

@@ -256,7 +256,8 @@ def test_an_export_agrees_with_its_model_on_whole_pictures(light, model, large, 
     to_onnx(model, tmp_path / "m.onnx")
     scorer = OnnxScorer(tmp_path / "m.onnx", threads=1)
     wide = np.concatenate([large[2], large[3]], 1)
-    for given in (large[:2], [wide]):
+    four = np.asarray(Image.fromarray(large[0]).resize((2048, 2048)))
+    for given in (large[:2], [wide], [four]):
         assert largest_difference(model, scorer, given) < 1e-4
     assert scorer.meta["kind"] == "grad_nb.TileScorer"
 
