@@ -90,6 +90,8 @@ def main() -> int:
     except Exception as e:
         parser.error(f"{given.model} cannot be run ({e})")  # the runtime's errors share no class
     about = session.get_modelmeta().custom_metadata_map
+    if about.get("kind") == "grad_nb.TileScorer":
+        parser.error(f"{given.model} judges tiles of large pictures; read it with OnnxScorer of grad_nb.use.export")
     if about.get("kind") != "grad_nb.Scorer":
         parser.error(f"{given.model} was not made by grad_export")
     white = json.loads(about.get("white", "null"))

@@ -130,14 +130,16 @@ def cell_box(
     column: int,  # of the cell
     size: int,  # side of the detector's input, pixels
     shape: tuple[int, int],  # height and width of the picture, pixels
+    corner: tuple[int, int] = (0, 0),  # first row and column of the picture in a larger one, of which it is a tile
 ) -> Box:
-    "The patch under a cell, in pixels of the picture."
+    "The patch under a cell, in pixels of the picture, or of the larger one."
     height, width = shape
     left = round(STRIDE * column * width / size)
     top = round(STRIDE * row * height / size)
     right = round((STRIDE * column + PATCH) * width / size)
     bottom = round((STRIDE * row + PATCH) * height / size)
-    return left, top, right, bottom
+    down, across = corner
+    return left + across, top + down, right + across, bottom + down
 
 
 def nearest(
@@ -145,6 +147,7 @@ def nearest(
     features: np.ndarray,  # (256 width,) of the patch in question
     size: int,  # side of the detector's input, pixels
     shape: tuple[int, int],  # height and width of the explained picture, pixels
+    corner: tuple[int, int] = (0, 0),  # see `cell_box`
 ) -> Neighbour | None:
     "The known patch whose features are nearest."
     if bank is None:
@@ -152,7 +155,8 @@ def nearest(
     distances = np.linalg.norm(bank.features.astype(np.float64) - features, axis=1)
     i = int(distances.argmin())
     level, picture, row, column = bank.places[i].tolist()
-    return Neighbour(bank.patches[i], float(distances[i]), level, picture, cell_box(row, column, size, shape))
+    box = cell_box(row, column, size, shape, corner)
+    return Neighbour(bank.patches[i], float(distances[i]), level, picture, box)
 
 # %% ../nbs/13_explain.ipynb #02fb06dd
 def evidence(
@@ -164,11 +168,12 @@ def evidence(
     banks: tuple[PatchBank, PatchBank] | None,  # normal and generated patches, or None
     shape: tuple[int, int],  # height and width of the picture as it was given, pixels
     device: str | torch.device = "cpu",  # where to compute
+    corner: tuple[int, int] = (0, 0),  # first row and column of the picture in a larger one, of which it is a tile
 ) -> LevelEvidence:
     "The highest cell of a map, and the known patches that its patch resembles."
     row, column = (int(i) for i in np.unravel_index(np.argmax(score_map), score_map.shape))
     seen = patch_at(picture[None], row, column, size)
     features = patch_features(detector, seen[None], np.array([[row, column]]), size, device)[0]
-    normal, contrastive = (nearest(bank, features, size, shape) for bank in banks or (None, None))
-    box = cell_box(row, column, size, shape)
+    normal, contrastive = (nearest(bank, features, size, shape, corner) for bank in banks or (None, None))
+    box = cell_box(row, column, size, shape, corner)
     return LevelEvidence(level, float(score_map[row, column]), box, seen, normal, contrastive)

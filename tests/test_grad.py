@@ -348,6 +348,7 @@ def test_parameters_are_those_of_the_constructor(model):
         "explain_patches",
         "white",
         "one_network",
+        "tile",
     }
 
 

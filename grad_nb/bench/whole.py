@@ -58,7 +58,10 @@ def open_judged(
 ) -> tuple[GRAD, Category]:
     "A model and the pictures that it is to judge."
     folder = Path(data).resolve()
-    return GRAD.load(model, "cpu"), read_category(folder.parent, folder.name)
+    fitted = GRAD.load(model, "cpu")
+    if fitted.tile_:
+        raise ValueError(f"{model} judges pictures in tiles, and the benchmark times models that see them whole")
+    return fitted, read_category(folder.parent, folder.name)
 
 
 def save_charts(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIGHT_ORDERS', 'SCALES', 'SIDE', 'DARK', 'BRIGHT', 'DARKEST_AND_BRIGHTEST', 'SPREAD', 'DARK_SET', 'Light', 'even',
-           'fit_gain', 'fit_light', 'even_light']
+           'fit_gain', 'fit_light', 'even_light', 'even_parts', 'even_tiles']
 
 # %% ../../nbs/datasets/05_light.ipynb #slighti
 from dataclasses import dataclass, replace
@@ -82,7 +82,7 @@ def _slow(
         silent = over & (found @ A.T > residual)  # overexposed: at least so bright
     return found
 
-
+# %% ../../nbs/datasets/05_light.ipynb #lightc05
 def even(
     x: Tensor,  # (B, 3, S, S) whole numbers in 0..255
     light: Light,  # of the normal pictures
@@ -90,7 +90,12 @@ def even(
     "Pictures in the light of the normal ones: each is divided by its own slow factor."
     side = x.shape[-1]
     p = _slow(_log_brightness(x), light) @ _polynomials(side, light.order).T
-    factor = torch.exp(-p).reshape(-1, 1, side, side)
+    return _divided(x, p.reshape(-1, 1, side, side), light)
+
+
+def _divided(x: Tensor, p: Tensor, light: Light) -> Tensor:
+    "Pictures (B, 3, S, S) without their slow factor, whose logarithm (B, 1, S, S) is p."
+    factor = torch.exp(-p)
     factor = torch.where(x == 255, factor.clamp(min=1), factor)  # what is overexposed stays so
     lit = x * factor
     if light.gain != 1:
@@ -159,3 +164,35 @@ def even_light(
         x = even(_channels_first(pictures[start : start + batch]), light)
         done[start : start + len(x)] = x.to(torch.uint8).permute(0, 2, 3, 1).numpy()
     return done
+
+# %% ../../nbs/datasets/05_light.ipynb #lightc06
+def even_parts(
+    x: Tensor,  # (B, 3, s, s) parts of one picture, whole numbers in 0..255
+    whole: Tensor,  # (1, 3, S, S) the whole picture, likewise
+    windows: Tensor,  # (B, 4) where each part lies: left, top, width and height, as shares of the picture
+    light: Light,  # of the normal pictures
+) -> Tensor:  # (B, 3, s, s) float32, whole numbers in 0..255
+    "Parts of a picture in the light of the normal ones: each is divided by its part of the picture's slow factor."
+    slow = _slow(_log_brightness(whole), light)[0]
+    at = (torch.arange(x.shape[-1], dtype=torch.float64) + 0.5) / x.shape[-1]
+    left, top, width, height = windows.double()[:, :, None, None].unbind(1)
+    across = 2 * (left + width * at[None, None, :]) - 1  # (B, 1, s)
+    down = 2 * (top + height * at[None, :, None]) - 1  # (B, s, 1)
+    terms = (1.0, across, down, across * across, across * down, down * down)
+    p = 0.0 * (across + down)
+    for k in range(LIGHT_ORDERS[light.order]):
+        p = p + slow[k] * terms[k]
+    return _divided(x, p[:, None], light)
+
+
+def even_tiles(
+    tiles: np.ndarray,  # (B, s, s, 3) uint8 parts of one picture
+    whole: np.ndarray,  # (1, S, S, 3) uint8 the whole picture
+    windows: np.ndarray,  # (B, 4) where each part lies, see `even_parts`
+    light: Light | None,  # of the normal pictures; None leaves pictures as they are
+) -> np.ndarray:  # (B, s, s, 3) uint8
+    "Parts of a picture in the light of the normal ones, as bytes."
+    if light is None:
+        return tiles
+    x = even_parts(_channels_first(tiles), _channels_first(whole), torch.from_numpy(windows), light)
+    return x.to(torch.uint8).permute(0, 2, 3, 1).numpy()

@@ -42,6 +42,7 @@ def grad_fit(
     work_dir: str | None = None,  # folder for the stages: an interrupted training goes on; <model>.work if not given
     white: float | None = None,  # value of white in pictures of more than 8 bits; found if not given
     one_network: bool = False,  # distil the detectors into one small network, which judges in their place
+    tile: int = 0,  # judge large pictures in tiles: their side, pixels of the pictures as they come
     quiet: bool = False,  # no progress bars
     debug: bool = False,  # show the traceback of an error
 ):
@@ -61,7 +62,7 @@ def grad_fit(
     with _kept_until_done(work_dir, model) as folder:
         _check_room_of_fit(Path(folder), settings, layout)
         made = GRAD(settings, layout, augmentation, *shares, seed, device, not quiet, folder, white=white)
-        fitted = made.set_params(one_network=one_network).fit(pictures)
+        fitted = made.set_params(one_network=one_network, tile=tile).fit(pictures)
     fitted.save(model)
     with atomic_path(card) as temporary:
         temporary.write_text(fitted.card(), encoding="utf-8")
@@ -202,6 +203,7 @@ def grad_predict(
     watch: str | None = None,  # instead of pictures: a folder, whose pictures are judged as they arrive, until Ctrl-C
     journal: str | None = None,  # with --watch: file of what was judged, for a restart; beside the folder if not given
     every: float = 1.0,  # with --watch: seconds between two looks at the folder
+    tile: int | None = None,  # side of a tile, if pictures come larger or smaller than those trained on
     device: str = "auto",  # "auto", "cpu" or "cuda"
     debug: bool = False,  # show the traceback of an error
 ):
@@ -209,7 +211,7 @@ def grad_predict(
 
     Example: grad_predict part.grad my_parts/incoming --maps maps > verdicts.csv
     """
-    _before_predict(pictures, format, watch, maps)
+    _before_predict(pictures, format, watch, maps, tile)
     from grad_nb.datasets.readers import DataError
     from grad_nb.grad import GRAD
     from grad_nb.use.verdicts import RowWriter, expand, judge, map_drawer
@@ -222,7 +224,7 @@ def grad_predict(
     if watch:
         rows = watch_folder(fitted, watch, journal, every, before=draw)
     else:
-        rows = judge(fitted, files, draw, told.error if keep_going else None, bool(maps))
+        rows = judge(fitted, files, draw, told.error if keep_going else None, bool(maps), tile)
     try:
         for row in rows:
             told.row(row)
@@ -234,10 +236,14 @@ def grad_predict(
         sys.exit(3)
 
 # %% ../../nbs/use/05_daily.ipynb #daily005
-def _before_predict(pictures: tuple[str, ...], format: str, watch: str | None, maps: str | None) -> None:
+def _before_predict(
+    pictures: tuple[str, ...], format: str, watch: str | None, maps: str | None, tile: int | None
+) -> None:
     "`ValueError` for an unknown format and for options that do not go together."
     if format not in ("csv", "jsonl"):
         raise ValueError(f"format must be csv or jsonl, not {format!r}")
+    if watch and tile is not None:
+        raise ValueError("--tile is for pictures that are given; with --watch they are judged in the model's own tiles")
     if watch and pictures:
         raise ValueError("give pictures, or a folder to --watch, not both")
     if watch and maps and os.path.realpath(maps) == os.path.realpath(watch):
@@ -271,18 +277,19 @@ def grad_export(
         raise ValueError(f"{path} is the model itself; give another file to --output")
     fitted = GRAD.load(model, "cpu")
     size = fitted.preset_.generator.size
-    more = [read_normals(normals, size, white=fitted.white_)] if normals else []
+    more = [read_normals(normals, None if fitted.tile_ else size, white=fitted.white_)] if normals else []
     try:
         write(fitted, path, *more)
     except ImportError as e:
         raise RuntimeError(str(e)) from None
     megabytes = path.stat().st_size / 1e6
-    print(f"{path}: {megabytes:.1f} MB, pictures of {size} x {size} pixels as bytes, threshold {fitted.offset_:.3f}")
+    form = f"tiles of {fitted.tile_}, seen at {size}" if fitted.tile_ else f"pictures of {size}"
+    print(f"{path}: {megabytes:.1f} MB, {form} x {size} pixels as bytes, threshold {fitted.offset_:.3f}")
     try:
         if more:
             print(difference_words(fitted.set_params(progress=False), reader(path), more[0]))
         else:
-            difference = largest_difference(fitted, reader(path), random_pictures(3, size))
+            difference = largest_difference(fitted, reader(path), random_pictures(3, 2 * fitted.tile_ or size))
             print(f"largest difference to the model, scores and maps: {difference:.1e}")
     except ImportError as e:
         tell(f"not compared: {e}")

@@ -192,9 +192,10 @@ def judge(
     draw: Callable[[Path, np.ndarray], dict],  # picture and pixel map → more of its row
     report: Callable | None = None,  # is told of broken pictures; they are errors if None
     maps: bool = False,  # whether pixel maps are needed
+    tile: int | None = None,  # side of a tile; the model's own if None
 ) -> Iterator[dict]:  # path, score, anomalous, and what `draw` gave
     "The rows of grad_predict, as they are made."
-    for batch in model.stream(pictures, report, maps):
+    for batch in model.stream(pictures, report, maps, tile):
         heat_maps = repeat(None) if batch.maps is None else batch.maps
         for path, score, label, heat_map in zip(batch.paths, batch.scores, batch.labels, heat_maps):
             row = {"path": str(path), "score": round(float(score), 6), "anomalous": bool(label)}

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..core.files import array_sha256, fingerprint, lock_file, open_plain
 from ..datasets.readers import IMAGE_SUFFIXES, DataError, UnavailableError, read_image
-from ..grad import GRAD
+from ..grad import GRAD, Look
 
 # %% ../../nbs/use/03_watch.ipynb #watknown
 RECHECKED = 500  # files already judged that a look asks about, in turn: they may have been written over (our choice)
@@ -329,10 +329,10 @@ def _readable(
     paths: Sequence[Path],  # pictures
     seen: Mapping[Path, tuple[Stamp, int]],  # with their stamps
     progress: Progress,  # is told which is being read
-    size: int,  # side to which they are resized, pixels
     broken: dict[Path, DataError],  # takes those that cannot be read
     white: float | None,  # of pictures of more than 8 bits
-) -> Iterator[tuple[Path, np.ndarray]]:  # (size, size, 3) uint8 of each
+    look: Look,  # sees each of them; its `DataError` is as one of the file
+) -> Iterator[tuple[Path, np.ndarray]]:  # (H, W, 3) uint8 of each
     "Read pictures; one in the middle of which processes have died is not read again."
     for path in sorted(paths, key=lambda p: -progress.deaths.get((p.name, *seen[p][0]), 0)):
         stamp = seen[path][0]
@@ -342,7 +342,8 @@ def _readable(
             continue
         try:
             with progress.reading(path.name, stamp):
-                pixels = read_image(path, size, white)
+                pixels = read_image(path, white=white)
+                look(path, pixels)
         except DataError as e:
             broken[path] = e
         else:
@@ -361,7 +362,8 @@ def _judge(
     paths: list[Path] = []
 
     def pictures() -> Iterator[np.ndarray]:
-        for path, pixels in _readable(ready, seen, progress, model.preset_.generator.size, broken, model.white_):
+        look = model._look(model.tile_)
+        for path, pixels in _readable(ready, seen, progress, broken, model.white_, look):
             paths.append(path)
             yield pixels
 
