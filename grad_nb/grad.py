@@ -117,6 +117,7 @@ def picture_batches(
         raise DataError("there are no pictures; the list, array or stream is empty")
 
 # %% ../nbs/15_grad.ipynb #101fc36b
+@with_parameters
 @dataclass(frozen=True)
 class Prediction:
     "Verdicts on N pictures."
@@ -505,6 +506,7 @@ class _Evaluating(_Predicting):
         return Evaluation(figures, tuple(names), tuple(types), found.scores, found.maps, found.paths)
 
 # %% ../nbs/15_grad.ipynb #c6559806
+@with_parameters
 class Explained(Explanation):
     "Why a picture got its score, and a drawing of it."
 
@@ -1134,21 +1136,17 @@ class _Keeping(_Describing):
 class GRAD(_Fitting, _Changing, _Evaluating, _Predicting, _Explaining, _Keeping):
     """GRAD for one kind of part: learns from normal pictures, finds defects in others.
 
-    `fit` learns from a folder of normal pictures, a list of files or an array; `predict`, `score_samples`,
-    `decision_function` and `stream` judge others; `explain` says why; `save` and `load` keep a model in one file;
-    `card` describes it; `calibrate` sets its threshold again with new pictures, `set_params(false_alarm_rate=...)` with
-    those that set it before; `evaluate` tells how good it is on labelled ones. Names that end in an underscore, such as
-    the threshold `offset_`, are there after `fit`.
+    `fit` learns from normal pictures. `predict`, `score_samples`, `decision_function` and `stream` judge others, and
+    `explain` shows why a picture got its score. `calibrate` sets the threshold again with new pictures,
+    `set_params(false_alarm_rate=...)` with the old ones. `evaluate` measures the model on labelled pictures. `save` and
+    `load` keep it in one file, and `card` describes it. Names that end in an underscore, such as the threshold
+    `offset_`, exist after `fit`.
+
     A `layout` of "mvtec_loco" trains three detectors at decreasing resolution, which also find logical anomalies
     and take three times as long.
-    Pictures are a folder, files, encoded bytes, arrays (H, W, 3) of uint8, tensors or pictures of Pillow; grey ones and
-    those with transparency too. Arrays are RGB; OpenCV's are BGR: `cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)`.
 
-    Parameters, all with defaults: `preset` ("paper", "fast", "demo", or a `Preset`), `layout`, `augmentation`,
-    `validation` (share held out for the threshold), `false_alarm_rate` (share of normal pictures wanted above it),
-    `random_state` (seed), `device` ("auto", "cpu", "cuda"), `progress`, `work_dir` (folder in which an interrupted
-    `fit` goes on), `explain_patches`, `white` (the value of white in pictures of more than 8 bits), `one_network`
-    (distil the detectors into one small network that judges in their place: the same verdicts, nearly, much sooner).
+    Pictures are a folder, files, encoded bytes, arrays (H, W, 3) of uint8, tensors or pictures of Pillow, also grey or
+    with transparency. Arrays are RGB; OpenCV's are BGR: `cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)`.
 
         model = GRAD(preset("fast"), random_state=0).fit("my_parts/train/good")
         result = model.predict("my_parts/incoming")  # scores, labels, maps, paths

@@ -57,13 +57,13 @@ def tree(module):
 
 
 def exported_cells():
-    "(notebook, id of the cell, its lines) of all code that becomes a module."
+    "(notebook, id of the cell, its lines, directives among them) of all code that becomes a module."
     for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
         if ".ipynb_checkpoints" not in path.parts:
             for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
                 source = "".join(cell["source"])
-                if cell["cell_type"] == "code" and source.startswith("#| export"):
-                    yield path.relative_to(ROOT / "nbs").with_suffix("").as_posix(), cell["id"], source.splitlines()[1:]
+                if cell["cell_type"] == "code" and re.search(r"^#\| *exporti?\b", source, re.MULTILINE):
+                    yield path.relative_to(ROOT / "nbs").with_suffix("").as_posix(), cell["id"], source.splitlines()
 
 
 def test_exported_cells_have_45_lines_at_most():

@@ -175,7 +175,7 @@ def _difference(scores: np.ndarray, exact: np.ndarray) -> float:
 
 # %% ../../nbs/bench/04_ways.ipynb #bway0005
 def _megabytes(module: nn.Module) -> float:
-    "Of a module's weights."
+    "Megabytes of a module's weights."
     return sum(t.nbytes for t in module.state_dict().values()) / 1e6
 
 

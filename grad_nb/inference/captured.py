@@ -149,9 +149,14 @@ class _OneBatch:
 
     def pairs(self, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
         "The scores (B,) and maps (B, h, h) of each level, views of what `judge` gave."
-        batch, sides = len(self.pictures), [map_side(size) for size in self.sizes]
-        parts = flat.split([n for side in sides for n in (batch, batch * side**2)])
-        return [(s, S.view(batch, side, side)) for s, S, side in zip(parts[::2], parts[1::2], sides)]
+        return _by_level(flat, len(self.pictures), self.sizes)
+
+# %% ../../nbs/inference/03_captured.ipynb #_inf0045b
+def _by_level(flat: Tensor, batch: int, sizes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    "The scores (B,) and maps (B, h, h) of each level in the flat result of a batch."
+    sides = [map_side(size) for size in sizes]
+    parts = flat.split([n for side in sides for n in (batch, batch * side**2)])
+    return [(s, S.view(batch, side, side)) for s, S, side in zip(parts[::2], parts[1::2], sides)]
 
 # %% ../../nbs/inference/03_captured.ipynb #infc0004
 class _LoadedBatch(_OneBatch):

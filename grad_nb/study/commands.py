@@ -8,7 +8,7 @@ __all__ = ['grad_run', 'grad_reproduce', 'grad_ablate']
 # %% ../../nbs/study/11_commands.ipynb #mmandsi
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +16,16 @@ from fastcore.script import call_parse, store_true
 
 from .. import config
 from ..use.errors import plain_errors, tell
+
+# %% ../../nbs/study/11_commands.ipynb #scomm006
+def _with_seconds() -> Callable[[str], None]:
+    "A function that tells something, with the seconds since now."
+    began = time.perf_counter()
+
+    def say(text: str) -> None:
+        tell(f"[{time.perf_counter() - began:7.1f} s] {text}")
+
+    return say
 
 # %% ../../nbs/study/11_commands.ipynb #scomm002
 @call_parse
@@ -44,12 +54,7 @@ def grad_run(
     from grad_nb.runs.stages import open_run, result_table
     from grad_nb.study.runner import MORE, do_stages, write_pictures
 
-    began = time.perf_counter()
-
-    def say(text: str) -> None:
-        "Tell something, with the seconds since the command began."
-        tell(f"[{time.perf_counter() - began:7.1f} s] {text}")
-
+    say = _with_seconds()
     with time_limit(60 * minutes):
         run = open_run(data, category, preset, seed, runs, overrides, device, not quiet)
         check_run(run, say)
@@ -63,6 +68,13 @@ def grad_run(
         write_pictures(run)
     tell(result_table(result).round(1).to_string())
     say(f"finished: {run.folder / 'result.json'} and {run.folder / 'pictures'}")
+
+# %% ../../nbs/study/11_commands.ipynb #scomm008
+def _table_4_wish(table4: bool, no_table4: bool) -> bool | None:
+    "Whether the rows of Table 4 are wanted; None leaves it to the preset. `ValueError` for both at once."
+    if table4 and no_table4:
+        raise ValueError("--table4 and --no-table4 cannot both be meant")
+    return table4 or (False if no_table4 else None)
 
 # %% ../../nbs/study/11_commands.ipynb #scomm003
 @call_parse
@@ -94,13 +106,11 @@ def grad_reproduce(
     config.preset(preset)
     if not (data or report or dataset == "trays"):
         raise ValueError(f"--dataset {dataset} needs --data, the folder that holds it")
-    if table4 and no_table4:
-        raise ValueError("--table4 and --no-table4 cannot both be meant")
+    rows = _table_4_wish(table4, no_table4)
     from grad_nb.study import reproduce as batches
 
     if report:
         return print("report:", batches.report_of(runs, preset))
-    rows = table4 or (False if no_table4 else None)
     where: dict[str, Any] = {"data": data, "dataset": dataset, "preset": preset, "seeds": seeds, "runs": runs}
     where |= {"categories": categories, "overrides": overrides, "device": device, "bench": bench}
     where |= {"retries": retries, "table4": rows}

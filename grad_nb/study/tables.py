@@ -292,6 +292,11 @@ def table_10(
     table.attrs["notes"] = ["pixel / image", *_notes(found[found.own], "mvtec_ad", names)]
     return table.rename_axis(index="category", columns=None)
 
+# %% ../../nbs/study/01_tables.ipynb #b953af13
+def _digits(value: float, digits: int) -> str:
+    "A number with so many digits that count, never as a power of ten: 1,030 and not 1.03e+03."
+    return f"{float(f'{value:.{digits}g}'):,.15g}"
+
 # %% ../../nbs/study/01_tables.ipynb #b953af12
 FORMS = {
     "fast": "the library's form",
@@ -307,10 +312,11 @@ def _speed_row(row: Mapping[str, Any]) -> dict[str, str]:
     words += [FORMS.get(row["way"], row["way"])] if "way" in row else []
     words += [f"batch {row['batch']}", row["precision"], f"transfers {row['transfers']}", f"{row['runs']} runs"]
     words += [] if row.get("width", 1.0) == 1.0 else [f"width {row['width']:g} of Table 8"]
+    ms = [_digits(row[name], 3) for name in ("median_ms", "p10_ms", "p90_ms")]
     return {
         "method": row["method"] if "method" in row else f"GRAD here, {row['detectors']}",
-        "latency (ms)": f"{row['median_ms']:.3g} ({row['p10_ms']:.3g} to {row['p90_ms']:.3g})",
-        "FPS": f"{row['pictures_per_s']:.4g}",
+        "latency (ms)": f"{ms[0]} ({ms[1]} to {ms[2]})",
+        "FPS": _digits(row["pictures_per_s"], 4),
         "device": row["device"],
         "protocol": ", ".join([*words, "random weights"]),
     }

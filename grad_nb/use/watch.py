@@ -30,7 +30,7 @@ RELISTED = 60.0  # seconds after which a folder is listed again whatever its tim
 
 # %% ../../nbs/use/03_watch.ipynb #watknownp1
 class Known:
-    "What looks at a folder have found out, so that a file which is judged already costs the next look nothing."
+    "What earlier looks at a folder found out, so that a file that is judged already costs the next look nothing."
 
     def __init__(self) -> None:
         self.judged: dict[str, Path] = {}  # name → path of what needs no judging
