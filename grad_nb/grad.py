@@ -73,7 +73,7 @@ from grad_nb.verdicts import (
 )
 
 # %% ../nbs/15_grad.ipynb #e6380491
-# is told of each file or picture that cannot be read, which is then passed over
+# is called for each file or picture that cannot be read, which is then skipped
 Report = Callable[[Any, DataError], None]
 
 # %% ../nbs/15_grad.ipynb #e39cbb98
@@ -83,7 +83,7 @@ def picture_batches(
     batch: int,  # pictures at a time
     progress: bool = False,  # show a progress bar
     label: str = "reading pictures",  # its text
-    report: Report | None = None,  # is told of files that cannot be read; the first of them is an error if None
+    report: Report | None = None,  # is called for files that cannot be read; if None, the first is an error
     white: float | None = None,  # the white of pictures of more than 8 bits
 ) -> Iterator[tuple[list[Path], np.ndarray]]:  # the files (none for arrays), and (<= batch, size, size, 3) uint8
     """Pictures in batches.
@@ -336,7 +336,7 @@ class _Scoring(_Fitted):
     def stream(
         self,
         X: Input,  # pictures to judge; arrays are RGB
-        report: Report | None = None,  # is told of pictures that cannot be read; without it they are errors
+        report: Report | None = None,  # is called for pictures that cannot be read; without it they are errors
         maps: bool = True,  # make the pixel maps
     ) -> Iterator[Prediction]:  # of one batch after the other
         "Judge pictures a batch at a time, in flat memory. `DataError` names a picture that cannot be read."

@@ -71,6 +71,12 @@ def test_exported_cells_have_45_lines_at_most():
     assert not found, f"cells of more than 45 lines: {sorted(found)}"
 
 
+def test_the_first_line_of_a_module_has_120_characters_at_most():
+    "It is made of the sentence below the notebook's title."
+    long = [module for module in MODULES if len(PATHS[module].read_text(encoding="utf-8").splitlines()[0]) > 120]
+    assert not long, f"the sentence below the title is too long: {long}"
+
+
 def test_lines_have_120_characters_at_most():
     "But for the tiles and the loops of inference, which wait for a decision on them."
     waiting = re.compile(r"accel/\d+_winograd|inference/\d+_loops")

@@ -182,7 +182,7 @@ def _megabytes(module: nn.Module) -> float:
 def _precisions(
     model: GRAD, folder: str | Path, threads: int, normals: np.ndarray
 ) -> Iterator[tuple[str, str, Callable, float]]:
-    "Way, precision, call and megabytes in every precision that can be had, torch's float32 and the library's first."
+    "Way, precision, call and megabytes in every precision that is available, torch's float32 and the library's first."
     plain = Scorer(model).eval()
     yield "torch", "float32", _on_arrays(plain), _megabytes(plain)
     yield "library", _model_precision(model), _predicted(model), _megabytes(plain)

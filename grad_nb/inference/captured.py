@@ -227,7 +227,7 @@ class Captured(_LoadedBatch):
         batch: int,  # B, pictures judged together
         side: int,  # of the pictures that come, pixels
         device: str | torch.device = "cuda",  # where to compute
-        bf16: bool | None = None,  # in bfloat16; None: on CUDA. A CPU that is told does what CUDA would
+        bf16: bool | None = None,  # in bfloat16; None: on CUDA. Otherwise a CPU computes what CUDA would
     ):
         super().__init__(detectors, sizes, batch, side, torch.device(device), bf16)
         self.lock, self.way = threading.Lock(), "one graph" if self.graph else "level by level"
@@ -288,7 +288,7 @@ def roomy_batch(
 
 
 def _free(device: torch.device) -> int:
-    "Bytes that can be had on a CUDA device: what nobody has, and what torch holds and does not use."
+    "Free bytes of a CUDA device: those that nobody uses, and those that torch holds without using."
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 # %% ../../nbs/inference/03_captured.ipynb #infc0007

@@ -318,7 +318,7 @@ def product_ways() -> tuple[str, ...]:
 
 
 def scorer_loops() -> ctypes.CDLL | None:
-    "The compiled loops, or None where they are not allowed, cannot be had or do not do what they should."
+    "The compiled loops, or None where they are not allowed, cannot be compiled or give wrong numbers."
     return _first_right(product_ways()) if allowed("loops") else None
 
 
@@ -432,7 +432,7 @@ def _paired(weights: Tensor, panel: int) -> Tensor:
 
 # %% ../../nbs/inference/01_loops.ipynb #_inf0029
 def _scorer_loops_right(library: ctypes.CDLL) -> bool:
-    "Whether the compiled loops agree with the reference, tile by tile, one of them with a stride of 2, and for layers of one pixel. Memory holds no numbers before, lest those of an earlier check pass for theirs."
+    "Whether the compiled loops agree with the reference, tile by tile, one of them with a stride of 2, and for layers of one pixel. The memory is overwritten first, so that numbers of an earlier check cannot be taken for theirs."
     generator, way = torch.Generator().manual_seed(0), way_of(library)
     for m, r, fold in (*((m, r, 1) for m, r in (TILES_OF_FLOATS if way == "float32" else TILES)), (4, 2, 2)):
         x, weight = (torch.randn(s, generator=generator) for s in ((2, 11 * fold, 11 * fold, 2 * CHANNELS), (CHANNELS, 2 * CHANNELS, r * fold, r * fold)))
