@@ -66,6 +66,8 @@ def _titles(rows: Sequence[dict]) -> list[str]:
     name = next(key for key in ("method", "detectors", "stage", "terms", "way") if key in rows[0])
     several = name == "detectors" and len({row["precision"] for row in rows}) > 1
     names = [f"{row[name]}, {row['precision']}" if several else row[name] for row in rows]
+    if name == "method" and "way" in rows[0]:
+        names = [f"{row['method']}, {row['way']}, {row['precision']}" for row in rows]
     return [f"{n}  {row['median_ms']:,.{0 if row['median_ms'] >= 100 else 1}f}" for n, row in zip(names, rows)]
 
 
@@ -106,4 +108,11 @@ def bench_charts(
 ) -> dict[str, Figure]:  # name → figure, only of tables that are there
     "Every table as a figure."
     charts = {name: growth_chart if name == "growth" else latency_chart for name in _CHARTS}
-    return {name: charts[name](rows) for name, rows in found.items() if name in charts and rows}
+    drawn = {name: _of_one_protocol(rows) for name, rows in found.items() if name in charts and rows}
+    return {name: charts[name](rows) for name, rows in drawn.items()}
+
+
+def _of_one_protocol(rows: Sequence[dict]) -> list[dict]:
+    "The rows whose numbers of pictures and processes are the first one's: only their bars can be compared."
+    same = [(row.get("batch"), row.get("processes")) for row in rows]
+    return [row for row, protocol in zip(rows, same) if protocol == same[0]]

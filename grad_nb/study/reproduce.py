@@ -43,7 +43,7 @@ from ..runs.stages import Run, detect_key, evaluate_key, generate_key, open_run,
 from .calibration import detect_seconds, generate_seconds
 from .report import write_report
 from .speed import SPEED_FILE, speed_key
-from .tables import published_categories, table_3
+from .tables import averaged_data_set, published_categories, table_3
 from .variants import table_4_presets, variant_key, variant_run
 
 # %% ../../nbs/study/05_reproduce.ipynb #4a84f358
@@ -278,7 +278,7 @@ def plan_batch(
     device: str = "auto",  # "auto", "cpu" or "cuda"
     bench: str = "",  # file of `grad_bench --json-file`, for Table 3; empty = the batch measures the speed itself
     retries: int = 1,  # how often a failed job is tried again
-    table4: bool | None = None,  # also the rows of Table 4; None: for `paper` alone
+    table4: bool | None = None,  # also the rows of Table 4, of the data set that it averages; None: for `paper` alone
     scratch: str | Path | None = None,  # where a plan that is not run may draw trays; None: it is run
 ) -> dict[str, Any]:  # what batch.json holds
     "The plan of a batch. `ValueError` for names and settings that cannot be."
@@ -292,7 +292,8 @@ def plan_batch(
     batch = runs / preset
     values = {"preset": preset, "runs": str(runs), "overrides": overrides, "device": device}
     with_rows = preset == "paper" if table4 is None else table4
-    jobs = [job for category in found for job in category_jobs(category, seeds, values, with_rows)]
+    averaged = averaged_data_set([name for name, _, _ in found]) if with_rows else ""
+    jobs = [job for one in found for job in category_jobs(one, seeds, values, one[0] == averaged)]
     ends = [job for job in jobs if job.notebook in ENDS]
     speed = [] if bench else [speed_job(batch, values, f"{device}, {gpus} GPUs")]
     measured = bench or str(batch / SPEED_FILE)

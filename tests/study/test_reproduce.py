@@ -664,3 +664,15 @@ def test_a_broken_picture_and_a_missing_category_do_not_stop_the_others(data, tm
             ["pushpins", "juice_bottle", "screw_bag"]
         ]
     )
+
+
+def test_the_rows_of_table_4_are_of_the_data_set_that_it_averages(data, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(data / "trays", root / "trays")
+    for name in ("mvtec_ad/bottle", "mvtec_loco/juice_bottle"):
+        shutil.copytree(data / "trays", root / name, ignore=shutil.ignore_patterns("trays.json"))
+    several = plan_batch(root, "all", "demo", (0,), tmp_path, overrides=TINY, device="cpu", table4=True)
+    of = {job["folder"].split("/")[1] for job in several["jobs"] if job["notebook"] == "variant"}
+    assert of == {"juice_bottle"}
+    one = plan_batch(root, "mvtec_ad", "demo", (0,), tmp_path, overrides=TINY, device="cpu", table4=True)
+    assert {job["folder"].split("/")[1] for job in one["jobs"] if job["notebook"] == "variant"} == {"bottle"}

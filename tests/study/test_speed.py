@@ -16,6 +16,7 @@ CPU = torch.device("cpu")
 
 def small(monkeypatch):
     "Small detectors in the place of the paper's."
+    monkeypatch.setattr(speed, "TOGETHER", (96, 48))
     monkeypatch.setattr(speed, "what_is_timed", lambda settings: [((64, 40), 0.1), ((64,), 0.1)])
     return preset("demo")
 
@@ -32,9 +33,11 @@ def test_a_stage_leaves_rows_that_the_table_takes_and_is_done_once(monkeypatch, 
     record = speed_stage(tmp_path, settings, CPU, runs=2)
     found = read_json(tmp_path / SPEED_FILE)
     assert [row["detectors"] for row in found["protocol"]] == ["64 + 40", "64"] and not found["peers"]
+    students = ["GRAD here, one network for 96 + 48", "GRAD here, one network for 96"]
+    assert [row["method"] for row in found["students"]] == students
     assert len(record["missing"]) == 1 and "pip install 'grad_nb[compare]'" in record["missing"][0]
     table = table_3(tmp_path / SPEED_FILE)
-    assert list(table.index[-2:]) == ["GRAD here, 64 + 40", "GRAD here, 64"]
+    assert list(table.index[-4:]) == ["GRAD here, 64 + 40", "GRAD here, 64", *students]
     assert "the library's form" in table.iloc[-1].protocol and "anomalib" in table.attrs["notes"][-1]
     assert speed_stage(tmp_path, settings, CPU, runs=2)["skipped"]
     write_json(tmp_path / SPEED_FILE, {})
