@@ -131,7 +131,7 @@ def lay_out(source: Path):
         notebook = read_notebook(NOTEBOOKS / f"{name}.ipynb")
         module = module_of(notebook)
         modules[module] = name
-        page = as_page(notebook, module, name.count("/"), fold=name.startswith(("findings/", "gallery/")))
+        page = as_page(notebook, module, name.count("/"), fold=name.startswith(("findings/", "gallery/", "bench/11_")))
         if name == "index":
             page["cells"] = [cell for cell in page["cells"] if cell["id"] != "about-this-page"]
         if name in below:
