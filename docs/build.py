@@ -131,7 +131,7 @@ def lay_out(source: Path):
         notebook = read_notebook(NOTEBOOKS / f"{name}.ipynb")
         module = module_of(notebook)
         modules[module] = name
-        page = as_page(notebook, module, name.count("/"), fold=name.startswith(("findings/", "gallery/")))
+        page = as_page(notebook, module, name.count("/"), fold=name.startswith(("findings/", "gallery/", "bench/11_")))
         if name == "index":
             page["cells"] = [cell for cell in page["cells"] if cell["id"] != "about-this-page"]
         if name in below:
@@ -174,8 +174,8 @@ def reading(notebook: dict) -> dict[str, int]:
 
 
 def on_one_line(cell: str) -> str:
-    "A cell of a table whose figures, such as `96.3 ± 1.7`, are not torn apart."
-    return re.sub(r"(?<=[\d-]) ([±/]) (?=[\d-])", "\u00a0\\1\u00a0", cell)
+    "A cell of a table whose figures, such as `96.3 ± 1.7`, are not torn apart; a dash where there is none."
+    return re.sub(r"(?<=[\d-]) ([±/]) (?=[\d-])", "\u00a0\\1\u00a0", cell.replace(">NaN<", ">–<"))
 
 
 def slim(html: Path):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from .coords import coord_map
+from .core.docstrings import with_parameters
 from .datasets.readers import resize_pictures
 from .detector import Detector, map_side
 from .diffusion import to_model
@@ -85,6 +86,7 @@ def make_bank(
 Box = tuple[int, int, int, int]  # left, top, right, bottom, pixels; right and bottom just outside
 
 
+@with_parameters
 @dataclass(frozen=True, eq=False)
 class Neighbour:
     "The nearest known patch."
@@ -96,6 +98,7 @@ class Neighbour:
     box: Box  # its place, in the frame of the explained picture
 
 
+@with_parameters
 @dataclass(frozen=True, eq=False)
 class LevelEvidence:
     "What one detector found."
@@ -108,6 +111,7 @@ class LevelEvidence:
     contrastive: Neighbour | None  # the nearest generated patch; None if none were kept
 
 # %% ../nbs/13_explain.ipynb #f4755bce
+@with_parameters
 @dataclass(frozen=True, eq=False)
 class Explanation:
     "Why a picture got its score."

@@ -86,7 +86,7 @@ from grad_nb.verdicts import (
 )
 
 # %% ../nbs/15_grad.ipynb #e6380491
-# is told of each file or picture that cannot be read, which is then passed over
+# is called for each file or picture that cannot be read, which is then skipped
 Report = Callable[[Any, DataError], None]
 # sees each picture (H, W, 3) as it comes
 Look = Callable[[Source, np.ndarray], None]
@@ -98,7 +98,7 @@ def picture_batches(
     batch: int,  # pictures at a time
     progress: bool = False,  # show a progress bar
     label: str = "reading pictures",  # its text
-    report: Report | None = None,  # is told of files that cannot be read; the first of them is an error if None
+    report: Report | None = None,  # is called for files that cannot be read; if None, the first is an error
     white: float | None = None,  # the white of pictures of more than 8 bits
     look: Look | None = None,  # sees each picture at its own size; its `DataError` is as one of a file
 ) -> Iterator[tuple[list[Path], np.ndarray]]:  # the files (none for arrays), and (<= batch, size, size, 3) uint8
@@ -136,6 +136,7 @@ def picture_batches(
         raise DataError("there are no pictures; the list, array or stream is empty")
 
 # %% ../nbs/15_grad.ipynb #101fc36b
+@with_parameters
 @dataclass(frozen=True)
 class Prediction:
     "Verdicts on N pictures."
@@ -411,7 +412,7 @@ class _Streaming(_InTiles):
     def stream(
         self,
         X: Input,  # pictures to judge; arrays are RGB
-        report: Report | None = None,  # is told of pictures that cannot be read; without it they are errors
+        report: Report | None = None,  # is called for pictures that cannot be read; without it they are errors
         maps: bool = True,  # make the pixel maps
         tile: int | None = None,  # side of a tile, pixels, if pictures come larger or smaller than in training
     ) -> Iterator[Prediction]:  # of one batch after the other; of one picture, if it is judged in tiles
@@ -606,6 +607,7 @@ class _Evaluating(_Predicting):
         return Evaluation(figures, tuple(names), tuple(types), found.scores, found.maps, found.paths)
 
 # %% ../nbs/15_grad.ipynb #c6559806
+@with_parameters
 class Explained(Explanation):
     "Why a picture got its score, and a drawing of it."
 
@@ -1333,22 +1335,17 @@ class _Keeping(_Describing):
 class GRAD(_Fitting, _Changing, _Evaluating, _Predicting, _Explaining, _Keeping):
     """GRAD for one kind of part: learns from normal pictures, finds defects in others.
 
-    `fit` learns from a folder of normal pictures, a list of files or an array; `predict`, `score_samples`,
-    `decision_function` and `stream` judge others; `explain` says why; `save` and `load` keep a model in one file;
-    `card` describes it; `calibrate` sets its threshold again with new pictures, `set_params(false_alarm_rate=...)` with
-    those that set it before; `evaluate` tells how good it is on labelled ones. Names that end in an underscore, such as
-    the threshold `offset_`, are there after `fit`.
+    `fit` learns from normal pictures. `predict`, `score_samples`, `decision_function` and `stream` judge others, and
+    `explain` shows why a picture got its score. `calibrate` sets the threshold again with new pictures,
+    `set_params(false_alarm_rate=...)` with the old ones. `evaluate` measures the model on labelled pictures. `save` and
+    `load` keep it in one file, and `card` describes it. Names that end in an underscore, such as the threshold
+    `offset_`, exist after `fit`.
+
     A `layout` of "mvtec_loco" trains three detectors at decreasing resolution, which also find logical anomalies
     and take three times as long.
-    Pictures are a folder, files, encoded bytes, arrays (H, W, 3) of uint8, tensors or pictures of Pillow; grey ones and
-    those with transparency too. Arrays are RGB; OpenCV's are BGR: `cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)`.
 
-    Parameters, all with defaults: `preset` ("paper", "fast", "demo", or a `Preset`), `layout`, `augmentation`,
-    `validation` (share held out for the threshold), `false_alarm_rate` (share of normal pictures wanted above it),
-    `random_state` (seed), `device` ("auto", "cpu", "cuda"), `progress`, `work_dir` (folder in which an interrupted
-    `fit` goes on), `explain_patches`, `white` (the value of white in pictures of more than 8 bits), `one_network`
-    (distil the detectors into one small network that judges in their place: the same verdicts, nearly, much sooner),
-    `tile` (side, in pixels, of the parts in which large pictures are judged).
+    Pictures are a folder, files, encoded bytes, arrays (H, W, 3) of uint8, tensors or pictures of Pillow, also grey or
+    with transparency. Arrays are RGB; OpenCV's are BGR: `cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)`.
 
         model = GRAD("fast", random_state=0).fit("my_parts/train/good")
         result = model.predict("my_parts/incoming")  # scores, labels, maps, paths

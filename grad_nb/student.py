@@ -299,7 +299,7 @@ def train_student(
     teachers: Sequence[Detector],  # trained, one for each level
     levels: Sequence[Level],  # their rows of Table 7, finest first
     normal: np.ndarray,  # (N, S, S, 3) uint8 normal pictures
-    contrastive: Sequence[np.ndarray],  # sets (M, S, S, 3) uint8; memory maps will do
+    contrastive: Sequence[np.ndarray],  # sets (M, S, S, 3) uint8; memory maps are fine
     config: StudentConfig,  # settings
     augmentation: Augmentation,  # of the category
     seed: int = 0,  # of the run

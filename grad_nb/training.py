@@ -223,7 +223,7 @@ def batches_of(
 # %% ../nbs/10_training.ipynb #train101
 def train_detector(
     normal: np.ndarray,  # (N, size, size, 3) uint8 normal pictures
-    contrastive: Sequence[np.ndarray],  # k sets (M, size, size, 3) uint8, one per PatchDiff level; memory maps will do
+    contrastive: Sequence[np.ndarray],  # k sets (M, size, size, 3) uint8, one per PatchDiff level; memory maps are fine
     config: DetectorConfig,  # settings
     augmentation: Augmentation,  # of the category
     seed: int = 0,  # of the run

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from .core.docstrings import with_parameters
 from grad_nb.datasets.readers import (
     NORMAL_NAMES,
     Category,
@@ -53,6 +54,7 @@ def rank_for(
     return min(max(floor(rate * (n + 1) + 1e-9), 1), n)
 
 # %% ../nbs/17_verdicts.ipynb #verd0003
+@with_parameters
 @dataclass(frozen=True)
 class Calibration:
     "What a threshold was set with, and what can be said of it."
@@ -370,6 +372,7 @@ def localisation(
     return {"au_pro": _number(au_pro(sized, OnDemand(len(samples), mask_of)))}
 
 # %% ../nbs/17_verdicts.ipynb #verd0020
+@with_parameters
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     "How good a model is on labelled pictures; printed, it is a table."

@@ -103,6 +103,19 @@ def test_help_says_what_the_comments_of_parameters_say():
     assert inspect.getdoc(GRAD.load).endswith("Returns\n-------\nGRAD\n    fitted")
 
 
+def test_help_says_what_the_fields_of_a_result_are():
+    import inspect
+
+    from grad_nb.grad import Explained, Prediction
+    from grad_nb.verdicts import Calibration, Evaluation
+
+    for cls, field in ((Prediction, "labels"), (Evaluation, "figures"), (Calibration, "rate"), (Explained, "heat_map")):
+        told = inspect.getdoc(cls).partition("Attributes\n----------\n")[2]
+        assert re.findall(r"^(\w+) : .*\n    \S", told, re.MULTILINE) == list(cls.__dataclass_fields__), cls
+        assert f"\n{field} : " in f"\n{told}"
+    assert "rate : float\n    false-alarm rate that was wanted, 0..1" in inspect.getdoc(Calibration)
+
+
 def test_a_slide_has_prose_or_a_picture():
     slides = builder().as_slides(json.loads((NOTEBOOKS / "00_one_sitting.ipynb").read_text(encoding="utf-8")))["cells"]
     assert len({cell["id"] for cell in slides}) == len(slides) > 40
@@ -156,15 +169,40 @@ def test_the_tables_of_readme_are_what_the_records_say(monkeypatch):
     assert tables == 3
 
 
-def test_figures_in_the_text_of_findings_are_printed_by_code():
+NO_FIGURES = (  # what has a decimal point and is no measurement: formulas, links, licences, versions
+    r"\$\$.*?\$\$|\$[^$]*\$|\]\([^)]*\)|Apache-2.0|CC BY-NC-SA \S+|\d+\.\d+\.\d+",
+    r"(?:Python|PyTorch|Triton|anomalib) \d+\.\d+",
+)
+SPEED = r"(?:ms|µs|[MGT]?(?:MACs?|FLOPs?)|[GT]B/s|FPS)\b"  # units of what is measured, whatever the number
+
+
+def measured_figures(text):
+    "Numbers in a page's prose that look like measurements: with a decimal point, or with a unit of speed."
+    prose = outside_code(text)
+    for pattern in NO_FIGURES:
+        prose = re.sub(pattern, "", prose, flags=re.DOTALL)
+    return re.findall(rf".{{0,40}}(?:\d\.\d|\d[ \u00a0-]?{SPEED}).*", prose)
+
+
+def test_no_page_types_a_measured_figure():
     "In prose a number with a decimal point is a setting, in `code` or in a formula; what was measured is printed."
-    for path in [NOTEBOOKS / "index.ipynb", *(NOTEBOOKS / "findings").glob("*.ipynb")]:
-        for text in cells_of(path, "markdown"):
-            prose = re.sub(
-                r"\$[^$]*\$|\]\([^)]*\)|Apache-2.0|CC BY-NC-SA \S+|Python \S+|\d+\.\d+\.\d+", "", outside_code(text)
-            )
-            found = re.search(r".{0,40}\d[.]\d.*", prose)
-            assert not found, f"{path.name} types a figure: {found[0][:80]}"
+    for path, text in pages():
+        found = [] if path == ROOT / "README.md" else measured_figures(text)  # its tables come from index.ipynb
+        assert not found, f"{path.name} types a figure: {found[0][:80]}"
+
+
+@pytest.mark.parametrize(
+    "text", ["It reached 0.98.", "A step takes 54 ms.", "twice the 155 GFLOP/s", "17.9 against 21.8"]
+)
+def test_a_typed_figure_is_found(text):
+    assert measured_figures(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["`0.98`", "$\\sigma_g = 0.02$", "PyTorch 2.11", "version 0.2.0", "34 pixels, 20 minutes"]
+)
+def test_a_setting_is_no_figure(text):
+    assert not measured_figures(text)
 
 
 # teaching

@@ -57,18 +57,24 @@ def tree(module):
 
 
 def exported_cells():
-    "(notebook, id of the cell, its lines) of all code that becomes a module."
+    "(notebook, id of the cell, its lines, directives among them) of all code that becomes a module."
     for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
         if ".ipynb_checkpoints" not in path.parts:
             for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
                 source = "".join(cell["source"])
-                if cell["cell_type"] == "code" and source.startswith("#| export"):
-                    yield path.relative_to(ROOT / "nbs").with_suffix("").as_posix(), cell["id"], source.splitlines()[1:]
+                if cell["cell_type"] == "code" and re.search(r"^#\| *exporti?\b", source, re.MULTILINE):
+                    yield path.relative_to(ROOT / "nbs").with_suffix("").as_posix(), cell["id"], source.splitlines()
 
 
 def test_exported_cells_have_45_lines_at_most():
     found = {f"{notebook} {cell}" for notebook, cell, lines in exported_cells() if len(lines) > 45}
     assert not found, f"cells of more than 45 lines: {sorted(found)}"
+
+
+def test_the_first_line_of_a_module_has_120_characters_at_most():
+    "It is made of the sentence below the notebook's title."
+    long = [module for module in MODULES if len(PATHS[module].read_text(encoding="utf-8").splitlines()[0]) > 120]
+    assert not long, f"the sentence below the title is too long: {long}"
 
 
 def test_lines_have_120_characters_at_most():

@@ -64,7 +64,7 @@ def wants_bfloat16() -> bool:
 def use(
     words: str,  # as in `GRAD_NB_ACCEL`: "reference" for plain torch alone, "auto" for whatever is there
 ) -> Iterator[None]:
-    "Inside the `with`, `words` stand in the place of the variable. `ValueError` for a word that is none."
+    "Inside the `with`, `words` replace the variable. `ValueError` for a word that is none."
     token = _forced.set(words)
     try:
         choice()

@@ -250,7 +250,7 @@ def both_fast(net: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Any:
 
 
 def for_sampling_fast(model: Any, bf16: bool) -> Any:
-    "On a GPU in mixed precision, if it can be had there: the model made to sample."
+    "On a GPU in mixed precision the model made to sample, if that works there."
     weight = next(model.parameters())
     if not (weight.is_cuda and bf16):
         return NotImplemented

@@ -104,7 +104,7 @@ def compiled(
     right: Callable[[ctypes.CDLL], bool],  # whether the compiled program gives the numbers that it should
     instead: str,  # what happens without it, for the log
 ) -> ctypes.CDLL | None:
-    "A program as a library, or None where it is not allowed, cannot be had or does not do what it should."
+    "A program as a library, or None where it is not allowed, cannot be compiled or gives wrong numbers."
     if not allowed("loops") or sys.platform not in ("linux", "darwin"):
         return None
     error: object = None

@@ -302,8 +302,8 @@ def beside(
     return fast.on_a_stream(losses, list(parameters), device) if alone else fast.one_by_one(losses)
 
 # %% ../../nbs/accel/01_ops.ipynb #opspref
-class Prefetcher:
-    "The batches of a training, one for each step. A GPU draws those of several steps at once."
+class _DrawnTogether:
+    "Batches that are drawn together, and the generator they come from, which a checkpoint keeps."
 
     def __init__(
         self,
@@ -319,6 +319,20 @@ class Prefetcher:
         self.drawn: Tensor | None = None  # these batches
         self.now: Tensor | None = None  # the batch of this step, always at the same place in memory
         self._draw = captured(lambda: draw(self.generator, self.depth), [self.generator])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        "The generator, now and before the kept batches were drawn, for a checkpoint."
+        return {"before": self.before, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        "Put back what `state_dict` gave; the batches are drawn again."
+        self.before = state["before"]
+        self.drawn = None
+        self.generator.set_state(state["generator"])
+
+# %% ../../nbs/accel/01_ops.ipynb #opspref3
+class Prefetcher(_DrawnTogether):
+    "The batches of a training, one for each step. A GPU draws those of several steps at once."
 
     def prepare(self, i: int) -> None:
         "Have the batch of step number i ready, where several are drawn at once."
@@ -337,16 +351,6 @@ class Prefetcher:
     def batch(self) -> Tensor:
         "(groups * B, ...): the batch of the step."
         return self._draw() if self.now is None else self.now
-
-    def state_dict(self) -> dict[str, Tensor]:
-        "The generator, now and before the kept batches were drawn, for a checkpoint."
-        return {"before": self.before, "generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        "Put back what `state_dict` gave; the batches are drawn again."
-        self.before = state["before"]
-        self.drawn = None
-        self.generator.set_state(state["generator"])
 
 # %% ../../nbs/accel/01_ops.ipynb #opsprov
 for _name, _backend in fast.BACKENDS_OF.items():

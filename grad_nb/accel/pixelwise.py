@@ -245,7 +245,7 @@ def _pixelwise_right(library: ctypes.CDLL) -> bool:
 
 
 def pixelwise_loops() -> ctypes.CDLL | None:
-    "The compiled loops, or None where they are not allowed, cannot be had or do not do what they should."
+    "The compiled loops, or None where they are not allowed, cannot be compiled or give wrong numbers."
     return _compiled_once() if allowed("loops") else None
 
 

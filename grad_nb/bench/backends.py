@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 # %% ../../nbs/bench/09_backends.ipynb #bbak0004
 @dataclass(frozen=True)
 class _Trial:
-    "A piece of a stage, and what is to make it faster."
+    "A piece of a stage, and the backend that makes it faster."
 
     stage: str  # what it is called
     backend: str  # who makes it faster

@@ -322,7 +322,7 @@ def beside_another(
         other.kill()
 
 # %% ../../nbs/bench/08_peers.ipynb #_pee0012
-def _times(
+def _peer_times(
     found: Sequence[Contender], terms: Terms, batch: int, runs: int, progress: bool, failed: list[dict]
 ) -> dict[Contender, list[float]]:
     "Seconds of each contender, in turns; one that cannot be opened or called is told to `failed`."
@@ -348,7 +348,7 @@ def _times_beside(
     for one in tqdm(found, "two processes", disable=not progress, leave=False):
         try:
             with beside_another(one, terms):
-                seconds |= _times([one], terms, 1, runs, False, failed)
+                seconds |= _peer_times([one], terms, 1, runs, False, failed)
         except RuntimeError as e:
             failed.append({"method": _titled(one.method), "way": one.way, "precision": one.precision, "error": _why(e)})
     return seconds
@@ -387,7 +387,7 @@ def bench_peers(
     with threads_of(threads), tempfile.TemporaryDirectory() as folder:
         found, failed = contenders(names, terms, Path(folder), progress)
         for batch in batches:
-            times = _times(found, terms, batch, runs, progress, failed)
+            times = _peer_times(found, terms, batch, runs, progress, failed)
             rows += _rows(times, terms, batch, runs, 1)
         if beside:
             times = _times_beside(found, terms, runs, progress, failed)

@@ -223,14 +223,14 @@ def _difference(scores: np.ndarray, exact: np.ndarray) -> float:
 
 # %% ../../nbs/bench/04_ways.ipynb #bway0005
 def _megabytes(module: nn.Module) -> float:
-    "Of a module's weights."
+    "Megabytes of a module's weights."
     return sum(t.nbytes for t in module.state_dict().values()) / 1e6
 
 
 def _precisions(
     model: GRAD, folder: str | Path, threads: int, normals: np.ndarray
 ) -> Iterator[tuple[str, str, Callable, float]]:
-    "Way, precision, call and megabytes in every precision that can be had, torch's float32 and the library's first."
+    "Way, precision, call and megabytes in every precision that is available, torch's float32 and the library's first."
     plain = Scorer(model).eval()
     yield "torch", "float32", _on_arrays(plain), _megabytes(plain)
     yield "library", model_precision(model), predicted(model), _megabytes(plain)

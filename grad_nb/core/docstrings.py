@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['ClassT', 'Definition', 'comments', 'Parameter', 'parameters_of', 'returned', 'signature_text', 'section', 'numpydoc',
-           'with_sections', 'with_parameters']
+           'class_text', 'attributes_of', 'with_sections', 'with_parameters']
 
 # %% ../../nbs/core/12_docstrings.ipynb #tringsi
 import ast
 import inspect
 import io
 import linecache
+import re
+import sys
 import textwrap
 import tokenize
 from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
 from typing import Any, NamedTuple, TypeVar
 
 ClassT = TypeVar("ClassT", bound=type)
@@ -94,7 +97,7 @@ def signature_text(
 
 # %% ../../nbs/core/12_docstrings.ipynb #docs0007
 def section(
-    title: str,  # "Parameters" or "Returns"
+    title: str,  # "Parameters", "Attributes" or "Returns"
     items: list[Parameter],  # perhaps none
 ) -> str:
     "A section of a docstring, as numpydoc has it."
@@ -127,6 +130,33 @@ def numpydoc(
     sections = [section("Parameters", list(parameters_of(definition, told))), section("Returns", gives)]
     return "\n\n".join(part for part in sections if part)
 
+# %% ../../nbs/core/12_docstrings.ipynb #docs0010
+def class_text(
+    cls: type,  # of a module
+) -> str:  # from `class` to its last line, or nothing
+    "The lines of a class."
+    module = sys.modules.get(cls.__module__)
+    lines = linecache.getlines(getattr(module, "__file__", None) or "")
+    starts = [i for i, line in enumerate(lines) if re.match(rf"class {cls.__name__}\b", line)]
+    if not starts:
+        return ""
+    rest = lines[starts[0] + 1 :]
+    length = next((i for i, line in enumerate(rest) if re.match(r"[^\s)]", line)), len(rest))
+    return "".join(lines[starts[0] : starts[0] + 1 + length])
+
+
+def attributes_of(
+    cls: type,  # a dataclass
+) -> Iterator[Parameter]:  # its fields, those of its bases first
+    "The fields of a dataclass whose lines have comments."
+    for base in reversed(cls.__mro__[:-1]):
+        text = class_text(base)
+        told = comments(text) if text else {}
+        for node in ast.parse(text).body[0].body if text else []:  # type: ignore[attr-defined]
+            if isinstance(node, ast.AnnAssign) and told.get(node.lineno):
+                default = ast.unparse(node.value) if isinstance(node.value, ast.Constant) else ""
+                yield Parameter(ast.unparse(node.target), ast.unparse(node.annotation), default, told[node.lineno])
+
 # %% ../../nbs/core/12_docstrings.ipynb #docs0008
 def with_sections(
     docstring: str | None,  # as it is
@@ -148,6 +178,8 @@ def with_parameters(
             if inspect.isfunction(function) and not name.startswith("_"):
                 function.__doc__ = with_sections(function.__doc__, numpydoc(function, cls.__name__))
     start = getattr(cls, "__init__")  # noqa: B009  mypy asks which class it is of
-    if inspect.isfunction(start):
+    if is_dataclass(cls):
+        cls.__doc__ = with_sections(cls.__doc__, section("Attributes", list(attributes_of(cls))))
+    elif inspect.isfunction(start):
         cls.__doc__ = with_sections(cls.__doc__, numpydoc(start))
     return cls

@@ -105,7 +105,7 @@ def atomic_path(
 
 # %% ../../nbs/core/01_files.ipynb #4640f5dap1
 def _part_of(path: Path) -> tuple[Path, int | None]:
-    "A new file beside `path` with its mode if it is there, open and locked as long as we live."
+    "A new file beside `path`, with the mode of `path` if that exists; open, and locked as long as this process lives."
     while True:
         temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.part")
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
@@ -124,7 +124,7 @@ def _part_of(path: Path) -> tuple[Path, int | None]:
 
 @lru_cache(maxsize=1024)
 def _remove_left(folder: Path) -> None:
-    "Remove the half-written files of dead processes, once a process and folder; what is locked is a living one's."
+    "Remove the half-written files of dead processes, once for each process and folder; a living one's is locked."
     for name in os.listdir(folder):
         if not re.fullmatch(r"\..{1,40}\.[0-9a-f]{8}\.part", name, re.DOTALL):
             continue
@@ -139,7 +139,7 @@ def _remove_left(folder: Path) -> None:
             os.close(handle)
 
 
-DAY = 86_400  # seconds after which a file is a dead process's where locks cannot tell
+DAY = 86_400  # seconds after which a file counts as left by a dead process, where there are no locks
 
 # %% ../../nbs/core/01_files.ipynb #4640f5dap2
 def is_left(
@@ -206,7 +206,7 @@ def lock(
 def folder_variable(
     name: str,  # of a variable of the environment that names a folder
 ) -> Path | None:  # None if it is not set
-    "The folder; `ValueError` for a relative one, which another would choose by where we are started."
+    "The folder; `ValueError` for a relative one, because its meaning would depend on the folder where we are started."
     value = os.environ.get(name, "")
     if value and not os.path.isabs(value):
         raise ValueError(f"{name} must be an absolute path, not {value!r}")

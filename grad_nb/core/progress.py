@@ -60,16 +60,8 @@ class tqdm(PlainBar):
         self.n += n or 0
         if time.monotonic() >= self.next and _plan.get() is None:
             self.next += EVERY
-            print(self._line(), file=sys.stderr, flush=True)
+            print(_log_line(self), file=sys.stderr, flush=True)
         return None
-
-    def _line(self) -> str:
-        "What a line in a log says."
-        seconds = time.monotonic() - self.began
-        if not self.total or not self.n:
-            return f"{self.what}: {self.n} after {seconds / 60:.0f} min"
-        left = seconds * (self.total - self.n) / self.n
-        return f"{self.what}: {self.n} of {self.total} · {in_minutes(left)} left"
 
     @property
     def format_dict(self) -> dict[str, Any]:
@@ -88,6 +80,15 @@ def in_minutes(
     if seconds >= 7200:
         return f"{seconds / 3600:.1f} h"
     return "less than 1 min" if seconds < 45 else f"{seconds / 60:.0f} min"
+
+
+def _log_line(bar: tqdm) -> str:
+    "What a line in a log says of a bar: how much of the work is done, and how long the rest will take."
+    seconds = time.monotonic() - bar.began
+    if not bar.total or not bar.n:
+        return f"{bar.what}: {bar.n} after {seconds / 60:.0f} min"
+    left = seconds * (bar.total - bar.n) / bar.n
+    return f"{bar.what}: {bar.n} of {bar.total} · {in_minutes(left)} left"
 
 # %% ../../nbs/core/11_progress.ipynb #progr004
 class _Stages:

@@ -64,7 +64,7 @@ def _pictures_of(X: np.ndarray) -> Iterable[np.ndarray]:
 
 # %% ../../nbs/datasets/07_pictures.ipynb #pict0002p1
 def _files_of(X: str | Path) -> list[str | Path]:
-    "The pictures of a folder, or the file itself; what is passed over is told to the log."
+    "The pictures of a folder, or the file itself; what is skipped is logged."
     try:
         if Path(X).is_file():
             return [X]

@@ -360,7 +360,7 @@ def passed_over(
     root: str | Path,  # a folder
     used: Iterable[Path] | frozenset[str] = (),  # files in it that are used; a frozenset holds normalised paths
 ) -> tuple[str, ...]:  # a line for each place and ending
-    "The pictures in a folder, and deeper, that are not used, counted by place."
+    "The pictures in a folder and in folders below it that are not used, counted by place."
     known = used if isinstance(used, frozenset) else {os.path.normpath(path) for path in used}
     found: dict[tuple[str, str], list[str]] = {}
     seen = 0
@@ -770,7 +770,7 @@ def data_sha256(
 
 # %% ../../nbs/datasets/01_readers.ipynb #56ac8010
 class Doubt(str):
-    "What makes one ask whether a mask means what it seems to; it can be used."
+    "A reason to doubt that a mask means what it seems to mean; the mask can be used."
 
 
 def _problems(sample: Sample, defects: tuple[Defect, ...]) -> Iterable[tuple[Path, str]]:
@@ -794,7 +794,7 @@ def _problems(sample: Sample, defects: tuple[Defect, ...]) -> Iterable[tuple[Pat
 
 
 def _doubt(values: np.ndarray, mask: np.ndarray) -> str:
-    "What makes one ask whether a mask means what it seems to; empty if nothing does."
+    "A reason to doubt that a mask means what it seems to mean; empty if there is none."
     if mask.mean() > 0.5:
         return f"marks {mask.mean():.0%} of the picture as defective; if it is inverted, make what is normal black"
     if 2 * mask.sum() < (values > 0).sum():

@@ -76,7 +76,7 @@ _IN_MEMORY |= {tarfile.GNUTYPE_LONGLINK}
 
 
 class _Member(tarfile.TarInfo):
-    """A member whose header is whole and small.
+    """A member whose header is complete and small.
 
     An archive without an end mark, or with a broken header in the middle, is damaged.
     """

@@ -149,9 +149,14 @@ class _OneBatch:
 
     def pairs(self, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
         "The scores (B,) and maps (B, h, h) of each level, views of what `judge` gave."
-        batch, sides = len(self.pictures), [map_side(size) for size in self.sizes]
-        parts = flat.split([n for side in sides for n in (batch, batch * side**2)])
-        return [(s, S.view(batch, side, side)) for s, S, side in zip(parts[::2], parts[1::2], sides)]
+        return _by_level(flat, len(self.pictures), self.sizes)
+
+# %% ../../nbs/inference/03_captured.ipynb #_inf0045b
+def _by_level(flat: Tensor, batch: int, sizes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    "The scores (B,) and maps (B, h, h) of each level in the flat result of a batch."
+    sides = [map_side(size) for size in sizes]
+    parts = flat.split([n for side in sides for n in (batch, batch * side**2)])
+    return [(s, S.view(batch, side, side)) for s, S, side in zip(parts[::2], parts[1::2], sides)]
 
 # %% ../../nbs/inference/03_captured.ipynb #infc0004
 class _LoadedBatch(_OneBatch):
@@ -222,7 +227,7 @@ class Captured(_LoadedBatch):
         batch: int,  # B, pictures judged together
         side: int,  # of the pictures that come, pixels
         device: str | torch.device = "cuda",  # where to compute
-        bf16: bool | None = None,  # in bfloat16; None: on CUDA. A CPU that is told does what CUDA would
+        bf16: bool | None = None,  # in bfloat16; None: on CUDA. Otherwise a CPU computes what CUDA would
     ):
         super().__init__(detectors, sizes, batch, side, torch.device(device), bf16)
         self.lock, self.way = threading.Lock(), "one graph" if self.graph else "level by level"
@@ -283,7 +288,7 @@ def roomy_batch(
 
 
 def _free(device: torch.device) -> int:
-    "Bytes that can be had on a CUDA device: what nobody has, and what torch holds and does not use."
+    "Free bytes of a CUDA device: those that nobody uses, and those that torch holds without using."
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 # %% ../../nbs/inference/03_captured.ipynb #infc0007

@@ -318,7 +318,7 @@ def product_ways() -> tuple[str, ...]:
 
 
 def scorer_loops() -> ctypes.CDLL | None:
-    "The compiled loops, or None where they are not allowed, cannot be had or do not do what they should."
+    "The compiled loops, or None where they are not allowed, cannot be compiled or give wrong numbers."
     return _first_right(product_ways()) if allowed("loops") else None
 
 
@@ -370,12 +370,12 @@ class Winograd:
         y: Tensor,  # (B, out, out, K), is overwritten
     ) -> Tensor:  # y
         "Transform, multiply, transform back: all pictures together, or one large picture a strip of tiles at a time."
-        if self.strip == self.tiles: self._strip(x, self.side, self.tiles, work, y, self.out)
+        if self.strip == self.tiles: _strip_of_tiles(self, x, self.side, self.tiles, work, y, self.out)
         else:
             for picture, made in zip(x, y):
                 for i in range(0, self.tiles, self.strip):
                     above = i * self.m
-                    self._strip(picture[None, above * self.fold :], self.side - above * self.fold, min(self.strip, self.tiles - i), work, made[None, above:], self.out - above)
+                    _strip_of_tiles(self, picture[None, above * self.fold :], self.side - above * self.fold, min(self.strip, self.tiles - i), work, made[None, above:], self.out - above)
         return y
 
     def memory(self,
@@ -384,13 +384,15 @@ class Winograd:
         "The working memory that the layer needs."
         return [self.n2 * (pictures * self.strip * self.tiles * n + APART) for n in (self.row, self.K)]
 
-    def _strip(self, x: Tensor, height: int, rows: int, work: Sequence[Tensor], y: Tensor, out: int) -> None:
-        "Some rows of tiles of B pictures, of which `height` rows are there and `out` rows are to be made."
-        (V, M), B, t, T = work, len(x), self.tiles, len(x) * rows * self.tiles
-        sv, sm = (T * n + APART for n in (self.row, self.K))
-        call(self.input, x, B, height, self.side, self.C, self.fold, rows, t, sv, V)
-        call(self.library.product, V, self.U, None, self.n2, T, self.C, self.K, sv, sm, 240, M)
-        call(self.output, M, self.bias, B, out, self.out, self.K, rows, t, sm, y)
+
+# %% ../../nbs/inference/01_loops.ipynb #_inf0026b
+def _strip_of_tiles(layer: Winograd, x: Tensor, height: int, rows: int, work: Sequence[Tensor], y: Tensor, out: int) -> None:
+    "Some rows of tiles of B pictures, of which `height` rows are there and `out` rows are to be made."
+    (V, M), B, t, T = work, len(x), layer.tiles, len(x) * rows * layer.tiles
+    sv, sm = (T * n + APART for n in (layer.row, layer.K))
+    call(layer.input, x, B, height, layer.side, layer.C, layer.fold, rows, t, sv, V)
+    call(layer.library.product, V, layer.U, None, layer.n2, T, layer.C, layer.K, sv, sm, 240, M)
+    call(layer.output, M, layer.bias, B, out, layer.out, layer.K, rows, t, sm, y)
 
 # %% ../../nbs/inference/01_loops.ipynb #_inf0027
 APART = 48  # numbers between two matrices (our choice)
@@ -430,7 +432,7 @@ def _paired(weights: Tensor, panel: int) -> Tensor:
 
 # %% ../../nbs/inference/01_loops.ipynb #_inf0029
 def _scorer_loops_right(library: ctypes.CDLL) -> bool:
-    "Whether the compiled loops agree with the reference, tile by tile, one of them with a stride of 2, and for layers of one pixel. Memory holds no numbers before, lest those of an earlier check pass for theirs."
+    "Whether the compiled loops agree with the reference, tile by tile, one of them with a stride of 2, and for layers of one pixel. The memory is overwritten first, so that numbers of an earlier check cannot be taken for theirs."
     generator, way = torch.Generator().manual_seed(0), way_of(library)
     for m, r, fold in (*((m, r, 1) for m, r in (TILES_OF_FLOATS if way == "float32" else TILES)), (4, 2, 2)):
         x, weight = (torch.randn(s, generator=generator) for s in ((2, 11 * fold, 11 * fold, 2 * CHANNELS), (CHANNELS, 2 * CHANNELS, r * fold, r * fold)))

@@ -142,7 +142,7 @@ def check_room(
 # %% ../../nbs/runs/04_check.ipynb #chkrun1
 def check_run(
     run: Run,  # one category and seed
-    say: Callable[[str], None],  # is told what there is to know
+    say: Callable[[str], None],  # reports what was found
 ) -> None:
     "Check a run before it is trained: its pictures, their masks, the room. `DataError` if it cannot end well."
     kinds_missing(run.category)  # an error before a folder is made

@@ -168,7 +168,7 @@ def run_notebook(
     line: int = 0,  # on which terminal line its progress is shown
     stop: threading.Event | None = None,  # set from outside to end it early
     hold: Sequence[int] = (),  # open files that the process inherits: a lock on one lasts as long as the process
-    plan: Plan | None = None,  # is told how far it is
+    plan: Plan | None = None,  # follows the progress
 ) -> float:  # seconds
     "Run one template with papermill in its own process; `RuntimeError` names the executed notebook if it fails."
     source = template(task.notebook)
@@ -257,7 +257,7 @@ def run_phase(
     tasks: Sequence[Task],  # notebooks that do not wait for each other
     run: Run,  # the run
     values: dict,  # parameters of the templates
-    plan: Plan | None = None,  # is told how far each is
+    plan: Plan | None = None,  # follows the progress of each
 ) -> None:
     "Run the notebooks of a phase side by side: one for each core, or one after the other on a GPU."
     side_by_side = 1 if run.device.startswith("cuda") else min(cpu_count(), len(tasks))

@@ -432,7 +432,7 @@ ON_GPU = ("generate", "detect", "student", "variant", "speed")  # notebooks that
 
 
 def _job_lock(folder: Path, job: Mapping[str, Any]) -> IO:
-    "The lock of a job; it is waited for. `RuntimeError` if it cannot be had."
+    "The lock of a job, after waiting for it. `RuntimeError` if it cannot be taken."
     held = lock((folder / job["marker"]).parent / f".{job['stage']}.lock")
     if held is None:
         raise RuntimeError(f"{job['marker']} is held by another process; wait until it has ended")
@@ -708,7 +708,7 @@ def _poll(process: subprocess.Popen) -> int | None:
 def _without_done(
     folder: Path, jobs: Sequence[Mapping[str, Any]], progress: tuple[Plan, Mapping[str, str]]
 ) -> list[Mapping[str, Any]]:
-    "Jobs without those that are done now, which the plan is told of."
+    "Jobs without those that are done now, which are reported to the plan."
     plan, names = progress
     left = []
     for job in jobs:

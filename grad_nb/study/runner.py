@@ -39,9 +39,9 @@ def stages(
 
 def do_stages(
     run: Run,  # the run
-    say: Callable[[str], None],  # is told what happens
+    say: Callable[[str], None],  # reports what happens
     reserve: float = 30.0,  # seconds that must be left to begin the evaluation after other work (our choice)
-    plan: Plan | None = None,  # of the run, see `runs.driver.planned`; is told how far it is
+    plan: Plan | None = None,  # of the run, see `runs.driver.planned`; follows the progress
 ) -> dict:  # the result
     "Every stage that is not done yet. `TimeUp` if the time is over first."
     todo = stages(run)

@@ -44,7 +44,7 @@ def _if_it_fits(
     work: Callable[[], list[dict[str, Any]]],  # measures rows
     what: str,  # what it measures, for the sentence
     device: torch.device,  # where
-    missing: list[str],  # is told what is missing
+    missing: list[str],  # collects what is missing
 ) -> list[dict[str, Any]]:  # none if the memory does not do
     "The rows of some work, or a sentence where the memory is too small for it."
     try:
@@ -61,7 +61,7 @@ def _if_it_fits(
 def detector_rows(
     preset: Preset,  # of a batch
     device: torch.device,  # where to compute
-    missing: list[str],  # is told what is missing
+    missing: list[str],  # collects what is missing
     runs: int = 0,  # timed runs of each row; 0 = `RUNS`
 ) -> list[dict[str, Any]]:  # rows of `bench_protocol`
     "The latency of detectors with random weights at batch 1, on CUDA with and without transfers."
@@ -94,7 +94,7 @@ def student_rows(
 # %% ../../nbs/study/15_speed.ipynb #spdpeer
 def peer_rows(
     device: torch.device,  # where to compute
-    missing: list[str],  # is told what is missing
+    missing: list[str],  # collects what is missing
     runs: int = 5,  # timed rounds (our choice)
 ) -> list[dict[str, Any]]:  # rows of `bench_peers`, those of GRAD first
     "The latency of other detectors beside ours, where anomalib is installed."

@@ -30,7 +30,7 @@ RELISTED = 60.0  # seconds after which a folder is listed again whatever its tim
 
 # %% ../../nbs/use/03_watch.ipynb #watknownp1
 class Known:
-    "What looks at a folder have found out, so that a file which is judged already costs the next look nothing."
+    "What earlier looks at a folder found out, so that a file that is judged already costs the next look nothing."
 
     def __init__(self) -> None:
         self.judged: dict[str, Path] = {}  # name → path of what needs no judging
@@ -125,7 +125,7 @@ def look(
 def being_written(
     path: Path,  # a file
 ) -> bool:  # False also where the system does not tell
-    "Whether a process of this machine has a file open for writing (Linux: no read lease can be had on it)."
+    "Whether a process of this machine has a file open for writing (Linux: no read lease on it is granted)."
     try:
         from fcntl import F_RDLCK, F_SETLEASE, F_SETSIG, F_UNLCK, fcntl
         from signal import SIGURG
@@ -155,7 +155,7 @@ class JournalFile:
         "Open, lock and mend a journal; `ValueError` if it is in use, damaged, or of another model."
         self.path = Path(path)
         self.model = model
-        self.tried: set[tuple] = set()  # (name, *stamp) of what could not be opened and was told of
+        self.tried: set[tuple] = set()  # (name, *stamp) of what could not be opened and was reported
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open_plain(self.path, "a+b", buffering=0)
         try:
@@ -173,7 +173,7 @@ class JournalFile:
 
 # %% ../../nbs/use/03_watch.ipynb #0ea69f0c
 class Journal(JournalFile):
-    "What has been judged or reported, one JSON line each, on the disk before it is told."
+    "What has been judged or reported, one JSON line each, on the disk before it is reported."
 
     def __enter__(self) -> "Journal":
         return self
@@ -328,7 +328,7 @@ def model_key(
 def _readable(
     paths: Sequence[Path],  # pictures
     seen: Mapping[Path, tuple[Stamp, int]],  # with their stamps
-    progress: Progress,  # is told which is being read
+    progress: Progress,  # notes which is being read
     broken: dict[Path, DataError],  # takes those that cannot be read
     white: float | None,  # of pictures of more than 8 bits
     look: Look,  # sees each of them; its `DataError` is as one of the file
@@ -354,7 +354,7 @@ def _judge(
     model: GRAD,  # fitted
     seen: Mapping[Path, tuple[Stamp, int]],  # pictures, with their stamps and how often they were found unchanged
     patience: int,  # looks after which a picture that does not decode is reported
-    progress: Progress,  # is told which picture is being read
+    progress: Progress,  # notes which picture is being read
 ) -> Iterator[tuple[Path, dict, np.ndarray | None]]:  # picture, what is known of it, its pixel map if it was judged
     "Judge what is whole; a picture that has changed meanwhile is left for later."
     ready = [path for path, (_, looks) in seen.items() if looks and not being_written(path)]
@@ -393,9 +393,9 @@ def watch(
 ) -> Iterator[dict]:  # path, and score and anomalous, or error
     """Judge pictures as they arrive in a folder, each once.
 
-    A picture that cannot be opened is told of once and tried again at every look; a folder that disappears is told of
-    and taken up again when it is back. `DataError` if there is no such folder at the start, `ValueError` for a journal
-    that cannot be used.
+    A picture that cannot be opened is reported once and tried again at every look. A folder that disappears is
+    reported, and watched again when it is back. `DataError` if there is no such folder at the start, `ValueError` for
+    a journal that cannot be used.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -443,7 +443,7 @@ def _record(
     seen: Mapping[Path, tuple[Stamp, int]],  # the stamps of the pictures
     before: Callable[[Path, np.ndarray], dict] | None,  # picture and pixel map → more to record of it
 ) -> Iterator[dict]:  # rows as of `watch`
-    "Write what was judged into the journal, then tell of it."
+    "Write what was judged into the journal, then report it."
     for path, figures, heat_map in judged:
         stamp = seen[path][0]
         if before and heat_map is not None:
