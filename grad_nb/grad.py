@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 # %% ../nbs/15_grad.ipynb #evalua00
 from grad_nb.inference.tiles import (
     FEWEST_TILES,
-    TILES,
+    TILES_TO_LEARN,
     Joined,
     Tiling,
     check_tile,
@@ -896,7 +896,7 @@ class _Cutting(_Reading):
         "Some of the pictures in even light, or tiles of them, (M, S, S, 3); and the number of each one's picture."
         if not self.tile_:
             return even_light(pictures[numbers], self.light_), numbers
-        n = max(FEWEST_TILES, ceil(TILES / len(numbers)))
+        n = max(FEWEST_TILES, ceil(TILES_TO_LEARN / len(numbers)))
         generator = stage_generator(self.random_state, stage)
         cut = (self.tile_, self.preset_.generator.size, n, generator)
         found = []

@@ -222,7 +222,7 @@ def test_the_estimator_is_seen_whole():
         method = inspect.getattr_static(GRAD, name)
         assert inspect.getdoc(method) and name in shown
         assert any(name in vars(base) for base in GRAD.__mro__ if base.__name__ in classes)
-    assert GRAD.__doc__ and len(inspect.signature(GRAD).parameters) == 12
+    assert GRAD.__doc__ and len(inspect.signature(GRAD).parameters) == 13
 
 
 def test_public_functions_are_documented():

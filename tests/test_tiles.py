@@ -37,7 +37,7 @@ def large():
 def few_tiles():
     "So few tiles that a model learns from them in seconds."
     patch = pytest.MonkeyPatch()
-    patch.setattr(grad, "TILES", 12)
+    patch.setattr(grad, "TILES_TO_LEARN", 12)
     patch.setattr(grad, "FEWEST_TILES", 2)
     yield
     patch.undo()

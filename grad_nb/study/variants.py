@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ..config import Level, Preset, override
-from ..runs.stages import Run, detect_stage, evaluate_key, evaluate_stage
+from ..runs.stages import Run, detect_stage, evaluate_key, evaluate_stage, holds_out
 from .ablation import SETS, slug
 
 # %% ../../nbs/study/12_variants.ipynb #varlev1
@@ -50,7 +50,7 @@ def variant_run(
     if name not in presets:
         raise ValueError(f"{name!r} is no variant of {run.preset.name!r} here; there are {', '.join(presets)}")
     folder = run.folder / "table4" / slug(name)
-    return replace(run, preset=presets[name], folder=folder, made=run.folder, hold_out=run.holds_out)
+    return replace(run, preset=presets[name], folder=folder, made=run.folder, hold_out=holds_out(run))
 
 
 def variant_stage(
