@@ -888,7 +888,7 @@ def test_files_of_other_versions_are_refused_with_what_to_do(model, tmp_path):
     cases = {
         "newer": (
             dict(format=FORMAT + 1, versions={"grad_nb": "9.1"}),
-            "written by a newer grad_nb .grad_nb 9.1, format 4.*upgrade",
+            f"written by a newer grad_nb .grad_nb 9.1, format {FORMAT + 1}.*upgrade",
         ),
         "bare": (dict(format=FORMAT + 1, versions=["odd"]), "written by a newer grad_nb .grad_nb ?"),
         "older": (

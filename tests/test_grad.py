@@ -461,7 +461,7 @@ def test_representations_are_short_and_an_explanation_draws_itself(model, trays)
     for one in (model, found, why):
         assert len(repr(one)) < 200, repr(one)
     assert f"pictures={len(found.scores)}" in repr(found) and why.plot().axes
-    assert all(f"`{name}`" in GRAD.__doc__ for name in model.get_params()) and "COLOR_BGR2RGB" in GRAD.__doc__
+    assert all(f"{name} : " in GRAD.__doc__ for name in model.get_params()) and "COLOR_BGR2RGB" in GRAD.__doc__
 
 
 def test_a_camera_of_twelve_bits_has_one_white_in_model_file_and_verdicts(trays, tmp_path):

@@ -49,10 +49,10 @@ import os, sys
 from grad_nb.grad import GRAD
 from grad_nb.use import watch
 read = watch.read_image
-def deadly(path, *how):
+def deadly(path, *how, **more):
     if path.name in sys.argv[3].split(","):
         os.kill(os.getpid(), 9)
-    return read(path, *how)
+    return read(path, *how, **more)
 watch.read_image = deadly
 model = GRAD.load(sys.argv[1], "cpu").set_params(progress=False)
 for row in watch.watch(model, sys.argv[2], every=0.001, looks=8, patience=2):
