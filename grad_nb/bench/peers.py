@@ -108,6 +108,11 @@ class Contender:
         "All of it in words."
         return f"{self.method}, {self.way}, {self.precision}"
 
+    @property
+    def names(self) -> dict[str, str]:
+        "How a row of a table begins."
+        return {"method": _titled(self.method), "way": self.way, "precision": self.precision}
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -118,7 +123,7 @@ class Terms:
     width: float = 1.0  # of GRAD's detectors, multiple of the channels of Table 8
     device: str = "cpu"  # where PyTorch computes
 
-
+# %% ../../nbs/bench/08_peers.ipynb #_pee0021
 GRAD_HERE = {
     "GRAD here": (False, 1.0, False),
     "GRAD here, one detector": (True, 1.0, False),
@@ -218,7 +223,7 @@ def ours_in_all_forms(
         if alone and len(terms.sizes) == 1:
             continue
         model = grad_here(name, terms)
-        yield Contender(name, "library", model_precision(model) if on_cpu else float32_name(torch.device(terms.device)))
+        yield Contender(name, "library", model_precision(model) if on_cpu else float32_name(terms.device))
         if on_cpu:
             (folder / f"{i}").mkdir()
             for made in export_all(model, folder / f"{i}"):
@@ -232,8 +237,7 @@ def peer_in_all_forms(
 ) -> Iterator[Contender]:
     "A peer: PyTorch and, on a CPU with OpenVINO, that."
     model = build_peer(name, terms.size)
-    eager(model, terms)(random_pictures(1, terms.size))
-    yield Contender(name, "PyTorch", float32_name(torch.device(terms.device)))
+    yield Contender(name, "PyTorch", float32_name(terms.device))
     if terms.device == "cpu" and importlib.util.find_spec("openvino") is not None:
         for made in export_peer(model, folder / f"{name}.xml", terms.size):
             yield Contender(name, made.way, made.precision, str(made.file))
@@ -333,7 +337,7 @@ def _peer_times(
             judge = opened(one, terms, batch)
             judge(draw())
         except Exception as e:  # whatever it is, the others go on
-            failed.append({"method": _titled(one.method), "way": one.way, "precision": one.precision, "error": _why(e)})
+            failed.append(one.names | {"error": _why(e)})
         else:
             ways[one] = judge
     seconds = time_in_turns({one.name: judge for one, judge in ways.items()}, draw, runs, progress)
@@ -350,7 +354,7 @@ def _times_beside(
             with beside_another(one, terms):
                 seconds |= _peer_times([one], terms, 1, runs, False, failed)
         except RuntimeError as e:
-            failed.append({"method": _titled(one.method), "way": one.way, "precision": one.precision, "error": _why(e)})
+            failed.append(one.names | {"error": _why(e)})
     return seconds
 
 # %% ../../nbs/bench/08_peers.ipynb #_pee0020
@@ -362,8 +366,7 @@ def _rows(times: dict[Contender, list[float]], terms: Terms, batch: int, runs: i
     rows: list[dict[str, Any]] = []
     for one, seconds in times.items():
         t = Latency.of(seconds)
-        names = {"method": _titled(one.method), "way": one.way, "precision": one.precision}
-        rows.append(names | protocol | vars(t) | {"pictures_per_s": 1000 * batch * processes / t.median_ms})
+        rows.append(one.names | protocol | vars(t) | {"pictures_per_s": 1000 * batch * processes / t.median_ms})
     first = rows[0]["median_ms"] if rows else 1.0
     return [row | {"times_GRAD": row["median_ms"] / first} for row in rows]
 

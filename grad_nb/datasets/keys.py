@@ -15,7 +15,7 @@ import numpy as np
 
 from ..core.files import write_json
 from ..core.progress import tqdm
-from .trays import _cover, _grid, _paint, _rgb, _save, _turn, drawn_once, stamped
+from .trays import _cover, _grid, _paint, _rgb, _turn, drawn_once, stamped, write_parts
 
 # %% ../../nbs/datasets/04_keys.ipynb #keysc001
 TEETH = (0.030, 0.052, 0.024, 0.060, 0.040, 0.024, 0.052, 0.030, 0.044)  # heights of the teeth, sides of the picture
@@ -190,16 +190,7 @@ def draw_key(
 
 def _write_keys(folder: Path, seed: int, size: int, counts: tuple[int, int, int]) -> Iterator[Path]:
     "Write every picture and its mask into `folder`, and yield each picture's path."
-    for split, count in enumerate(counts):
-        for number in range(count):
-            kind = KINDS[number % len(KINDS)] if split == 2 else ""
-            picture, mask = draw_key(seed, split, number, size, kind)
-            path = folder / ("test" if split else "train") / (kind or "good") / f"{number:03d}.png"
-            _save(path, picture)
-            if kind:
-                truth = folder / "ground_truth" / kind / f"{number:03d}_mask.png"
-                _save(truth, np.where(mask, np.uint8(255), np.uint8(0)))
-            yield path
+    return write_parts(folder, counts, KINDS, lambda part, number, kind: draw_key(seed, part, number, size, kind))
 
 # %% ../../nbs/datasets/04_keys.ipynb #keysc006
 def make_keys(

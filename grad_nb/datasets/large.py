@@ -13,7 +13,18 @@ import numpy as np
 
 from ..core.files import write_json
 from ..core.progress import tqdm
-from .trays import Scene, _cover, _paint, _rgb, _save, _turn, drawn_once, render, sample_scene, stamped
+from grad_nb.datasets.trays import (
+    Scene,
+    _cover,
+    _paint,
+    _rgb,
+    _turn,
+    drawn_once,
+    render,
+    sample_scene,
+    stamped,
+    write_parts,
+)
 
 # %% ../../nbs/datasets/09_large.ipynb #large002
 LARGE = ("scratch", "stain")  # kinds of defect
@@ -73,16 +84,11 @@ LARGE_VERSION = 1  # of the drawing; raise it when a picture would change
 
 def _write_large(folder: Path, seed: int, size: int, counts: tuple[int, int, int]) -> Iterator[Path]:
     "Write every picture, and the mask of a defective one, and yield each picture's path."
-    for split, count in enumerate(counts):
-        for number in range(count):
-            kind = LARGE[number % len(LARGE)] if split == 2 else ""
-            picture, mask = draw_large(np.random.default_rng([seed, split, number]), size, kind)
-            path = folder / ("test" if split else "train") / (kind or "good") / f"{number:03d}.png"
-            _save(path, picture)
-            if kind:
-                truth = folder / "ground_truth" / kind / f"{number:03d}_mask.png"
-                _save(truth, np.where(mask, np.uint8(255), np.uint8(0)))
-            yield path
+
+    def draw(part: int, number: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
+        return draw_large(np.random.default_rng([seed, part, number]), size, kind)
+
+    return write_parts(folder, counts, LARGE, draw)
 
 # %% ../../nbs/datasets/09_large.ipynb #large008
 def make_large(

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['COLOURS', 'PARTS', 'TRAY', 'COMPARTMENT', 'OFFSET', 'RADIUS', 'SHADOW', 'LOGICAL', 'STRUCTURAL', 'DEFECTS', 'VERSION',
            'SPLITS', 'Part', 'Scratch', 'Stain', 'Scene', 'sample_scene', 'render', 'spoil', 'defects_config',
-           'find_defects', 'draw_tray', 'drawn_once', 'stamped', 'make_trays']
+           'find_defects', 'draw_tray', 'drawn_once', 'stamped', 'write_parts', 'make_trays']
 
 # %% ../../nbs/datasets/03_trays.ipynb #ae7eea92
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain
@@ -472,6 +472,25 @@ def stamped(
         return folder
 
     return recognise
+
+# %% ../../nbs/datasets/03_trays.ipynb #trayspart
+def write_parts(
+    folder: Path,  # of the category
+    counts: tuple[int, int, int],  # pictures to learn from, normal ones to test with, defective ones
+    kinds: Sequence[str],  # of defect, in turn
+    draw: Callable[[int, int, str], tuple[np.ndarray, np.ndarray]],  # part, number and kind → picture and mask
+) -> Iterator[Path]:
+    "Write a category in the layout of MVTec AD, every picture and the mask of a defective one; yield each path."
+    for part, count in enumerate(counts):
+        for number in range(count):
+            kind = kinds[number % len(kinds)] if part == 2 else ""
+            picture, mask = draw(part, number, kind)
+            path = folder / ("test" if part else "train") / (kind or "good") / f"{number:03d}.png"
+            _save(path, picture)
+            if kind:
+                truth = folder / "ground_truth" / kind / f"{number:03d}_mask.png"
+                _save(truth, np.where(mask, np.uint8(255), np.uint8(0)))
+            yield path
 
 # %% ../../nbs/datasets/03_trays.ipynb #f3edcbdb
 def _write(folder: Path, seed: int, size: int, counts: tuple[int, ...]) -> Iterator[Path]:

@@ -80,7 +80,7 @@ def detector_rows(
 # %% ../../nbs/study/15_speed.ipynb #spdrow2
 def student_rows(
     device: torch.device,  # where to compute
-    missing: list[str],  # is told what is missing
+    missing: list[str],  # collects what is missing
     runs: int = 0,  # timed runs of each row; 0 = `RUNS`
 ) -> list[dict[str, Any]]:  # rows of `bench_student`
     "The latency of one network in the place of the paper's detectors, and in the place of one of them."
