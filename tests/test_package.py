@@ -172,12 +172,12 @@ import grad_nb.core.memory as memory
 def keep_memory():
     raise AssertionError("the library changes how its process allocates memory")
 memory.keep_memory = keep_memory
-before = {name for name in os.environ if name.startswith("MALLOC_")}
+before = {name for name in os.environ if name.startswith(("MALLOC_", "OMP_"))}
 for name in sys.argv[1:]: importlib.import_module("grad_nb." + name)
 import torch
 from grad_nb.core.loop import run_steps
 assert len(run_steps(lambda i: torch.zeros(1), 3, ["loss"], {}, progress=False)) == 3
-assert before == {name for name in os.environ if name.startswith("MALLOC_")}
+assert before == {name for name in os.environ if name.startswith(("MALLOC_", "OMP_"))}
 from grad_nb.use.errors import plain_errors
 try:
     plain_errors(print)("not printed")
@@ -186,7 +186,19 @@ except AssertionError:
 """
 
 
-def test_only_commands_change_how_a_process_keeps_its_memory():
+def test_threads_of_a_command_sleep_while_they_wait():
+    "What the command sees, and what the processes that it starts see; torch must not be loaded before it is said."
+    told = "import os, sys; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    code = f"from grad_nb.use.errors import plain_errors\nplain_errors(exec)({told!r})"
+    for chosen, then in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        if chosen:
+            environment["OMP_WAIT_POLICY"] = chosen
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        assert done.stdout.strip() == then, done.stderr
+
+
+def test_only_commands_change_how_a_process_keeps_its_memory_and_waits():
     done = subprocess.run([sys.executable, "-c", BOOM, *MODULES], capture_output=True, text=True)
     assert done.stdout == "ok\n", done.stderr
 

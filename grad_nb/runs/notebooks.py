@@ -18,7 +18,7 @@ from typing import Any
 
 from ..core.files import atomic_path, write_json
 from ..core.memory import keep_memory
-from ..core.processes import Stopped, clean_end, end_with_parent
+from ..core.processes import Stopped, clean_end, end_with_parent, let_threads_sleep
 
 # %% ../../nbs/runs/02_notebooks.ipynb #exec0004
 def _engine(connection: Path) -> type:
@@ -127,6 +127,7 @@ def _main() -> None:
     sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]  # before papermill is imported
     source, executed, log, values = sys.argv[1:]
     keep_memory()  # of the kernel, which this process starts
+    let_threads_sleep()
     try:
         with clean_end():
             execute(source, executed, log, json.loads(values))

@@ -21,7 +21,7 @@ from typing import Any, ParamSpec, TextIO, TypeVar
 from fastcore.script import anno_parser
 
 from ..core.memory import keep_memory
-from ..core.processes import Stopped, clean_end
+from ..core.processes import Stopped, clean_end, let_threads_sleep
 
 P = ParamSpec("P")  # what a command takes
 R = TypeVar("R")  # what it gives
@@ -39,6 +39,7 @@ def plain_errors(
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         keep_memory()
+        let_threads_sleep()
         torch_cache()
         if logging.lastResort is not None:  # what the library logs where nobody has asked for it
             logging.lastResort.setFormatter(PlainLines())
