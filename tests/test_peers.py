@@ -47,29 +47,44 @@ class Found:
         self.pred_score, self.anomaly_map = torch.zeros(n), torch.zeros(n, 1, 4, 4)
 
 
-def test_everybody_gets_the_same_kind_of_pictures_time_in_turns(monkeypatch, tmp_path, only_the_library):
-    seen = []
+@pytest.fixture
+def seen(monkeypatch, only_the_library):
+    "Who is given what: name, shape and largest value, call by call."
+    calls = []
 
     def build(name, size):
-        return Net(lambda x: seen.append((name, tuple(x.shape), float(x.max()))) or Found(len(x)))
+        return Net(lambda x: calls.append((name, tuple(x.shape), float(x.max()))) or Found(len(x)))
 
     def own(model):
-        return lambda x: seen.append(("GRAD", x.shape, x.dtype)) or (x, x)
+        return lambda x: calls.append(("GRAD", x.shape, x.dtype)) or (x, x)
 
     monkeypatch.setattr(peers, "build_peer", build)
     monkeypatch.setattr(peers, "predicted", own)
     monkeypatch.setattr(peers, "best_ms", lambda call, runs, device: (call(), 1.0)[1])
-    rows = bench_peers(("STFPM", "DSR"), (2,), **SMALL)
-    turns = ["GRAD", "GRAD"] * len(ALONE) + ["STFPM", "STFPM", "DSR", "DSR"]
-    assert [name for name, *_ in seen[-3 * len(turns) :]] == 3 * turns, "each twice, and the second call is timed"
-    assert all(shape in ((2, 3, 48, 48), (2, 48, 48, 3)) for _, shape, _ in seen[-len(turns) :])
-    assert all(top <= 1 for name, _, top in seen if name != "GRAD") and seen[-len(turns)][2] == np.uint8
+    return calls
+
+
+TURNS = ["GRAD", "GRAD"] * len(ALONE) + ["STFPM", "STFPM", "DSR", "DSR"]  # each twice, and the second call is timed
+
+
+def test_everybody_gets_the_same_kind_of_pictures_time_in_turns(seen, tmp_path):
+    rows = bench_peers(("STFPM", "DSR"), **SMALL)
+    assert [name for name, *_ in seen[-3 * len(TURNS) :]] == 3 * TURNS
+    assert all(shape in ((1, 3, 48, 48), (1, 48, 48, 3)) for _, shape, _ in seen[-len(TURNS) :])
+    assert all(top <= 1 for name, _, top in seen if name != "GRAD") and seen[-len(TURNS)][2] == np.uint8
     assert [row["method"] for row in rows] == [*ALONE, "STFPM (anomalib)", "DSR (anomalib)"]
     for row in rows:
-        assert (row["threads"], row["batch"], row["runs"], row["weights"]) == (1, 2, 2, "random")
-        assert row["times_GRAD"] == row["median_ms"] / rows[0]["median_ms"]
+        assert (row["threads"], row["batch"], row["runs"], row["weights"]) == (1, 1, 2, "random")
+        assert row["in_turns"] and row["times_GRAD"] == row["median_ms"] / rows[0]["median_ms"]
     write_json(tmp_path / "bench.json", {"detectors": [], "peers": rows})
     assert list(table_3(tmp_path / "bench.json").index[-2:]) == ["STFPM (anomalib)", "DSR (anomalib)"]
+
+
+def test_in_larger_batches_each_is_alone_in_memory(seen):
+    rows = bench_peers(("STFPM", "DSR"), (2,), **SMALL)
+    assert {shape for _, shape, _ in seen[-1:]} == {(2, 3, 48, 48)} and not any(row["in_turns"] for row in rows)
+    names = [name for name, shape, _ in seen if shape[0] == 2]
+    assert [name for i, name in enumerate(names) if i == 0 or names[i - 1] != name] == ["GRAD", "STFPM", "DSR"]
 
 
 def test_several_detectors_stand_beside_one_alone(only_the_library):

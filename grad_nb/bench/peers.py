@@ -344,15 +344,22 @@ def _peer_times(
     return {one: seconds[one.name] for one in ways}
 
 
-def _times_beside(
-    found: Sequence[Contender], terms: Terms, runs: int, progress: bool, failed: list[dict]
+def _one_by_one(
+    found: Sequence[Contender],
+    terms: Terms,
+    batch: int,
+    runs: int,
+    progress: bool,
+    failed: list[dict],
+    beside: bool,
 ) -> dict[Contender, list[float]]:
-    "Seconds of each contender while another process does the same."
+    "Seconds of each contender, which is alone in memory; or while another process does the same."
     seconds: dict[Contender, list[float]] = {}
-    for one in tqdm(found, "two processes", disable=not progress, leave=False):
+    what = "two processes" if beside else f"batches of {batch}"
+    for one in tqdm(found, what, disable=not progress, leave=False):
         try:
-            with beside_another(one, terms):
-                seconds |= _peer_times([one], terms, 1, runs, False, failed)
+            with beside_another(one, terms) if beside else contextlib.nullcontext():
+                seconds |= _peer_times([one], terms, batch, runs, False, failed)
         except RuntimeError as e:
             failed.append(one.names | {"error": _why(e)})
     return seconds
@@ -362,6 +369,7 @@ def _rows(times: dict[Contender, list[float]], terms: Terms, batch: int, runs: i
     "A row for each contender that was timed."
     protocol = {"device": device_name(terms.device), "threads": torch.get_num_threads()}
     protocol |= {"batch": batch, "processes": processes, "runs": runs, "timed": "bytes to score and map"}
+    protocol |= {"in_turns": batch == processes == 1}
     protocol |= {"transfers": "none (cpu)" if terms.device == "cpu" else "inside", "weights": "random"}
     rows: list[dict[str, Any]] = []
     for one, seconds in times.items():
@@ -384,15 +392,19 @@ def bench_peers(
     device: str | torch.device = "cpu",  # where PyTorch computes; both transfers are inside
     beside: bool = False,  # also while another process does the same
 ) -> list[dict]:  # a row for each contender, with its time as a multiple of the first one's
-    "Latency of GRAD and of its peers, in one run. A peer that cannot be built or called is named without times."
+    """Latency of GRAD and of its peers, in one run. A peer that cannot be built or called is named without times.
+
+    Single pictures are judged in turns. Larger batches, and two processes, one method after the other: all of them
+    together would not fit into the memory.
+    """
     terms = Terms(size, tuple(sizes), width, str(device))
     rows: list[dict] = []
     with threads_of(threads), tempfile.TemporaryDirectory() as folder:
         found, failed = contenders(names, terms, Path(folder), progress)
         for batch in batches:
-            times = _peer_times(found, terms, batch, runs, progress, failed)
-            rows += _rows(times, terms, batch, runs, 1)
+            way = _peer_times if batch == 1 else partial(_one_by_one, beside=False)
+            rows += _rows(way(found, terms, batch, runs, progress, failed), terms, batch, runs, 1)
         if beside:
-            times = _times_beside(found, terms, runs, progress, failed)
+            times = _one_by_one(found, terms, 1, runs, progress, failed, beside=True)
             rows += _rows(times, terms, 1, runs, 2)
     return rows + failed
