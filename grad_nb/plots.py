@@ -60,10 +60,17 @@ def show(
     figure.draw_without_rendering()  # lays it out
     width = figure.get_tightbbox().width + 2 * MARGIN
     dpi = min(DPI, (WIDEST - 2) / width)
+    kept: dict[str, Any] = {
+        "bbox_inches": "tight",
+        "pad_inches": MARGIN,
+        "format": "jpeg",
+        "pil_kwargs": {"quality": quality},
+    }
     file = BytesIO()
-    figure.savefig(
-        file, dpi=dpi, bbox_inches="tight", pad_inches=MARGIN, format="jpeg", pil_kwargs={"quality": quality}
-    )
+    figure.savefig(file, dpi=dpi, **kept)
+    if (wide := Image.open(file).width) > WIDEST:  # letters are wider at some resolutions
+        file = BytesIO()
+        figure.savefig(file, dpi=0.99 * dpi * WIDEST / wide, **kept)
     plt.close(figure)
     display(Picture(file.getvalue()))
 
