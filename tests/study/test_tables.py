@@ -277,13 +277,15 @@ def test_the_ablation_averages_over_what_was_run_and_says_so(tmp_path):
     off = dict(alpha_1=0, alpha_2=0, noisy_reweighting=False, tail_reweighting=False)
     on = dict(alpha_1=1, alpha_2=1e-3)
     rows = [off, off | on, on | {"tail_reweighting": False}, on]
-    result(tmp_path / "own", "trays", "trays", 0, 0.9, preset="demo", by_level={34: 0.3})
+    for seed in (0, 7):
+        result(tmp_path / f"own{seed}", "trays", "trays", seed, 0.9, preset="demo", by_level={34: 0.3})
     assert table_4(collect(tmp_path))["level 34 here"].tolist()[:4] == ["-"] * 4
     for i, row in enumerate(rows):
         result(tmp_path / f"t{i}", "trays", "trays", 0, 0.8, preset="demo", by_level={34: 0.5 + i / 10}, **row)
     trays = table_4(collect(tmp_path))
     assert trays["level 34 here"].tolist()[:4] == ["50.0", "60.0", "70.0", "80.0"]
     assert trays.attrs["notes"][0].startswith("averages here over trays; the published averages are over the five")
+    assert any("seeds 0, on" in note for note in trays.attrs["notes"]), "those of the variants, not of every run"
     for i, row in enumerate(rows):
         result(tmp_path / f"j{i}", "mvtec_loco", "juice_bottle", 0, 0.8, preset="demo", by_level={34: 0.9}, **row)
     result(tmp_path / "b", "mvtec_loco", "breakfast_box", 0, 0.8, preset="demo", by_level={34: 0.1}, **off)
