@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grad_nb.study.figures as figures
-from grad_nb.core.files import write_json
+from grad_nb.core.files import read_json, write_json
 from grad_nb.datasets.readers import resize_pictures
 from grad_nb.evaluation import pixel_map
 from grad_nb.explain import make_bank, patch_features
@@ -47,6 +47,7 @@ from grad_nb.study.figures import (
     spread_over_types,
     weight_maps,
 )
+from grad_nb.study.lamps import lamps_of_runs
 
 
 @pytest.fixture(autouse=True)
@@ -253,6 +254,16 @@ def test_one_run_of_each_category_that_of_the_lowest_seed(batch, data, tmp_path)
     found, notes = finished_runs(batch, data=moved)
     assert not found and "not what" in notes[0]
     assert finished_runs(batch, data=tmp_path)[1][0].startswith("trays/trays is left out")
+
+
+def test_other_lamps_are_held_to_what_the_run_reached(batch, data, tmp_path):
+    table = lamps_of_runs(batch)
+    assert table.index.names == ["category", "lamp"] and {*table.index.levels[0]} == {"trays"}
+    result = read_json(batch / "trays/trays/seed0/result.json")
+    assert table.loc[("trays", "own"), "image AUROC"] == pytest.approx(100 * result["image_auroc"])
+    assert (table.loc[("trays", "own")].iloc[2:] == 0).all()
+    with pytest.raises(ValueError, match="no finished run whose pictures"):
+        lamps_of_runs(batch, data=tmp_path)
 
 
 def test_the_pictures_are_where_the_notebooks_were_given_them(tmp_path):
