@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from ..config import EvalConfig
 from ..coords import coord_map
 from ..core.files import atomic_path
+from ..core.progress import counted
 from ..core.provenance import versions
 from ..datasets.light import even, even_parts
 from ..datasets.readers import HALF_DOWN, no_pictures, picture_files, read_image, resize_image
@@ -732,7 +733,7 @@ def difference_words(
     away = np.abs(scores - expected.scores).max()
     changed = int((labels != expected.labels).sum())
     return (
-        f"on the {len(pictures)} normal pictures: largest difference of a score {away:.2g}, where scores lie from "
-        f"{expected.scores.min():.3f} to {expected.scores.max():.3f} and the threshold at {model.offset_:.3f}; "
+        f"on {counted(len(pictures), 'normal picture')}: largest difference of a score {away:.2g}, where scores lie "
+        f"from {expected.scores.min():.3f} to {expected.scores.max():.3f} and the threshold at {model.offset_:.3f}; "
         f"{changed} {'verdict differs' if changed == 1 else 'verdicts differ'}"
     )

@@ -322,7 +322,7 @@ def test_the_command_for_eight_bits(tmp_path, capsys):
         Image.fromarray(x).save(tmp_path / f"good/{i}.png")
     grad_export(str(tmp_path / "m.grad"), str(tmp_path / "m8.onnx"), "int8", str(tmp_path / "good"))
     out = capsys.readouterr().out
-    assert "on the 4 normal pictures: largest difference of a score" in out and "of 4" not in out.split(" verdict")[1]
+    assert "on 4 normal pictures: largest difference of a score" in out and "of 4" not in out.split(" verdict")[1]
     model, small, seen = GRAD.load(tmp_path / "m.grad", "cpu"), OnnxScorer(tmp_path / "m8.onnx"), pictures(4)
     away = np.abs(small(seen)[0] - model.predict(seen).scores).max()
     assert f"score {away:.2g}," in out and f"threshold at {model.offset_:.3f}" in out
