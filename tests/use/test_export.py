@@ -18,6 +18,7 @@ from shared import ROOT
 from sklearn.exceptions import NotFittedError
 
 from grad_nb.config import Level, override, preset
+from grad_nb.datasets.light import fit_light
 from grad_nb.datasets.readers import HALF_DOWN, load_images, read_image, resize_pictures
 from grad_nb.datasets.trays import draw_tray
 from grad_nb.detector import Detector
@@ -355,13 +356,23 @@ def test_openvino_judges_as_the_model_does(layout, tmp_path, capsys):
 
 @pytest.mark.parametrize("layout", LEVELS)
 def test_openvino_in_eight_bits_is_near(layout, tmp_path):
+    "Convolutions alone are in eight bits, whatever else a model computes, such as even light."
     for name in ("onnx", "onnxscript", "openvino", "nncf"):
         pytest.importorskip(name)
+    import openvino as ov
+
     model, x = fitted(layout), pictures(8)
+    if layout == "mvtec_ad":
+        model.light_ = fit_light(pictures(8, seed=2), 2)
     to_openvino(model, tmp_path / "exact.xml")
     to_openvino_int8(model, tmp_path / "small.xml", x)
     exact, rounded = (OpenvinoScorer(tmp_path / name)(x)[0] for name in ("exact.xml", "small.xml"))
     assert 0 < np.abs(exact - rounded).max() < 0.5 * exact.std() + 0.1 * np.abs(exact).max()
+    graph = ov.Core().read_model(tmp_path / "small.xml")
+    for layer in graph.get_ordered_ops():
+        if layer.get_type_name() == "FakeQuantize":
+            readers = {reader.get_node().get_type_name() for reader in layer.output(0).get_target_inputs()}
+            assert readers == {"Convolution"}, layer.get_friendly_name()
     with pytest.raises(ValueError, match="at least one normal picture"):
         to_openvino_int8(model, tmp_path / "none.xml", x[:0])
 
