@@ -32,14 +32,14 @@ from .contrastive import make_contrastive, read_changes
 from .core.devices import pick_device
 from .core.docstrings import with_parameters
 from .core.files import array_sha256, exclusive_lock, read_array
-from .core.progress import Plan, tqdm
+from .core.progress import Plan, counted, tqdm
 from .core.provenance import versions
 from .core.seeds import stage_generator
 from .core.stages import run_stage, stage_done, stage_key
 from .core.tensors import checked_format, read_tensors, write_tensors
 from .datasets.compare import LOOKED_AT, large_enough, some_of
 from .datasets.light import SIDE, Light, even_light, even_tiles, fit_light
-from .datasets.pictures import Input, Source, picture_pixels, picture_sources
+from .datasets.pictures import Input, Source, picture_pixels, picture_sources, source_name
 from .datasets.readers import MIN_NORMALS, DataError, find_white, hold_out, resize_image
 from .detector import Detector, load_detector
 from .evaluation import MapStats, fuse, score_levels
@@ -395,8 +395,8 @@ class _InTiles(_Scoring):
 
         def look(source: Source, pixels: np.ndarray) -> None:
             height, width = pixels.shape[:2]
-            name = source if isinstance(source, (str, Path)) else "a picture"
             if min(height, width) < tile:
+                name = source_name(source)
                 raise DataError(f"{name} has {width}x{height} pixels, less than a tile of {tile}; give a smaller tile")
             words = shrink_words(tile or max(height, width), self.preset_.generator.size, tile)
             if words and not self.shrink_told_:
@@ -729,18 +729,16 @@ def _planned(model: "_Training", folder: Path, keys: dict[str, str], pictures: i
         elif (folder / f"{name}.json").is_file():
             others.append(name)
     if others:
-        said = "of other pictures, settings or a changed file, and made again"
-        log.warning("%s in %s: %s", ", ".join(others), folder, said)
+        said = "these stages are of other pictures or settings, or were changed since, and are made again"
+        log.warning("in %s %s: %s", folder, said, ", ".join(others))
     size = model.preset_.generator.size
-    detectors = f"{len(model.levels_)} detectors" if len(model.levels_) > 1 else "1 detector"
-    generators = f"{sum(name.startswith('generate') for name in costs)} generators"
+    detectors = counted(len(model.levels_), "detector")
+    generators = counted(sum(name.startswith("generate") for name in costs), "generator")
     kinds = f"{generators}, {detectors} and one network" if "student" in costs else f"{generators} and {detectors}"
-    parts = f"tiles of {model.tile_} pixels" if model.tile_ else "pictures"
-    text = f"{len(costs)} stages: {kinds}; {pictures} {parts}"
+    parts = f"{counted(pictures, 'tile')} of {model.tile_} pixels" if model.tile_ else counted(pictures, "picture")
+    text = f"{counted(len(costs), 'stage')}: {kinds}; {parts} to learn from, seen at {size} x {size} pixels"
     there = sum(share >= 1 for share in plan.shares.values())
-    plan.announce(
-        f"{text} to learn from, seen at {size} x {size} pixels{f'; {there} stages are done' if there else ''}"
-    )
+    plan.announce(f"{text}; done before: {there}" if there else text)
     return plan
 
 # %% ../nbs/15_grad.ipynb #2a2584ac

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from .core.docstrings import with_parameters
+from .core.progress import counted
 from grad_nb.datasets.readers import (
     NORMAL_NAMES,
     Category,
@@ -88,7 +89,7 @@ class Calibration:
             seen = f"best F1 on {self.n} normal and {self.anomalous} anomalous pictures"
             return f"{seen}; chosen on these very pictures: {rates}, both a little too good"
         place = "largest" if self.k == 1 else f"{_ordinal(self.k)} largest"
-        return f"the {place} score of {self.n} {self.source} normal pictures: {rates}"
+        return f"the {place} score of {counted(self.n, f'{self.source} normal picture')}: {rates}"
 
 
 def _ordinal(k: int) -> str:
@@ -104,7 +105,6 @@ def too_few_words(
     if not calibration.too_few:
         return ""
     needed = int(np.ceil(1 / calibration.rate - 1e-9)) - 1
-    noun = "picture" if calibration.n == 1 else "pictures"
     advice = (
         "give more normal pictures, hold out more of them (--validation), "
         "or set the threshold with good pictures kept aside (grad_calibrate)"
@@ -112,7 +112,7 @@ def too_few_words(
     if calibration.source == "new":
         advice = "give more good pictures"
     return (
-        f"only {calibration.n} {calibration.source} {noun}, too few for {percent(calibration.rate)}: "
+        f"only {counted(calibration.n, f'{calibration.source} picture')}, too few for {percent(calibration.rate)}: "
         f"{percent(calibration.expected)} expected, at most {percent(calibration.bound)}; "
         f"{needed} are needed: {advice}"
     )
@@ -290,21 +290,21 @@ def _plain_category(folder: Path, test: Path, truth: Path) -> Category:
     notes: list[str] = []
     if loose := picture_files(test):
         where = "it" if test == folder else test.name
-        notes.append(f"{len(loose)} pictures that lie directly in {where} have no label and are not used")
+        notes.append(f"not used: {counted(len(loose), 'picture')} directly in {where}, without a label")
     for place in sorted(p for p in test.iterdir() if p.is_dir() and p.name[0] != "." and p != truth):
         kind = "good" if place.name.lower() in NORMAL_NAMES else place.name
         inside = picture_files(place)
         if not inside:
             notes.append(f"{place.name} holds no pictures of its own and is not used")
         elif kind != place.name:
-            notes.append(f"the {len(inside)} pictures of {place.name} count as normal")
+            notes.append(f"{place.name} counts as normal: {counted(len(inside), 'picture')}")
         masks = mask_files(truth / place.name) if kind != "good" else {}
         samples += [Sample(p, int(kind != "good"), kind, masks.get(p.stem.lower(), ())) for p in inside]
         notes += [f"{place.name}: {line}" for line in passed_over(place, inside)]
     bare = [s for s in samples if s.label and not s.masks]
     if bare and any(s.masks for s in samples):
         first = bare[0].path.relative_to(folder)
-        notes.append(f"{len(bare)} anomalous pictures have no mask, the first {first}: pixel figures are n/a")
+        notes.append(f"no mask for {counted(len(bare), 'anomalous picture')}, the first {first}: pixel figures are n/a")
     return Category(folder.resolve().name, "folder", folder, (), test=tuple(samples), notes=tuple(notes))
 
 # %% ../nbs/17_verdicts.ipynb #verd0018
@@ -418,8 +418,9 @@ def evaluation_lines(
     f = found.figures
     c = f["confusion"]
     low, high = f["auroc_interval"]
+    normal, anomalous = c["passed"] + c["false_alarms"], c["found"] + c["missed"]
     lines = [
-        f"{len(found.scores)} pictures: {c['passed'] + c['false_alarms']} normal, {c['found'] + c['missed']} anomalous",
+        f"{counted(len(found.scores), 'picture')}: {normal} normal, {anomalous} anomalous",
         f"AUROC              {_shown(f['auroc'])}  (95 % interval {_shown(low)} to {_shown(high)})",
         f"average precision  {_shown(f['average_precision'])}",
         f"F1                 {_shown(f['f1'])}  at the model's threshold {f['threshold']:.3f}",
@@ -450,7 +451,7 @@ def _rate_lines(figures: dict[str, Any]) -> list[str]:
     if not normal:
         return []
     seen = c["false_alarms"] / normal
-    said = [f"false alarms: {percent(seen)} of {normal} normal pictures"]
+    said = [f"false alarms: {percent(seen)} of {counted(normal, 'normal picture')}"]
     if promised := figures.get("promise"):
         said = [f"{said[0]}; the threshold is at {promised['text']}"]
         if seen > promised["bound"]:

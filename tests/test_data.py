@@ -1060,7 +1060,7 @@ def test_a_whole_category_has_no_problems(toothbrush):
         (
             lambda r: save(noise(), r / "test/odd/000.png"),
             [
-                "test/odd: 1 pictures in a folder that the official set does not have",
+                "test/odd: 1 picture in a folder that the official set does not have",
                 "ground_truth/odd: 1 of 1 pictures have no mask: 000",
             ],
         ),

@@ -1,6 +1,7 @@
 """The site lists every notebook, README says what the records say, and the exercises have solutions that run."""
 
 import importlib.util
+import inspect
 import json
 import re
 import subprocess
@@ -8,6 +9,8 @@ import sys
 
 import pytest
 from shared import ROOT
+
+from grad_nb.use.daily import grad_fit
 
 DOCS, NOTEBOOKS = ROOT / "docs", ROOT / "nbs"
 PAGES = [*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -152,6 +155,16 @@ def test_the_pictures_of_the_diagram_are_found_in_one_sitting():
 def test_readme_is_short():
     words = (ROOT / "README.md").read_text(encoding="utf-8").replace("|", " ").split()
     assert len(words) <= 800
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "use.md"], ids=lambda page: page.name)
+def test_the_shell_trains_what_python_trains(page):
+    "The first `GRAD(...)` of a page and its first `grad_fit` are the same preset."
+    text = page.read_text(encoding="utf-8")
+    (python,) = re.findall(r'GRAD\("(\w+)"[^)]*\)\.fit\(', text)
+    command = re.search(r"grad_fit .*", text)[0]
+    given = re.search(r"--preset (\w+)", command)
+    assert python == (given[1] if given else inspect.signature(grad_fit).parameters["preset"].default)
 
 
 def test_the_tables_of_readme_are_what_the_records_say(monkeypatch):

@@ -10,7 +10,7 @@ from shared import tiny
 
 from grad_nb.core import progress
 from grad_nb.core.loop import run_steps
-from grad_nb.core.progress import Plan, in_minutes, plan_line, plan_text, seconds_left, tell_plan, tqdm
+from grad_nb.core.progress import Plan, counted, in_minutes, plan_line, plan_text, seconds_left, tell_plan, tqdm
 from grad_nb.datasets.trays import make_trays
 
 
@@ -46,6 +46,14 @@ def test_a_terminal_has_bars_with_what_the_plan_says(monkeypatch):
         for _ in tqdm(range(3), "PatchDiff 5", file=sys.stderr, delay=0.0):
             pass
     assert "stage 1 of 2 · PatchDiff 5" in sys.stderr.getvalue()
+
+
+def test_a_bar_that_is_full_still_belongs_to_its_stage():
+    plan = Plan({"generate-05": 1.0, "detect-034": 1.0}, show=False)
+    with plan.stage("generate-05"):
+        plan.at("generate-05", 1.0)
+        assert str(plan) == "stage 1 of 2"
+    assert str(plan) == "stage 2 of 2"
 
 
 def test_a_plan_measures_each_kind_and_leaves_the_first_step_out(clock):
@@ -109,9 +117,9 @@ def test_fit_says_what_it_will_do_and_what_it_makes_again(tmp_path, capfd, caplo
     line = "4 stages: 3 generators and 1 detector; 6 pictures to learn from, seen at 64 x 64 pixels\n"
     assert capfd.readouterr().err == line and "made again" not in caplog.text
     model.fit(good)
-    assert capfd.readouterr().err == f"{line.strip()}; 4 stages are done\n" and "made again" not in caplog.text
+    assert capfd.readouterr().err == f"{line.strip()}; done before: 4\n" and "made again" not in caplog.text
     tiny(detector__lr=0.01).set_params(work_dir=tmp_path / "work").fit(good)
-    assert "detector-034 in" in caplog.text and "made again" in caplog.text and "generate-" not in caplog.text
+    assert "are made again: detector-034" in caplog.text and "generate-" not in caplog.text
     assert capfd.readouterr().err == ""
 
 
@@ -127,6 +135,10 @@ def test_known_times_are_said_until_the_work_knows_better_and_shared_by_what_goe
         plan.end(f"table-{i}")
     tell_plan(plan, "bottle: 12%")
     assert plan_line(plan) == "3 of 5 stages done · 2 min left · bottle: 12%", "one is left, and nothing beside it"
+
+
+def test_one_thing_is_not_called_many():
+    assert (counted(0, "stage"), counted(1, "stage"), counted(2, "stage")) == ("0 stages", "1 stage", "2 stages")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
 """Pictures in tiles: how they are cut and joined, what a model with tiles keeps, and what they are worth."""
 
 import json
+import re
 import tracemalloc
+from base64 import b64decode
 from dataclasses import replace
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -21,7 +24,17 @@ from grad_nb.evaluation import image_auroc
 from grad_nb.grad import GRAD
 from grad_nb.inference.tiles import Tiling, check_tile, cut_tiles, join_matrix, judge_in_tiles, random_tiles
 from grad_nb.use.daily import grad_export, grad_fit, grad_predict
-from grad_nb.use.export import OnnxScorer, TorchScorer, largest_difference, to_int8, to_onnx, to_torch
+from grad_nb.use.evaluate import grad_evaluate
+from grad_nb.use.export import (
+    OnnxScorer,
+    OpenvinoScorer,
+    TorchScorer,
+    largest_difference,
+    to_int8,
+    to_onnx,
+    to_openvino_int8,
+    to_torch,
+)
 from grad_nb.use.watch import watch
 
 SIZE, TILE = 300, 96
@@ -281,6 +294,81 @@ def test_levels_and_the_other_formats_agree_too(large, few_tiles, tmp_path):
     to_int8(fitted, tmp_path / "m.int8.onnx", large[:3])
     scores, labels, maps = OnnxScorer(tmp_path / "m.int8.onnx", threads=1)(large[:2])
     assert np.isfinite(scores).all() and maps.shape == (2, 256, 256) and labels.dtype == bool
+
+
+@pytest.mark.parametrize("sides", [(64,), (96, 64)])
+def test_openvino_agrees_with_its_model_on_whole_pictures(sides, large, few_tiles, tmp_path, capsys):
+    for name in ("onnx", "onnxscript", "openvino"):
+        pytest.importorskip(name)
+    small = tiny()
+    levels = tuple(Level(34 + 17 * i, side, (3,)) for i, side in enumerate(sides))
+    fitted = small.set_params(preset=replace(small.preset, levels_ad=levels), tile=TILE).fit(large)
+    fitted.save(tmp_path / "m.grad")
+    grad_export(str(tmp_path / "m.grad"), format="openvino")
+    said, difference = capsys.readouterr().out.strip().splitlines()
+    assert "tiles of 96, seen at 64 x 64 pixels" in said and float(difference.rsplit(" ", 1)[1]) < 1e-3
+    scorer = OpenvinoScorer(tmp_path / "m.xml")
+    assert scorer.meta["kind"] == "grad_nb.TileScorer" and json.loads(scorer.meta["tiling"])["tile"] == TILE
+    new = [draw_large(np.random.default_rng(i), SIZE)[0] for i in (20, 21)]  # none of them set the threshold
+    for given in (new, [np.concatenate(new, 1)]):
+        expected, (scores, labels, maps) = fitted.predict(given), scorer(given)
+        assert np.abs(scores - expected.scores).max() < 1e-4 and (labels == expected.labels).all()
+        assert np.abs(maps - expected.maps).max() < 1e-3  # light that is rounded otherwise, as for whole pictures
+
+
+def test_openvino_in_eight_bits_judges_in_tiles_too(model, large, tmp_path):
+    for name in ("onnx", "onnxscript", "openvino", "nncf"):
+        pytest.importorskip(name)
+    to_openvino_int8(model, tmp_path / "m.int8.xml", large[:3])
+    scores, labels, maps = OpenvinoScorer(tmp_path / "m.int8.xml")(large[:2])
+    assert np.isfinite(scores).all() and maps.shape == (2, 256, 256) and (labels == (scores > model.offset_)).all()
+
+
+def test_a_labelled_folder_is_evaluated_in_tiles(model, large, tmp_path, capsys):
+    masks = tmp_path / "parts/ground_truth/bad"
+    for folder in (tmp_path / "parts/good", tmp_path / "parts/bad", masks):
+        folder.mkdir(parents=True)
+    for i, picture in enumerate(large[:6]):
+        wide = np.concatenate([picture, large[6]], 1)
+        mask = np.zeros(wide.shape[:2], np.uint8)
+        if i >= 3:
+            wide[100:130, 420:450], mask[100:130, 420:450] = (255, 0, 255), 255
+            Image.fromarray(mask).save(masks / f"{i}.png")
+        Image.fromarray(wide).save(tmp_path / f"parts/{'bad' if i >= 3 else 'good'}/{i}.png")
+    model.save(tmp_path / "m.grad")
+    strict = GRAD.load(tmp_path / "m.grad", "cpu").set_params(progress=False)
+    found = strict.evaluate(tmp_path / "parts")
+    strict.offset_ = float(np.median(found.scores))
+    strict.save(tmp_path / "m.grad")
+    made = tmp_path / "out.json", tmp_path / "out.html"
+    grad_evaluate(str(tmp_path / "m.grad"), str(tmp_path / "parts"), *map(str, made), device="cpu", quiet=True)
+    figures, page = json.loads(made[0].read_text()), made[1].read_text()
+    assert (found.scores == model.score_samples(list(found.paths))).all() and found.maps.shape == (6, 256, 256)
+    assert 0 <= figures["au_pro"] <= 1 and f"AUROC              {figures['auroc']:.3f}" in capsys.readouterr().out
+    shown = [Image.open(BytesIO(b64decode(data))) for data in re.findall(r"base64,([^\"]+)", page)]
+    assert len(shown) == 2 * page.count("<figure>") >= 6 and {picture.size for picture in shown} == {(320, 160)}
+
+
+def test_the_page_judges_in_tiles(model, large):
+    pn = pytest.importorskip("panel")
+    from grad_nb.use.page import judged_views, make_page
+
+    files = [encoded(large[0]), encoded(np.concatenate([large[1], large[2]], 1)), encoded(large[0][:80])]
+    first, second, small = judged_views(model, files, ["a.png", "b.png", "c.png"])
+    for view, picture in ((first, large[0]), (second, np.concatenate([large[1], large[2]], 1))):
+        score = model.score_samples(picture)[0]
+        assert any(f"score {score:.3f}" in pane.object for pane in view.select(pn.pane.HTML))
+        (drawn,) = view.select(pn.pane.PNG)
+        assert Image.open(BytesIO(drawn.object)).width > 300
+    assert "c.png has 300x80 pixels, less than a tile of 96" in small.object
+    assert make_page(model, "m.grad")[0].object.count("m.grad, threshold") == 1
+
+
+def encoded(picture):
+    "A picture as the bytes of a PNG file."
+    with BytesIO() as buffer:
+        Image.fromarray(picture).save(buffer, format="PNG")
+        return buffer.getvalue()
 
 
 def test_the_commands_know_tiles(large, few_tiles, tmp_path, capsys):

@@ -30,7 +30,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..core.files import file_sha256, open_plain
-from ..core.progress import tqdm
+from ..core.progress import counted, tqdm
 from ..core.seeds import stage_seed
 
 log = logging.getLogger(__name__)
@@ -359,6 +359,7 @@ MOST_ENTRIES = 100_000  # files and folders that are looked through for what is 
 def passed_over(
     root: str | Path,  # a folder
     used: Iterable[Path] | frozenset[str] = (),  # files in it that are used; a frozenset holds normalised paths
+    advice: str = "",  # what to do about pictures in folders below
 ) -> tuple[str, ...]:  # a line for each place and ending
     "The pictures in a folder and in folders below it that are not used, counted by place."
     known = used if isinstance(used, frozenset) else {os.path.normpath(path) for path in used}
@@ -378,16 +379,17 @@ def passed_over(
             if ending in IMAGE_SUFFIXES + OTHER_SUFFIXES:
                 key = (os.path.relpath(place, root), ending if ending in OTHER_SUFFIXES else "")
                 found.setdefault(key, []).append(name)
-    return tuple([_not_used(*key, names) for key, names in sorted(found.items())] + more)
+    return tuple([_not_used(*key, names, advice) for key, names in sorted(found.items())] + more)
 
 
-def _not_used(place: str, ending: str, names: list[str]) -> str:
+def _not_used(place: str, ending: str, names: list[str], advice: str) -> str:
     "A line of `passed_over`."
     where = "beside them" if place == "." else f"in {place}"
     kind = f"{ending} " if ending else ""
-    pictures = "picture" if len(names) == 1 else "pictures"
-    said = f"not used: {len(names)} {kind}{pictures} {where} ({_few(names, 3)})"
-    return f"{said}, an ending that is not read; convert to PNG" if ending else said
+    said = f"not used: {counted(len(names), f'{kind}picture')} {where} ({_few(names, 3)})"
+    if ending:
+        return f"{said}, an ending that is not read; convert to PNG"
+    return f"{said}; {advice}" if advice and place != "." else said
 
 # %% ../../nbs/datasets/01_readers.ipynb #unused01p1
 def no_pictures(
@@ -510,7 +512,7 @@ def read_category(
     normals = picture_files(folder)
     if len(normals) < MIN_NORMALS:
         raise DataError(
-            f"{folder} holds {len(normals)} normal pictures; "
+            f"{folder} holds {counted(len(normals), 'normal picture')}; "
             f"at least {MIN_NORMALS} are needed, a batch takes {MIN_NORMALS}"
         )
     category = Category(Path(os.path.abspath(root)).name, layout, root, tuple(Sample(p, 0, "good") for p in normals))
@@ -926,12 +928,12 @@ def _against(found: Sequence[Path], folder: str, expected: int | None) -> Iterat
     "What is missing from a folder of numbered pictures, and what is extra."
     if expected is None:
         if found:
-            yield f"{folder}: {len(found)} pictures in a folder that the official set does not have"
+            yield f"{folder}: {counted(len(found), 'picture')} in a folder that the official set does not have"
         return
     names = Counter(p.stem for p in found)
     wanted = {f"{i:03}" for i in range(expected)}
     if not names:
-        yield f"{folder}: absent; it should hold {expected} pictures"
+        yield f"{folder}: absent; it should hold {counted(expected, 'picture')}"
     elif missing := wanted - set(names):
         yield f"{folder}: {len(found)} of {expected} pictures; missing {_few(missing)}"
     if extra := set(names) - wanted:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from ..core.files import read_json
 from ..core.processes import PARENT
-from ..core.progress import BARS, Plan
+from ..core.progress import BARS, Plan, counted
 from ..core.stages import stage_done
 from ..grad import STAGE_SHARES
 from ..patchdiff import check_level
@@ -146,14 +146,15 @@ def planned(
     for name in done:
         found.skip(name)
     train, held = split_normals(run)
-    detectors = "1 detector" if len(run.levels) == 1 else f"{len(run.levels)} detectors"
+    generators = counted(len(run.generator_levels), "generator")
+    detectors = counted(len(run.levels), "detector")
     detectors += ", one network" if run.preset.one_network else ""
-    text = f"{len(found.costs)} stages: {len(run.generator_levels)} generators, {detectors} and the table"
+    text = f"{len(found.costs)} stages: {generators}, {detectors} and the table"
     size = run.preset.generator.size
-    text += f"; {len(train)} pictures to learn from, seen at {size} x {size} pixels, {len(held)} held out"
-    found.announce(f"{text}; {len(done)} stages are done" if done else text)
+    text += f"; {counted(len(train), 'picture')} to learn from, seen at {size} x {size} pixels, {len(held)} held out"
+    found.announce(f"{text}; done before: {len(done)}" if done else text)
     if others := [name for name in costs if (run.folder / f"{name}.json").is_file()]:
-        found.announce(f"of other pictures or settings, and made again: {', '.join(others)}")
+        found.announce(f"these stages are of other pictures or settings, and are made again: {', '.join(others)}")
     return found
 
 # %% ../../nbs/runs/03_driver.ipynb #4a44d123

@@ -19,6 +19,7 @@ import pandas as pd
 from fastcore.xml import Safe, ft, to_xml
 
 from ..core.files import atomic_path, read_json
+from ..core.progress import counted
 from ..datasets.unpack import ARCHIVES
 from .tables import HERE, all_tables, collect
 
@@ -380,7 +381,8 @@ def _lead(preset: str, found: Mapping[Path, Mapping[str, Any]]) -> str:
     "The sentence below the title."
     categories = {(result["dataset"], result["category"]) for result in found.values()}
     seeds = ", ".join(map(str, sorted({result["seed"] for result in found.values()}))) or "none"
-    return f"preset {preset}; {len(found)} runs of {len(categories)} categories; seeds {seeds}"
+    some = "1 category" if len(categories) == 1 else f"{len(categories)} categories"
+    return f"preset {preset}; {counted(len(found), 'run')} of {some}; seeds {seeds}"
 
 
 def write_report(

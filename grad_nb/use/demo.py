@@ -61,12 +61,13 @@ def _check_data(folder: str | Path, decode: bool, progress: bool) -> int:
 
 def _check_files(root: Path, progress: bool) -> int:
     "Decode every picture and mask of a category and print what cannot be used; the number of such files."
+    from grad_nb.core.progress import counted
     from grad_nb.datasets.readers import check_category, read_category
 
     broken = check_category(read_category(root), progress)
     for _, problem in broken:
         tell(f"  {problem}")
-    print(f"  {len(broken)} files cannot be used" if broken else "  every picture and mask can be read")
+    print(f"  cannot be used: {counted(len(broken), 'file')}" if broken else "  every picture and mask can be read")
     return len(broken)
 
 

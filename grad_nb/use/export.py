@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from ..config import EvalConfig
 from ..coords import coord_map
 from ..core.files import atomic_path
+from ..core.progress import counted
 from ..core.provenance import versions
 from ..datasets.light import even, even_parts
 from ..datasets.readers import HALF_DOWN, no_pictures, picture_files, read_image, resize_image
@@ -489,6 +490,9 @@ def to_openvino(
     _save_openvino(_openvino_graph(model), model, Path(path))
 
 
+_CONVOLUTION = "Convolution"  # what OpenVINO calls it
+
+
 def to_openvino_int8(
     model: GRAD,  # fitted
     path: str | Path,  # the file, ending in .xml; its weights go beside it, ending in .bin
@@ -505,9 +509,11 @@ def to_openvino_int8(
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
     graph = _openvino_graph(model)
-    layers = [layer for layer in graph.get_ordered_ops() if layer.get_type_name() == "Convolution"]
-    shapes = {layer.get_friendly_name(): tuple(layer.input(1).get_shape()) for layer in layers}
-    exact = nncf.IgnoredScope(names=[name for name, shape in shapes.items() if not _is_large(shape)], types=["MatMul"])
+    layers = graph.get_ordered_ops()
+    shapes = {x.get_friendly_name(): tuple(x.input(1).get_shape()) for x in layers if x.get_type_name() == _CONVOLUTION}
+    small_ones = [name for name, shape in shapes.items() if not _is_large(shape)]
+    others = sorted({x.get_type_name() for x in layers} - {_CONVOLUTION})  # the light too: eight bits would spoil it
+    exact = nncf.IgnoredScope(names=small_ones, types=others, validate=False)
     feeds = _feeds(model, pictures)
     if not model.tile_:  # one at a time
         feeds = [{"pictures": feed["pictures"][i : i + 1]} for feed in feeds for i in range(len(feed["pictures"]))]
@@ -732,7 +738,7 @@ def difference_words(
     away = np.abs(scores - expected.scores).max()
     changed = int((labels != expected.labels).sum())
     return (
-        f"on the {len(pictures)} normal pictures: largest difference of a score {away:.2g}, where scores lie from "
-        f"{expected.scores.min():.3f} to {expected.scores.max():.3f} and the threshold at {model.offset_:.3f}; "
+        f"on {counted(len(pictures), 'normal picture')}: largest difference of a score {away:.2g}, where scores lie "
+        f"from {expected.scores.min():.3f} to {expected.scores.max():.3f} and the threshold at {model.offset_:.3f}; "
         f"{changed} {'verdict differs' if changed == 1 else 'verdicts differ'}"
     )

@@ -48,7 +48,7 @@ def expand(
         raise DataError("there is nothing to judge; give pictures, folders of pictures, or a folder to --watch")
     used = frozenset(os.path.normpath(path) for path in found)
     for folder in dict.fromkeys(folders):
-        for line in passed_over(folder, used):
+        for line in passed_over(folder, used, "folders below are not searched: give them too"):
             print(f"grad_predict: {printable(folder)}: {printable(line)}", file=sys.stderr)
     return found
 

@@ -176,7 +176,7 @@ def test_the_command_says_which_stage_of_how_many_and_how_long(data, tmp_path, c
     grad_run(str(data), "trays", "demo", **options)
     then = capsys.readouterr().err.splitlines()
     (planned,) = [line for line in first if line.startswith("5 stages: 3 generators, 1 detector and the table; ")]
-    assert "are done" not in planned and f"{planned}; 1 stages are done" in then
+    assert "done before" not in planned and f"{planned}; done before: 1" in then
     assert "stage 1 of 5 · less than 1 min left" in first and "stage 4 of 5 · less than 1 min left" in then
     grad_run(str(data), "trays", "demo", quiet=True, **options)
     assert "stage" not in capsys.readouterr().err

@@ -139,7 +139,8 @@ def test_what_is_passed_over_is_told(model, parts, capsys):
     Image.open(parts / "000.png").save(parts / "y.gif")
     status, rows, err = called(capsys, model, parts)
     assert status == 0 and len(rows) == 3
-    assert "not used: 1 picture in deeper (x.png)" in err and "not used: 1 .gif picture" in err
+    assert "not used: 1 picture in deeper (x.png); folders below are not searched: give them too\n" in err
+    assert "not used: 1 .gif picture" in err
     status, rows, err = called(capsys, model, parts, parts / "deeper")
     assert len(rows) == 4 and "deeper" not in err
 

@@ -228,8 +228,8 @@ def test_labelled_folders_are_read_in_any_layout(trays, parts, tmp_path):
     (parts / "empty").mkdir()
     (parts / "good").rename(parts / "Good")
     notes = " ".join(labelled_folder(parts).notes)
-    assert "1 pictures that lie directly in" in notes and "empty holds no pictures" in notes
-    assert "the 4 pictures of Good count as normal" in notes and labelled_folder(parts).counts["normal"] == 4
+    assert "not used: 1 picture directly in" in notes and "empty holds no pictures" in notes
+    assert "Good counts as normal: 4 pictures" in notes and labelled_folder(parts).counts["normal"] == 4
 
 
 def test_labelled_folders_that_cannot_be_are_refused_with_what_to_rename(trays, parts, tmp_path):
@@ -255,7 +255,7 @@ def test_masks_of_some_pictures_alone_are_told_of(trays, tmp_path):
     masks = sorted((tmp_path / "parts/ground_truth/structural_anomalies").iterdir())
     shutil.rmtree(masks[0])
     (note,) = labelled_folder(tmp_path / "parts").notes
-    assert note.startswith("1 anomalous pictures have no mask, the first ") and note.endswith("pixel figures are n/a")
+    assert note.startswith("no mask for 1 anomalous picture, the first ") and note.endswith("pixel figures are n/a")
 
 
 def test_evaluate_says_what_the_scores_say(model, trays):
@@ -314,7 +314,7 @@ def test_the_command_evaluates_in_a_table_json_and_a_page(model, parts, tmp_path
     assert json.loads(made[0].read_text()) == json.loads(json.dumps(found.figures))
     page = made[1].read_text()
     assert "<b>" not in page and html.escape("<b>bent & torn") in page and "m.grad on parts" in page
-    assert "1 pictures that lie directly in it" in page and "empty holds no pictures" in page
+    assert "not used: 1 picture directly in it, without a label" in page and "empty holds no pictures" in page
     assert str(tmp_path) not in page + made[0].read_text(), "what is given away says not where it was made"
     assert page.count("<figure>") == len(found.missed) + len(found.false_alarms) + found.figures["confusion"]["found"]
     assert not re.search(r"https?://", page) and "Missed" in page and f"{calibration(fitted).n} held-out" in page
