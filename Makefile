@@ -44,7 +44,7 @@ gpu: $(if $(filter .venv/bin,$(BIN)),install)  ## on a machine with a CUDA devic
 	$(BIN)/python -m grad_nb.bench.command --device cuda --quick --protocol --json-file results/gpu/gpu.json
 	$(BIN)/python -m grad_nb.bench.command --device cuda --preset paper --json-file results/gpu/gpu-steps.json
 
-export: install  ## after editing a notebook: clean the notebooks, write grad_nb/, README.md and the minutes of docs/method.md
+export: install  ## after editing a notebook: clean the notebooks, write grad_nb/, README.md and the minutes in docs/
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
 	$(BIN)/python tests/check_sync.py --write-readme

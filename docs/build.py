@@ -203,16 +203,20 @@ def slim(html: Path):
         page.write_text(head + start + article + end + foot, encoding="utf-8")
 
 
+def minutes_of(linked: str) -> int:
+    "What it takes to read the notebooks that a text links to."
+    names = re.findall(r"\.\./nbs/([\w/]+)\.ipynb\)", linked)
+    return sum(reading(read_notebook(NOTEBOOKS / f"{name}.ipynb"))["minutes"] for name in names)
+
+
 def write_minutes():
-    "Bring the minutes of docs/method.md up to date."
-    page = DOCS / "method.md"
-    text = re.sub(
-        r"(\.\./nbs/(\d\d_\w+)\.ipynb\).*\| )\d+( \|)$",
-        lambda row: f"{row[1]}{reading(read_notebook(NOTEBOOKS / f'{row[2]}.ipynb'))['minutes']}{row[3]}",
-        page.read_text(encoding="utf-8"),
-        flags=re.MULTILINE,
-    )
-    page.write_text(text, encoding="utf-8")
+    "Bring the minutes in the tables of docs/method.md and docs/teachers.md up to date."
+    rows = {"method": r"^(\| \[[^|]*\|.*\| )\d+( \|)$", "teachers": r"^(\| \d\. [^|]*\|[^|]*\| )\d+( \|.*)$"}
+    for name, row in rows.items():
+        page = DOCS / f"{name}.md"
+        text = page.read_text(encoding="utf-8")
+        found = re.sub(row, lambda line: f"{line[1]}{minutes_of(line[0])}{line[2]}", text, flags=re.MULTILINE)
+        page.write_text(found, encoding="utf-8")
 
 
 def report(html: Path) -> str:

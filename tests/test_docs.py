@@ -77,6 +77,15 @@ def test_the_minutes_of_the_method_are_those_of_its_notebooks():
         assert abs(counted - int(minutes)) <= max(5, counted / 2), f"{name} takes {counted} minutes: make export"
 
 
+def test_the_minutes_of_the_sessions_are_those_of_their_notebooks():
+    build = builder()
+    rows = re.findall(r"^\| \d\. [^|]*\|([^|]*)\| (\d+) \|", (DOCS / "teachers.md").read_text(), re.MULTILINE)
+    assert len(rows) == 6
+    for linked, minutes in rows:
+        counted = build.minutes_of(linked)
+        assert counted > 0 and abs(counted - int(minutes)) <= 5, f"{linked} takes {counted} minutes: make export"
+
+
 def test_the_reference_tells_what_the_comments_of_parameters_say():
     sys.path.insert(0, str(DOCS))
     import api
@@ -144,6 +153,13 @@ def test_the_pictures_of_the_diagram_are_found_in_one_sitting():
     counts = {"sit044": [10, 10, 10], "sit047": [10] * 6, "sit071": [8, 8]}  # kinds of pictures, patches, maps
     for cell, pictures in counts.items():
         assert [len(row) for row in diagram.rows_of(diagram.stored(cell))] == pictures
+
+
+def test_no_page_says_a_thing_twice():
+    for path, text in pages():
+        lines = [line.strip() for line in text.splitlines() if len(line.split()) > 8]
+        twice = {line for line in lines if lines.count(line) > 1}
+        assert not twice, f"{path.name} says it twice: {min(twice)[:80]}"
 
 
 # README
