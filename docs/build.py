@@ -174,8 +174,8 @@ def reading(notebook: dict) -> dict[str, int]:
 
 
 def on_one_line(cell: str) -> str:
-    "A cell of a table whose figures, such as `96.3 ± 1.7`, are not torn apart; a dash where there is none."
-    return re.sub(r"(?<=[\d-]) ([±/]) (?=[\d-])", "\u00a0\\1\u00a0", cell.replace(">NaN<", ">–<"))
+    "A cell whose figures, such as `96.3 ± 1.7` or `- / 98.2`, are not torn apart; a dash where there is none."
+    return re.sub(r"(?<=[\d-]) ([±/]) (?=[\d-])", "\u2060\u00a0\\1\u00a0", cell.replace(">NaN<", ">–<"))
 
 
 def slim(html: Path):

@@ -155,6 +155,29 @@ def test_the_pictures_of_the_diagram_are_found_in_one_sitting():
         assert [len(row) for row in diagram.rows_of(diagram.stored(cell))] == pictures
 
 
+def test_no_two_pages_have_the_same_title():
+    titles = {}
+    for path, text in pages():
+        title = re.search(r"^# (.+)$", outside_code(text), re.MULTILINE)
+        if title and path not in (ROOT / "README.md", NOTEBOOKS / "index.ipynb"):
+            other = titles.setdefault(title[1].lower(), path)
+            assert other == path, f"{path.name} and {other.name} are both called {title[1]}"
+
+
+def test_no_table_shows_markdown():
+    for path in NOTEBOOKS.rglob("*.ipynb"):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            for output in cell.get("outputs", ()):
+                table = "".join(output.get("data", {}).get("text/html", ()))
+                assert not re.search(r"<t[dh]>[^<]*(`|\*\*)", table), f"{path.name}: Markdown in a table of HTML"
+
+
+@pytest.mark.parametrize("figures", ["96.3 ± 1.7", "- / 98.2", "99.1 / -"])
+def test_figures_of_a_cell_stay_on_one_line(figures):
+    shown = builder().on_one_line(f"<td>{figures}</td>")
+    assert " " not in shown and shown.count("\u2060\u00a0") == 1  # a line may end after a hyphen that a space follows
+
+
 def test_no_page_says_a_thing_twice():
     for path, text in pages():
         lines = [line.strip() for line in text.splitlines() if len(line.split()) > 8]
