@@ -32,8 +32,8 @@ test: install  ## notebooks clean and in sync, lines, imports, types, notebook t
 	$(BIN)/nbdev_test --n-workers 2
 	$(BIN)/python -m pytest -q
 
-lab: install  ## the whole method in one notebook, in JupyterLab
-	$(BIN)/jupyter lab nbs/00_one_sitting.ipynb
+lab: install  ## the whole method in one notebook, in JupyterLab; threads that wait for work sleep
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(BIN)/jupyter lab nbs/00_one_sitting.ipynb
 
 docs: install  ## the site, into _docs/html, without a network; a warning is an error
 	$(BIN)/python docs/build.py
