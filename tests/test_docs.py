@@ -174,8 +174,19 @@ def test_no_table_shows_markdown():
 
 @pytest.mark.parametrize("figures", ["96.3 ± 1.7", "- / 98.2", "99.1 / -"])
 def test_figures_of_a_cell_stay_on_one_line(figures):
-    shown = builder().on_one_line(f"<td>{figures}</td>")
+    shown = builder().as_cell(f"<td>{figures}</td>")
     assert " " not in shown and shown.count("\u2060\u00a0") == 1  # a line may end after a hyphen that a space follows
+
+
+def test_a_name_in_a_table_breaks_where_a_word_ends():
+    shown = builder().as_cell('<td><code><span class="pre">generator.batch_size</span></code></td>')
+    assert '<span class="pre">generator.<wbr>batch_<wbr>size</span>' in shown
+
+
+def test_imports_are_folded_also_those_for_types():
+    build = builder()
+    assert build.is_imports("import numpy as np\n\nif TYPE_CHECKING:\n    from matplotlib.figure import Figure")
+    assert not build.is_imports("import numpy as np\n\nx = np.zeros(3)")
 
 
 def test_no_page_says_a_thing_twice():
