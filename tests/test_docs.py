@@ -172,6 +172,15 @@ def test_no_table_shows_markdown():
                 assert not re.search(r"<t[dh]>[^<]*(`|\*\*)", table), f"{path.name}: Markdown in a table of HTML"
 
 
+def test_what_a_notebook_of_the_method_prints_or_draws_is_stored():
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            text = "".join(cell["source"])
+            speaks = re.search(r"^(    )?print\(|^(plt\.)?show\(", text, re.MULTILINE)
+            if cell["cell_type"] == "code" and speaks and "#| export" not in text:
+                assert cell["outputs"], f"{path.name}: the page lacks what {text.splitlines()[0]!r} and so on says"
+
+
 @pytest.mark.parametrize("figures", ["96.3 ± 1.7", "- / 98.2", "99.1 / -"])
 def test_figures_of_a_cell_stay_on_one_line(figures):
     shown = builder().as_cell(f"<td>{figures}</td>")
