@@ -32,8 +32,8 @@ test: install  ## notebooks clean and in sync, lines, imports, types, notebook t
 	$(BIN)/nbdev_test --n-workers 2
 	$(BIN)/python -m pytest -q
 
-lab: install  ## the whole method in one notebook, in JupyterLab
-	$(BIN)/jupyter lab nbs/00_one_sitting.ipynb
+lab: install  ## the whole method in one notebook, in JupyterLab; threads that wait for work sleep
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(BIN)/jupyter lab nbs/00_one_sitting.ipynb
 
 docs: install  ## the site, into _docs/html, without a network; a warning is an error
 	$(BIN)/python docs/build.py
@@ -44,7 +44,7 @@ gpu: $(if $(filter .venv/bin,$(BIN)),install)  ## on a machine with a CUDA devic
 	$(BIN)/python -m grad_nb.bench.command --device cuda --quick --protocol --json-file results/gpu/gpu.json
 	$(BIN)/python -m grad_nb.bench.command --device cuda --preset paper --json-file results/gpu/gpu-steps.json
 
-export: install  ## after editing a notebook: clean the notebooks, write grad_nb/, README.md and the minutes of docs/method.md
+export: install  ## after editing a notebook: clean the notebooks, write grad_nb/, README.md and the minutes in docs/
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
 	$(BIN)/python tests/check_sync.py --write-readme

@@ -53,7 +53,8 @@ def is_imports(text: str) -> bool:
     "Whether a cell does nothing but import."
     code = re.sub(r"\([^)]*\)", "()", text)
     lines = [line for line in code.splitlines() if line.strip() and not line.startswith("#")]
-    return bool(lines) and all(line.startswith(("import ", "from ", "log = ", "_all_ = ")) for line in lines)
+    begins = ("import ", "from ", "log = ", "_all_ = ", "if TYPE_CHECKING:", "    from ", "    import ")
+    return bool(lines) and all(line.startswith(begins) for line in lines)
 
 
 def as_page(notebook: dict, module: str, depth: int, fold: bool = False) -> dict:
@@ -173,9 +174,14 @@ def reading(notebook: dict) -> dict[str, int]:
     return {"words": words, "lines": lines, "pictures": stored + len(re.findall(r"!\[", text)), "minutes": minutes}
 
 
-def on_one_line(cell: str) -> str:
-    "A cell of a table whose figures, such as `96.3 ± 1.7`, are not torn apart; a dash where there is none."
-    return re.sub(r"(?<=[\d-]) ([±/]) (?=[\d-])", "\u00a0\\1\u00a0", cell.replace(">NaN<", ">–<"))
+def as_cell(cell: str) -> str:
+    """A cell of a table for every width; a dash where there is no figure.
+
+    Figures such as `96.3 ± 1.7` or `- / 98.2` are not torn apart, and names in code only behind a dot, `_` or `/`.
+    """
+    cell = re.sub(r"(?<=[\d-]) ([±/]) (?=[\d-])", "\u2060\u00a0\\1\u00a0", cell.replace(">NaN<", ">–<"))
+    code = r'(?<=<span class="pre">)[^<]+'
+    return re.sub(code, lambda name: re.sub(r"(?<=\w)([._/])(?=\w)", r"\1<wbr>", name[0]), cell)
 
 
 def slim(html: Path):
@@ -195,7 +201,7 @@ def slim(html: Path):
         text = page.read_text(encoding="utf-8")
         text = re.sub(r"_images/([^\"']+\.(?:png|jpg))", lambda m: f"_images/{smaller.get(m[1], m[1])}", text)
         text = re.sub(r'<span class="(?:w|n|nn|o|p)">([^<]*)</span>', r"\1", text)  # they have no colour
-        text = re.sub(r"<td.*?</td>", lambda m: on_one_line(m[0]), text, flags=re.DOTALL)
+        text = re.sub(r"<td.*?</td>", lambda m: as_cell(m[0]), text, flags=re.DOTALL)
         text = re.sub(rf"<script[^>]*{icons}[^>]*></script>", "", text)
         head, start, rest = text.partition("<article")
         article, end, foot = rest.rpartition("</article>")
@@ -203,16 +209,20 @@ def slim(html: Path):
         page.write_text(head + start + article + end + foot, encoding="utf-8")
 
 
+def minutes_of(linked: str) -> int:
+    "What it takes to read the notebooks that a text links to."
+    names = re.findall(r"\.\./nbs/([\w/]+)\.ipynb\)", linked)
+    return sum(reading(read_notebook(NOTEBOOKS / f"{name}.ipynb"))["minutes"] for name in names)
+
+
 def write_minutes():
-    "Bring the minutes of docs/method.md up to date."
-    page = DOCS / "method.md"
-    text = re.sub(
-        r"(\.\./nbs/(\d\d_\w+)\.ipynb\).*\| )\d+( \|)$",
-        lambda row: f"{row[1]}{reading(read_notebook(NOTEBOOKS / f'{row[2]}.ipynb'))['minutes']}{row[3]}",
-        page.read_text(encoding="utf-8"),
-        flags=re.MULTILINE,
-    )
-    page.write_text(text, encoding="utf-8")
+    "Bring the minutes in the tables of docs/method.md and docs/teachers.md up to date."
+    rows = {"method": r"^(\| \[[^|]*\|.*\| )\d+( \|)$", "teachers": r"^(\| \d\. [^|]*\|[^|]*\| )\d+( \|.*)$"}
+    for name, row in rows.items():
+        page = DOCS / f"{name}.md"
+        text = page.read_text(encoding="utf-8")
+        found = re.sub(row, lambda line: f"{line[1]}{minutes_of(line[0])}{line[2]}", text, flags=re.MULTILINE)
+        page.write_text(found, encoding="utf-8")
 
 
 def report(html: Path) -> str:

@@ -80,6 +80,15 @@ def test_the_minutes_of_the_method_are_those_of_its_notebooks():
         assert abs(counted - int(minutes)) <= max(5, counted / 2), f"{name} takes {counted} minutes: make export"
 
 
+def test_the_minutes_of_the_sessions_are_those_of_their_notebooks():
+    build = builder()
+    rows = re.findall(r"^\| \d\. [^|]*\|([^|]*)\| (\d+) \|", (DOCS / "teachers.md").read_text(), re.MULTILINE)
+    assert len(rows) == 6
+    for linked, minutes in rows:
+        counted = build.minutes_of(linked)
+        assert counted > 0 and abs(counted - int(minutes)) <= 5, f"{linked} takes {counted} minutes: make export"
+
+
 def test_the_reference_tells_what_the_comments_of_parameters_say():
     sys.path.insert(0, str(DOCS))
     import api
@@ -149,6 +158,56 @@ def test_the_pictures_of_the_diagram_are_found_in_one_sitting():
         assert [len(row) for row in diagram.rows_of(diagram.stored(cell))] == pictures
 
 
+def test_no_two_pages_have_the_same_title():
+    titles = {}
+    for path, text in pages():
+        title = re.search(r"^# (.+)$", outside_code(text), re.MULTILINE)
+        if title and path not in (ROOT / "README.md", NOTEBOOKS / "index.ipynb"):
+            other = titles.setdefault(title[1].lower(), path)
+            assert other == path, f"{path.name} and {other.name} are both called {title[1]}"
+
+
+def test_no_table_shows_markdown():
+    for path in NOTEBOOKS.rglob("*.ipynb"):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            for output in cell.get("outputs", ()):
+                table = "".join(output.get("data", {}).get("text/html", ()))
+                assert not re.search(r"<t[dh]>[^<]*(`|\*\*)", table), f"{path.name}: Markdown in a table of HTML"
+
+
+def test_what_a_notebook_of_the_method_prints_or_draws_is_stored():
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            text = "".join(cell["source"])
+            speaks = re.search(r"^(    )?print\(|^(plt\.)?show\(", text, re.MULTILINE)
+            if cell["cell_type"] == "code" and speaks and "#| export" not in text:
+                assert cell["outputs"], f"{path.name}: the page lacks what {text.splitlines()[0]!r} and so on says"
+
+
+@pytest.mark.parametrize("figures", ["96.3 ± 1.7", "- / 98.2", "99.1 / -"])
+def test_figures_of_a_cell_stay_on_one_line(figures):
+    shown = builder().as_cell(f"<td>{figures}</td>")
+    assert " " not in shown and shown.count("\u2060\u00a0") == 1  # a line may end after a hyphen that a space follows
+
+
+def test_a_name_in_a_table_breaks_where_a_word_ends():
+    shown = builder().as_cell('<td><code><span class="pre">generator.batch_size</span></code></td>')
+    assert '<span class="pre">generator.<wbr>batch_<wbr>size</span>' in shown
+
+
+def test_imports_are_folded_also_those_for_types():
+    build = builder()
+    assert build.is_imports("import numpy as np\n\nif TYPE_CHECKING:\n    from matplotlib.figure import Figure")
+    assert not build.is_imports("import numpy as np\n\nx = np.zeros(3)")
+
+
+def test_no_page_says_a_thing_twice():
+    for path, text in pages():
+        lines = [line.strip() for line in text.splitlines() if len(line.split()) > 8]
+        twice = {line for line in lines if lines.count(line) > 1}
+        assert not twice, f"{path.name} says it twice: {min(twice)[:80]}"
+
+
 # README
 
 
@@ -167,19 +226,24 @@ def test_the_shell_trains_what_python_trains(page):
     assert python == (given[1] if given else inspect.signature(grad_fit).parameters["preset"].default)
 
 
-def test_the_tables_of_readme_are_what_the_records_say(monkeypatch):
-    monkeypatch.chdir(NOTEBOOKS)
-    cells = json.loads((NOTEBOOKS / "index.ipynb").read_text(encoding="utf-8"))["cells"]
+def told_and_stored(path):
+    "What the last line of each cell that has a table of Markdown says now, and what is stored."
     names = {}
-    tables = 0
-    for cell in cells:
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code":
             *lines, last = "".join(cell["source"]).splitlines()
-            exec("\n".join(lines), names)
-            (output,) = cell["outputs"]
-            assert eval(last, names).data == "".join(output["data"]["text/markdown"]), "run nbs/index.ipynb again"
-            tables += 1
-    assert tables == 3
+            tables = [out["data"]["text/markdown"] for out in cell["outputs"] if "text/markdown" in out["data"]]
+            exec("\n".join(lines if tables else [*lines, last]), names)
+            for table in tables:
+                yield eval(last, names).data, "".join(table)
+
+
+@pytest.mark.parametrize(("notebook", "tables"), [("index", 3), ("findings/08_tables", 4)])
+def test_the_tables_of_a_page_are_what_the_records_say(monkeypatch, notebook, tables):
+    path = NOTEBOOKS / f"{notebook}.ipynb"
+    monkeypatch.chdir(path.parent)
+    found = list(told_and_stored(path))
+    assert len(found) == tables and all(told == stored for told, stored in found), f"run {notebook} again"
 
 
 NO_FIGURES = (  # what has a decimal point and is no measurement: formulas, links, licences, versions

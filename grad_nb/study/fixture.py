@@ -425,7 +425,7 @@ def as_run(
     kept: Kept,  # a fixture
     folder: str | Path,  # a folder for its files
 ) -> Run:  # with the kept pictures alone
-    "A fixture laid out as a finished run, for [the figures](02_figures.ipynb)."
+    "A fixture laid out as a finished run, for `study.figures`."
     folder = Path(folder)
     chosen = kept.preset
     real, test = kept.pictures("real"), kept.pictures("test")
