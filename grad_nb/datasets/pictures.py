@@ -113,7 +113,7 @@ def _decoded(data: bytes, white: float | None) -> np.ndarray:
         except DataError as e:
             raise DataError(str(e).replace(str(path), source_name(data))) from None
 
-
+# %% ../../nbs/datasets/07_pictures.ipynb #pict003n
 def source_name(
     source: Source,  # one picture
 ) -> str:  # a file's name, or what else tells it
