@@ -86,7 +86,9 @@ class _Figures:
         self.done = 0  # steps of earlier processes
         self.old = torch.empty(0, len(self.names), dtype=torch.float64)  # their figures
         self.new: Tensor | None = None
-        if checkpoint and (saved := load_checkpoint(checkpoint, key)):
+        saved = load_checkpoint(checkpoint, key) if checkpoint else None
+        self.others = bool(checkpoint) and saved is None and Path(checkpoint).is_file()  # a checkpoint of another one
+        if saved:
             self.old = saved.pop("rows")
             self.done = saved.pop("done")
             for name, value in saved.items():
@@ -137,6 +139,8 @@ def run_steps(
     done = figures.done
     if done:
         log.info("%s continues after step %d of %d", label, done, steps)
+    elif figures.others:
+        log.warning("%s was begun with other pictures or settings, or cannot be read, and begins anew", label)
     bar = tqdm(range(done, steps), label, initial=done, total=steps, disable=not progress)
     for i in bar:
         if time_left() <= 0:

@@ -297,19 +297,21 @@ def test_a_checkpoint_of_another_detector_training_is_ignored(monkeypatch, tmp_p
     [dict(seed=1), dict(config=replace(TINY, sigma_g=0.03)), dict(level=9), dict(data=pictures(6, 16, 9))],
     ids=["seed", "config", "level", "pictures"],
 )
-def test_a_checkpoint_of_another_patchdiff_training_is_ignored(monkeypatch, tmp_path, change):
+def test_a_checkpoint_of_another_patchdiff_training_is_ignored_and_said(monkeypatch, tmp_path, change, caplog):
     monkeypatch.setattr(contrastive, "run_steps", partial(loop.run_steps, every=5))
     settings = dict(data=pictures(6, 16), level=5, config=TINY, seed=0)
     run = lambda c, data, level, config, seed: train_patchdiff(data, level, config, seed, checkpoint=c, progress=False)
     run(tmp_path / "c", **settings)
     assert (tmp_path / "c").exists()
     fresh, history = run(None, **settings | change)
+    assert not caplog.messages
     got, again = run(tmp_path / "c", **settings | change)
     assert same(fresh, got) and history.equals(again)
+    assert ["begun with other pictures or settings" in said for said in caplog.messages] == [True]
 
 
 @pytest.mark.parametrize("damage", ["half", "empty", "noise", "other file"])
-def test_a_damaged_checkpoint_is_ignored_and_not_fatal(monkeypatch, tmp_path, damage):
+def test_a_damaged_checkpoint_is_ignored_and_said_and_not_fatal(monkeypatch, tmp_path, damage, caplog):
     path = tmp_path / "c"
     detector_run(monkeypatch, path, stop=5)
     whole = path.read_bytes()
@@ -320,6 +322,7 @@ def test_a_damaged_checkpoint_is_ignored_and_not_fatal(monkeypatch, tmp_path, da
     fresh, _, _ = detector_run(monkeypatch)
     got, _, steps = detector_run(monkeypatch, path)
     assert steps == 8 and same(fresh, got) and no_parts(tmp_path)
+    assert any("cannot be read, and begins anew" in said for said in caplog.messages)
 
 
 def test_a_checkpoint_is_made_by_whole_trainings_too_and_can_be_read(monkeypatch, tmp_path):
