@@ -227,18 +227,24 @@ def test_the_shell_trains_what_python_trains(page):
 
 
 def told_and_stored(path):
-    "What the last line of each cell that has a table of Markdown says now, and what is stored."
+    "What the last line of each cell that has a table says now, and what is stored; as Markdown or as HTML."
     names = {}
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code":
             *lines, last = "".join(cell["source"]).splitlines()
-            tables = [out["data"]["text/markdown"] for out in cell["outputs"] if "text/markdown" in out["data"]]
+            stored = [output.get("data", {}) for output in cell["outputs"]]
+            tables = [(kind, "".join(data[kind])) for data in stored for kind in TOLD if kind in data]
             exec("\n".join(lines if tables else [*lines, last]), names)
-            for table in tables:
-                yield eval(last, names).data, "".join(table)
+            for kind, table in tables:
+                yield TOLD[kind](eval(last, names)), table
 
 
-@pytest.mark.parametrize(("notebook", "tables"), [("index", 3), ("findings/08_tables", 4)])
+TOLD = {"text/markdown": lambda shown: shown.data, "text/html": lambda table: table._repr_html_()}
+
+
+@pytest.mark.parametrize(
+    ("notebook", "tables"), [("index", 3), ("findings/08_tables", 4), ("findings/09_any_part", 14)]
+)
 def test_the_tables_of_a_page_are_what_the_records_say(monkeypatch, notebook, tables):
     path = NOTEBOOKS / f"{notebook}.ipynb"
     monkeypatch.chdir(path.parent)
