@@ -14,7 +14,7 @@ from scipy.ndimage import gaussian_filter
 
 from ..core.files import write_json
 from ..core.progress import tqdm
-from .trays import _save, drawn_once, stamped
+from .trays import drawn_once, stamped, write_part
 
 # %% ../../nbs/datasets/08_more.ipynb #morept04
 PICTURE_SIDE = 256  # of the pictures, pixels
@@ -160,23 +160,14 @@ def make_more(
         raise ValueError(f"no set {category!r}; there are {', '.join(MORE_SETS)}")
     draw, kinds, seed = MORE_SETS[category]
     want = dict(category=category, seed=seed, train=train, good=good, each=each)
-    parts = [("train/good", "", train), ("test/good", "", good), *((f"test/{kind}", kind, each) for kind in kinds)]
+    parts = [("train", "", train), ("test", "", good), *(("test", kind, each) for kind in kinds)]
 
     def draw_all(folder: Path) -> None:
         rng = np.random.default_rng(seed)
-        for part, kind, n in tqdm(parts, category, disable=not progress):
-            _write_part(folder, part, kind, n, draw, rng)
+        for split, kind, n in tqdm(parts, category, disable=not progress):
+            (folder / split / (kind or "good")).mkdir(parents=True)
+            for number in range(n):
+                write_part(folder, split, kind, number, draw(rng, kind))
         write_json(folder / "made.json", want)
 
     return drawn_once(Path(root) / category, draw_all, stamped(want, "made.json"))
-
-# %% ../../nbs/datasets/08_more.ipynb #morept12p1
-def _write_part(root: Path, folder: str, kind: str, n: int, draw: Callable, rng: np.random.Generator) -> None:
-    "Some pictures of one folder, and their masks."
-    (root / folder).mkdir(parents=True)
-    for number in range(n):
-        picture, mask = draw(rng, kind)
-        _save(root / folder / f"{number:03d}.png", picture)
-        if kind:
-            truth = root / "ground_truth" / kind / f"{number:03d}_mask.png"
-            _save(truth, np.where(mask, np.uint8(255), np.uint8(0)))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'PARTS', 'TRAY', 'COMPARTMENT', 'OFFSET', 'RADIUS', 'SHADOW', 'LOGICAL', 'STRUCTURAL', 'DEFECTS', 'VERSION',
            'SPLITS', 'Part', 'Scratch', 'Stain', 'Scene', 'sample_scene', 'render', 'spoil', 'defects_config',
-           'find_defects', 'draw_tray', 'drawn_once', 'stamped', 'write_parts', 'make_trays']
+           'find_defects', 'draw_tray', 'drawn_once', 'stamped', 'write_part', 'write_parts', 'make_trays']
 
 # %% ../../nbs/datasets/03_trays.ipynb #ae7eea92
 import hashlib
@@ -474,6 +474,23 @@ def stamped(
     return recognise
 
 # %% ../../nbs/datasets/03_trays.ipynb #trayspart
+def write_part(
+    folder: Path,  # of the category
+    split: str,  # "train" or "test"
+    kind: str,  # of defect; empty for a normal picture
+    number: int,  # of the picture in its folder
+    drawn: tuple[np.ndarray, np.ndarray],  # picture and mask
+) -> Path:  # of the picture
+    "Write a picture in the layout of MVTec AD, and the mask of a defective one."
+    picture, mask = drawn
+    path = folder / split / (kind or "good") / f"{number:03d}.png"
+    _save(path, picture)
+    if kind:
+        truth = folder / "ground_truth" / kind / f"{number:03d}_mask.png"
+        _save(truth, np.where(mask, np.uint8(255), np.uint8(0)))
+    return path
+
+
 def write_parts(
     folder: Path,  # of the category
     counts: tuple[int, int, int],  # pictures to learn from, normal ones to test with, defective ones
@@ -484,13 +501,7 @@ def write_parts(
     for part, count in enumerate(counts):
         for number in range(count):
             kind = kinds[number % len(kinds)] if part == 2 else ""
-            picture, mask = draw(part, number, kind)
-            path = folder / ("test" if part else "train") / (kind or "good") / f"{number:03d}.png"
-            _save(path, picture)
-            if kind:
-                truth = folder / "ground_truth" / kind / f"{number:03d}_mask.png"
-                _save(truth, np.where(mask, np.uint8(255), np.uint8(0)))
-            yield path
+            yield write_part(folder, "test" if part else "train", kind, number, draw(part, number, kind))
 
 # %% ../../nbs/datasets/03_trays.ipynb #f3edcbdb
 def _write(folder: Path, seed: int, size: int, counts: tuple[int, ...]) -> Iterator[Path]:
