@@ -351,10 +351,11 @@ def _one_by_one(
     runs: int,
     progress: bool,
     failed: list[dict],
-    beside: bool,
+    processes: int,
 ) -> dict[Contender, list[float]]:
     "Seconds of each contender, which is alone in memory; or while another process does the same."
     seconds: dict[Contender, list[float]] = {}
+    beside = processes > 1
     what = "two processes" if beside else f"batches of {batch}"
     for one in tqdm(found, what, disable=not progress, leave=False):
         try:
@@ -365,11 +366,13 @@ def _one_by_one(
     return seconds
 
 # %% ../../nbs/bench/08_peers.ipynb #_pee0020
-def _rows(times: dict[Contender, list[float]], terms: Terms, batch: int, runs: int, processes: int) -> list[dict]:
+def _rows(
+    times: dict[Contender, list[float]], terms: Terms, batch: int, runs: int, processes: int, in_turns: bool
+) -> list[dict]:
     "A row for each contender that was timed."
     protocol = {"device": device_name(terms.device), "threads": torch.get_num_threads()}
     protocol |= {"batch": batch, "processes": processes, "runs": runs, "timed": "bytes to score and map"}
-    protocol |= {"in_turns": batch == processes == 1}
+    protocol |= {"in_turns": in_turns}
     protocol |= {"transfers": "none (cpu)" if terms.device == "cpu" else "inside", "weights": "random"}
     rows: list[dict[str, Any]] = []
     for one, seconds in times.items():
@@ -401,10 +404,9 @@ def bench_peers(
     rows: list[dict] = []
     with threads_of(threads), tempfile.TemporaryDirectory() as folder:
         found, failed = contenders(names, terms, Path(folder), progress)
-        for batch in batches:
-            way = _peer_times if batch == 1 else partial(_one_by_one, beside=False)
-            rows += _rows(way(found, terms, batch, runs, progress, failed), terms, batch, runs, 1)
-        if beside:
-            times = _one_by_one(found, terms, 1, runs, progress, failed, beside=True)
-            rows += _rows(times, terms, 1, runs, 2)
+        for batch, processes in [(batch, 1) for batch in batches] + [(1, 2)] * beside:
+            in_turns = batch == processes == 1
+            way = _peer_times if in_turns else partial(_one_by_one, processes=processes)
+            times = way(found, terms, batch, runs, progress, failed)
+            rows += _rows(times, terms, batch, runs, processes, in_turns)
     return rows + failed
