@@ -75,9 +75,21 @@ def test_a_plan_measures_each_kind_and_leaves_the_first_step_out(clock):
     assert plan_text(plan) == "stage 3 of 3 · 5 min left"
 
 
+def test_a_stage_whose_bar_is_full_is_not_done_before_it_says_so():
+    plan = Plan({"generate-05": 1.0, "tables": 1.0}, show=False)
+    plan.now = "generate-05: 100%"
+    plan.at("generate-05", 1.0)
+    assert plan_line(plan).startswith("0 of 2 stages done")
+    plan.end("generate-05")
+    assert plan_line(plan).startswith("1 of 2 stages done")
+    plan.at("tables", 1.0)
+    plan.at("tables", 0.1)
+    assert plan_line(plan).startswith("1 of 2 stages done"), "the number of stages done never falls"
+
+
 def test_a_stage_of_two_loops_does_not_begin_again(clock):
     plan = Plan({"generate-05": 1.0}, show=False, parts={"generate": (0.8, 0.2)})
-    for share, whole in ((0.5, 0.4), (1.0, 0.8), (0.5, 0.9), (1.0, 1.0)):
+    for share, whole in ((0.5, 0.4), (1.0, 0.8), (0.5, 0.9), (1.0, 0.99)):
         plan.at("generate-05", share)
         assert plan.shares["generate-05"] == pytest.approx(whole)
 

@@ -159,7 +159,7 @@ class Plan(_Stages):
             self.loops[name] = (loop, share)
             parts = self.parts.get(kind_of(name), (1.0,))
             loop = min(loop, len(parts) - 1)
-            self.shares[name] = min(1.0, sum(parts[:loop]) + share * parts[loop])
+            self.shares[name] = min(0.99, sum(parts[:loop]) + share * parts[loop])  # only `end` says that it is done
             self.began.setdefault(name, (time.monotonic(), self.shares[name]))
             self.seconds[name] = time.monotonic() - self.began[name][0]
         _tell_plan(self)
