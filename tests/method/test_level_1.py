@@ -9,11 +9,11 @@ from shared import PLAIN, TINY, do_all, pictures, randn, rng, same_weights, seed
 
 from grad_nb.config import Level, PixelConfig, Preset, from_dict, override, preset, to_dict, trained_levels
 from grad_nb.contrastive import make_contrastive, noise_pictures
-from grad_nb.core.files import read_array
+from grad_nb.core.files import read_array, read_json
 from grad_nb.core.loop import TimeUp
 from grad_nb.core.tensors import read_tensors
 from grad_nb.detector import Detector, load_detector, map_side, save_detector
-from grad_nb.evaluation import score_maps
+from grad_nb.evaluation import score_levels, score_maps
 from grad_nb.grad import GRAD
 from grad_nb.level_1 import PixelDetector, draw_pixels, train_pixel_detector
 from grad_nb.patches import PATCH, STRIDE
@@ -147,6 +147,25 @@ def test_a_colour_is_right_in_its_place_alone():
     normal, mirrored, moved = score_maps(made, asked, 48).max((1, 2))
     assert mirrored > normal + 3, "both colours are known, and each is in the other's place"
     assert abs(moved - normal) < 0.3 * (mirrored - normal), "an edge that moves by a pixel hardly matters"
+
+
+def test_every_way_to_score_gives_its_map():
+    from grad_nb.accel import ops
+    from grad_nb.inference.captured import Captured
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        nets = [Detector(0.1).eval(), PixelDetector(8).eval()]
+    x = pictures(5, 48)
+    found = score_levels(nets, x, [64, 48])
+    with ops.use("reference"):
+        plain = score_levels(nets, x, [64, 48])
+    assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(found, plain))
+    assert np.array_equal(found[1][2], score_maps(nets[1], x[2:3], 48)[0]), "whatever is beside it"
+    for bf16, near in ((None, 1e-4), (False, 1e-4), (True, 0.03)):  # as a CPU does, and as CUDA would
+        batches = list(Captured(nets, [64, 48], 2, 48, "cpu", bf16).stream(x))
+        maps = [np.concatenate(parts) for parts in zip(*batches)]
+        assert all(np.allclose(a, b, atol=near) for a, b in zip(found, maps))
 
 
 @pytest.mark.parametrize("made", [PixelDetector(8, 1), PixelDetector(), Detector(0.1)])
@@ -339,6 +358,8 @@ def folder_of(tmp_path, kind):
 def test_a_finished_run_gets_level_1_and_keeps_everything_else(tmp_path, kind):
     from grad_nb.runs.driver import plan
     from grad_nb.runs.stages import holds_out, open_run, result_table
+    from grad_nb.study.figures import by_level, field_arrays
+    from grad_nb.use.gallery import model_of_run
 
     parts = (str(folder_of(tmp_path, kind)), "trays", "demo", 0, tmp_path / "runs")
     plain = open_run(*parts, TINY, "cpu", False)
@@ -354,6 +375,11 @@ def test_a_finished_run_gets_level_1_and_keeps_everything_else(tmp_path, kind):
     assert result["by_level"]["34"]["image_auroc"] == before["image_auroc"] and "1" in result["by_level"]
     assert {"generate-00", "detect-001"} < set(result["stages"])
     assert "  level 1 alone" in result_table(result).index and np.isfinite(result["image_auroc"])
+    assert set(by_level(run, 2)) == {"real", *(f"level {n}" for n in run.generator_levels)}
+    assert tuple(field_arrays(run)["supports"]) == plain.generator_levels, "what sees nothing has no field to draw"
+    model, where = model_of_run(run.folder, run.category, read_json(run.folder / "result.json"), "cpu")
+    assert isinstance(model.detectors_[1], PixelDetector)
+    assert ("held-out" in where) == (kind == "trays") != ("training pictures" in where)
     again = do_all(plain)
     assert again["image_auroc"] == before["image_auroc"], "and back"
 
@@ -395,6 +421,12 @@ def test_an_ablation_refuses_it_before_any_training(tmp_path):
     rest = (tmp_path / "runs", tmp_path / "ablation", "cpu")
     with pytest.raises(ValueError, match="without level_1"):
         cells(open_ablation(str(folder_of(tmp_path, "alone")), "trays", "demo", [0], "table4", SETTINGS, *rest))
+
+
+def test_how_long_it_takes_can_be_guessed():
+    from grad_nb.study.calibration import pixel_seconds
+
+    assert 0 < pixel_seconds(SHORT, Level(1, 40, (0,))) < float("inf")
 
 
 def test_table_4_leaves_it_out(tmp_path):
