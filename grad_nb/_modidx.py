@@ -1279,6 +1279,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'grad_nb/inference/tiles.py'),
                                          'grad_nb.inference.tiles._blurred': ( 'inference/tiles.html#_blurred',
                                                                                'grad_nb/inference/tiles.py'),
+                                         'grad_nb.inference.tiles._drawn': ('inference/tiles.html#_drawn', 'grad_nb/inference/tiles.py'),
                                          'grad_nb.inference.tiles._tiles_of_row': ( 'inference/tiles.html#_tiles_of_row',
                                                                                     'grad_nb/inference/tiles.py'),
                                          'grad_nb.inference.tiles.check_tile': ( 'inference/tiles.html#check_tile',

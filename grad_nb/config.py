@@ -164,6 +164,7 @@ class EvalConfig:
     # what it leaves open: readings of it
     blur_sigma: float = 2.75  # its standard deviation, pixels (our choice: 0.3*((k-1)/2-1)+0.8)
     placement: str = "geometry"  # of a cell: "geometry" (where it lies), "patch" (all over its patch) or "stretch"
+    positive_maps: bool = False  # pixel maps of logits above 0 alone: what speaks for an anomaly (our choice)
     map_size: int = 256  # side of the pixel maps; ground truth is compared at this size (our choice)
     holdout: float = 0.1  # share of the normals held out to fuse levels, without a validation set (our choice)
     # ours
@@ -402,7 +403,7 @@ FAST = Preset(
         max_detail_lost=0.5,
     ),
     detector=DetectorConfig(width=0.5, steps=5000, pictures=8, block=2, alpha_1=0.0, alpha_2=0.0),
-    evaluation=EvalConfig(placement="patch"),
+    evaluation=EvalConfig(placement="patch", positive_maps=True),
 )
 
 # %% ../nbs/01_config.ipynb #cfgdemo1
@@ -434,7 +435,7 @@ DEMO = Preset(
     detector=DetectorConfig(
         width=0.25, steps=2000, pictures=8, block=2, alpha_1=0.0, alpha_2=0.0, min_position=0.83, tries=4
     ),
-    evaluation=EvalConfig(placement="patch"),
+    evaluation=EvalConfig(placement="patch", positive_maps=True),
     levels_ad=(Level(34, 96, (3, 5, 17)),),
     levels_loco=(Level(34, 96, (3, 5, 17)),),
 )

@@ -201,6 +201,8 @@ def pixel_map(
 ) -> Tensor:  # (N, size, size) float32
     'Up-sample score maps by their true geometry and blur them ("Evaluation Settings").'
     S = score_map if isinstance(score_map, Tensor) else torch.from_numpy(np.array(score_map))
+    if blur and config.positive_maps:
+        S = S.clamp(min=0)
     U = placing(S.shape[-1], size, input_size or input_size_of(S.shape[-1], size), config, blur).to(**ops.at(S))
     return U @ S.float() @ U.T
 
@@ -251,8 +253,9 @@ def fuse(
         return image_scores(maps[0]), pixels
 
     def placed(blur: bool) -> np.ndarray:
-        levels = zip(maps, input_sizes, stats)
-        return mean_map(pixel_map((m - s.mean) / s.std, size, d, blur, config) for m, d, s in levels).numpy()
+        zeros = [0.0 if blur and config.positive_maps else s.mean for s in stats]
+        levels = zip(maps, input_sizes, stats, zeros)
+        return mean_map(pixel_map((m - zero) / s.std, size, d, blur, config) for m, d, s, zero in levels).numpy()
 
     return image_scores(placed(False)), placed(True) if with_maps else None
 

@@ -372,7 +372,9 @@ def tiling_of(
     "How a model cuts pictures into tiles and puts their maps together."
     config = model.preset_.evaluation
     sides = tuple(row.size for row in model.levels_)
-    rest = (config.placement, config.blur_kernel, config.blur_sigma)
+    zeros = [-s.mean / s.std for s in model.stats_] if len(sides) > 1 else [0.0]
+    drawn = tuple(zeros) if config.positive_maps else ()
+    rest = (config.placement, config.blur_kernel, config.blur_sigma, drawn)
     return Tiling(tile, model.preset_.generator.size, sides, joined_size(config.map_size), *rest)
 
 

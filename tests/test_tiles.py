@@ -92,6 +92,22 @@ def test_tiles_cover_a_side_and_their_weights_sum_to_one(placement, side, size, 
     assert torch.allclose(matrix.sum((0, 2)), torch.ones(200), atol=1e-5) and (matrix >= 0).all()
 
 
+def test_of_tiles_too_a_map_may_show_positive_values_alone():
+    plain = tiling(sides=(64, 64))
+
+    def waves(tiles, whole, windows):
+        cells = np.sin(np.arange(64.0)).reshape(1, 8, 8).repeat(len(tiles), 0).astype(np.float32)
+        return [cells, 2 * cells]
+
+    def positive(tiles, whole, windows):
+        return [np.maximum(cells - 0.5, 0) for cells in waves(tiles, whole, windows)]
+
+    picture = np.zeros((300, 500, 3), np.uint8)
+    found = judge_in_tiles(picture, replace(plain, zeros=(0.5, 0.5)), waves)
+    assert found.score == judge_in_tiles(picture, plain, waves).score
+    assert np.array_equal(found.heat_map, judge_in_tiles(picture, plain, positive).heat_map)
+
+
 def test_a_constant_stays_a_constant_and_a_slope_a_slope():
     t = tiling()
 

@@ -74,6 +74,7 @@ class Tiling:
     placement: str  # of a cell: "geometry", "patch" or "stretch", see `EvalConfig`
     blur_kernel: int  # taps of the blur of the map
     blur_sigma: float  # its standard deviation, pixels
+    zeros: tuple[float, ...] = ()  # for each detector, the value above which a cell is drawn; none: all cells are
 
     def starts(
         self,
@@ -192,9 +193,10 @@ def judge_in_tiles(
     for row, top in enumerate(tiling.starts(shape[0])):
         corners = [(top, left) for left in tiling.starts(shape[1])]
         cells = judge(*_tiles_of_row(pixels, corners, tiling, whole))
-        for canvas in (raw, shown):
-            if canvas is not None:
-                canvas.add(row, cells)
+        if raw is not None:
+            raw.add(row, cells)
+        if shown is not None:
+            shown.add(row, _drawn(cells, tiling))
         peaks = np.mean([found.max((1, 2)) for found in cells], 0)
         highest = max(highest, max(found.max() for found in cells))
         if peaks.max() > best:
@@ -215,3 +217,8 @@ def _blurred(joined: Tensor, tiling: Tiling) -> np.ndarray:
     "The blur of a map."
     blur = blur_matrix(tiling.map_size, tiling.blur_kernel, tiling.blur_sigma).float()
     return (blur @ joined @ blur.T).numpy()
+
+
+def _drawn(cells: Sequence[np.ndarray], tiling: Tiling) -> Sequence[np.ndarray]:
+    "What the map of the whole picture is made of."
+    return [np.maximum(found - zero, 0) for found, zero in zip(cells, tiling.zeros)] or cells

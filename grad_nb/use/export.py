@@ -70,20 +70,24 @@ class Frame(nn.Module):
     def __init__(
         self,
         side: int,  # side of the detector's input, pixels
-        config: EvalConfig,  # size, placement and blur of the pixel maps
+        config: EvalConfig,  # size, placement and blur of the pixel maps, and what they are made of
         stats: MapStats | None,  # standardises the map; None leaves the logits
     ):
         super().__init__()
         self.mean = stats.mean if stats else 0.0
         self.std = stats.std if stats else 1.0
+        self.positive = config.positive_maps
         self.register_buffer("place", placing(map_side(side), config.map_size, side, config, blur=False).clone())
         self.register_buffer("blur", placing(map_side(side), config.map_size, side, config, blur=True).clone())
 
     def forward(
         self,
         logits: Tensor,  # (B, h, h)
+        shown: bool = False,  # for the pixel map, which may be made of logits above 0 alone
     ) -> Tensor:  # (B, h, h): logits, or standardised logits
         "The map on the scale on which levels are averaged."
+        if shown and self.positive:
+            return F.relu(logits) / self.std
         return (logits - self.mean) / self.std
 
 # %% ../../nbs/use/02_export.ipynb #expores1
@@ -210,10 +214,12 @@ class Scorer(nn.Module):
         x = pictures.permute(0, 3, 1, 2).float().contiguous()
         if self.light is not None:
             x = even(x, self.light)
-        maps = [frame(logits) for frame, logits in zip(self.frames, self.judge(x))]
+        found = self.judge(x)
+        maps = [frame(logits) for frame, logits in zip(self.frames, found)]
+        shown = [frame(logits, shown=True) for frame, logits in zip(self.frames, found)]
         raw = self._fused("place", maps) if len(maps) > 1 else maps[0]
         scores = raw.amax((1, 2))
-        return scores, scores > self.threshold, self._fused("blur", maps)
+        return scores, scores > self.threshold, self._fused("blur", shown)
 
     def _fused(self, name: str, maps: list[Tensor]) -> Tensor:
         "The mean of the maps, each put where it lies in the picture by its frame's matrix of that name."
@@ -586,7 +592,7 @@ class _Exported:
             scores, labels, maps = self.raw(np.ascontiguousarray(pictures))
             return scores, labels.astype(bool), maps
         about = json.loads(self.meta["tiling"])
-        tiling = Tiling(**about | {"sides": tuple(about["sides"])})
+        tiling = Tiling(**about | {name: tuple(about.get(name, ())) for name in ("sides", "zeros")})
         count = len(json.loads(self.meta["inputs"]))
 
         def judge(*inputs: np.ndarray) -> Sequence[np.ndarray]:

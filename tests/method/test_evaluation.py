@@ -245,6 +245,20 @@ def test_fused_maps_are_the_mean_of_the_standardised_ones():
     assert np.allclose(fused, parts(True), atol=1e-5) and np.allclose(scores, parts(False).max((1, 2)), atol=1e-5)
 
 
+@pytest.mark.parametrize("levels", [1, 2])
+def test_positive_maps_hold_what_speaks_for_an_anomaly_and_scores_stay(levels):
+    maps, sides = LEVELS[:levels], (128, 64)[:levels]
+    stats = [MapStats(0.5, 2.0), MapStats(-1.0, 3.0)][:levels]
+    scale = [s.std if levels > 1 else 1.0 for s in stats]
+    config = EvalConfig(positive_maps=True)
+    scores, fused = fuse(maps, sides, stats, 64, config)
+    wanted = sum(pixel_map(np.maximum(m, 0) / s, 64, d) for m, s, d in zip(maps, scale, sides)).numpy() / levels
+    assert np.allclose(fused, wanted, atol=1e-5) and (scores == fuse(maps, sides, stats, 64)[0]).all()
+    doubtless = [np.where(m < 0, 9 * m, m) for m in maps]
+    assert np.array_equal(fused, fuse(doubtless, sides, stats, 64, config)[1])
+    assert not fuse([-np.abs(m) for m in maps], sides, stats, 64, config)[1].any()
+
+
 def test_statistics_need_pictures_and_never_divide_by_zero():
     with pytest.raises(ValueError, match="held-out"):
         MapStats.of(np.empty((0, 4, 4)))

@@ -147,6 +147,7 @@ def test_both_verdicts_occur():
         {"evaluation.placement": "stretch"},
         {"evaluation.placement": "patch"},
         {"evaluation.blur_kernel": 5},
+        {"evaluation.positive_maps": True},
         {"generator.size": 128},
         {"generator.size": 192},
         {"generator.size": 100},
