@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TABLE_7', 'AUGMENTATION', 'PAPER', 'FAST', 'DEMO', 'PAPER_OURS', 'PRESETS', 'ON_LOCO', 'LARGEST_SIDE',
-           'GeneratorConfig', 'DetectorConfig', 'EvalConfig', 'StudentConfig', 'Level', 'Augmentation', 'augmentation',
-           'Preset', 'override', 'preset', 'enlarged', 'to_dict', 'from_dict']
+           'GeneratorConfig', 'DetectorConfig', 'EvalConfig', 'StudentConfig', 'PixelConfig', 'Level', 'trained_levels',
+           'Augmentation', 'augmentation', 'Preset', 'override', 'preset', 'enlarged', 'to_dict', 'from_dict']
 
 # %% ../nbs/01_config.ipynb #684dc9eb
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from types import MappingProxyType
@@ -201,6 +201,25 @@ class StudentConfig:
         if not 0 <= self.paste <= 1:
             raise ValueError(f"paste is a share of the pictures, from 0 to 1, not {self.paste}")
 
+# %% ../nbs/01_config.ipynb #cfgpix1
+@dataclass(frozen=True)
+class PixelConfig:
+    "Settings of the level-1 detector and of its training, all our choice. `ValueError` for what cannot be meant."
+
+    width: int = 48  # channels of each of its three layers (our choice)
+    octaves: int = 4  # of Fourier features of the coordinates, 0 = the two raw channels (our choice)
+    steps: int = 1500  # training steps (our choice)
+    pictures: int = 8  # pictures per step, normal ones and as many of noise (our choice)
+    pixels: int = 4096  # pixels per step, of normal pictures and as many of noise (our choice)
+    lr: float = 3e-3  # peak of the one-cycle schedule (our choice)
+    weight_decay: float = 1e-4  # of AdamW (our choice: as for PatchDiff)
+    warm_up: float = 0.3  # share of the steps until the peak of the rate (our choice: torch's default)
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "width", "steps", "pictures", "pixels")
+        _at_least(self, 0, "octaves", "lr", "weight_decay")
+        _shares(self, "warm_up")
+
 # %% ../nbs/01_config.ipynb #26cb4892
 @dataclass(frozen=True)
 class Level:
@@ -208,7 +227,18 @@ class Level:
 
     level: int  # pixels of the full picture that one patch covers
     size: int  # side of the detector's input, pixels
-    generators: tuple[int, ...]  # levels of the PatchDiffs whose pictures are its negatives
+    generators: tuple[int, ...]  # levels of the PatchDiffs whose pictures are its negatives; 0 = pure noise
+
+    def __post_init__(self) -> None:
+        if (self.level == 1 or 0 in self.generators) and (self.level, *self.generators) != (1, 0):
+            raise ValueError(f"level 1 learns from noise, generators=(0,), and no other level does: {self}")
+
+
+def trained_levels(
+    levels: Sequence[int],  # of generators
+) -> tuple[int, ...]:  # those that have a PatchDiff
+    "All levels but 0: a generator that sees nothing draws noise, and there is nothing to train."
+    return tuple(n for n in levels if n)
 
 
 TABLE_7 = MappingProxyType(
@@ -259,26 +289,31 @@ class Preset:
     levels_loco: tuple[Level, ...] = TABLE_7["mvtec_loco"]  # detectors for MVTec LOCO and the trays
     student: StudentConfig = StudentConfig()  # of the one network
     one_network: bool = False  # distil the detectors into one small network, which judges in their place (our choice)
+    level_1: bool = False  # a detector of single pixels beside the others, which learns from noise (our choice)
+    pixel: PixelConfig = PixelConfig()  # of the level-1 detector
 
     def __post_init__(self):
         for rows in (self.levels_ad, self.levels_loco):
             if len({row.level for row in rows}) < len(rows):
                 raise ValueError(f"two detectors have the same level: {', '.join(str(row.level) for row in rows)}")
+            if self.level_1 and any(row.level == 1 for row in rows):
+                raise ValueError("there is a row of level 1 already; leave level_1 off")
 
     def levels(
         self,
         layout: str,  # layout of the data: "mvtec_ad", "mvtec_loco" or "folder"
-    ) -> tuple[Level, ...]:  # the detectors to train, finest first
-        "The detectors for a kind of data set (Table 7). `ValueError` for an unknown layout."
+    ) -> tuple[Level, ...]:  # the detectors to train, finest first; level 1, if asked for, is the last
+        "The detectors for a kind of data set (Table 7), level 1 last. `ValueError` for an unknown layout."
         rows = {"mvtec_ad": self.levels_ad, "folder": self.levels_ad, "mvtec_loco": self.levels_loco}
         if layout not in rows:
             raise ValueError(f"no layout {layout!r}; there are {', '.join(rows)}")
-        return rows[layout]
+        chosen = rows[layout]
+        return (*chosen, Level(1, chosen[-1].size, (0,))) if self.level_1 and chosen else chosen
 
     def generator_levels(
         self,
         layout: str,  # layout of the data
-    ) -> tuple[int, ...]:  # levels of the PatchDiffs to train, ascending
+    ) -> tuple[int, ...]:  # levels of the PatchDiffs to train, ascending; 0 = noise, for level 1
         "The generators that the detectors of a layout need between them."
         return tuple(sorted({n for row in self.levels(layout) for n in row.generators}))
 
@@ -468,7 +503,7 @@ def from_dict(
 ) -> Any:
     "The inverse of `to_dict`; a field that is missing has its default. `ValueError` for an unknown field."
     types = {"generator": GeneratorConfig, "detector": DetectorConfig}
-    types |= {"evaluation": EvalConfig, "student": StudentConfig}
+    types |= {"evaluation": EvalConfig, "student": StudentConfig, "pixel": PixelConfig}
     names = {f.name for f in fields(cls)}
     if unknown := set(data) - names:
         raise ValueError(f"{cls.__name__} has no setting {', '.join(sorted(unknown))}")

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'START_TOGETHER', 'CPU_BATCH', 'TOLD_AT_A_GLANCE', 'WAIT', 'PLACE_OF', 'stratified_times', 'denoising_losses',
            'denoising_loss', 'draw_pictures', 'loss_gradients', 'train_patchdiff', 'train_shared', 'DrawnPictures',
-           'draw_from_real', 'generate', 'told_apart', 'beginning', 'make_contrastive', 'read_changes']
+           'draw_from_real', 'generate', 'told_apart', 'beginning', 'make_contrastive', 'read_changes',
+           'noise_pictures']
 
 # %% ../nbs/05_contrastive.ipynb #astivei
 import logging
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from .accel import ops
 from .beyond import TimestepWeighting, blob_masks, random_crops, timesteps
-from .config import GeneratorConfig, to_dict
+from .config import GeneratorConfig, to_dict, trained_levels
 from .coords import coord_map, with_coords
 from .core.devices import device_kind
 from .core.files import array_sha256, exclusive_lock, read_array, write_array
@@ -427,7 +428,9 @@ def make_contrastive(
     progress: bool = True,  # show progress bars
     levels: Sequence[int] = (),  # all levels of the run, which share a trunk where the settings say so
 ) -> tuple[dict, list[str]]:  # figures; the files: generator, contrastive set (for `read_array`), history, change
-    "Train a PatchDiff and make its contrastive set: the work of a generate stage."
+    "Train a PatchDiff and make its contrastive set: the work of a generate stage. Of level 0 there is but the set."
+    if not level:
+        return _make_noise(folder, config, seed)
     tag = f"{level:02d}"
     files = [f"generator-{tag}.safetensors", f"contrastive/level-{tag}.npy", f"history/generate-{tag}.csv"]
     trained = folder / f"generator-{tag}.checkpoint"
@@ -435,7 +438,7 @@ def make_contrastive(
     start = time.perf_counter()
     config, begun = beginning(config, normals, seed)
     if config.shared:
-        model, history = _from_trunk(folder, normals, level, levels, config, seed, device, progress)
+        model, history = _from_trunk(folder, normals, level, trained_levels(levels), config, seed, device, progress)
     else:
         model, history = train_patchdiff(normals, level, config, seed, device, trained, progress)
     middle = time.perf_counter()
@@ -464,3 +467,25 @@ def read_changes(
     "How far the pictures of each set are from the real ones that they began with, in grey levels."
     files = [folder / f"contrastive/change-{level:02d}.npy" for level in levels]
     return [read_array(file) for file in files if file.is_file()]
+
+# %% ../nbs/05_contrastive.ipynb #noise02
+def noise_pictures(
+    n: int,  # how many
+    size: int,  # their side, pixels
+    seed: int = 0,  # of the run
+) -> np.ndarray:  # (n, size, size, 3) uint8
+    """The contrastive set of level 0: every pixel of every picture has a colour of its own, independent of all others.
+
+    That all colours are equally likely is our choice.
+    """
+    generator = stage_generator(seed, "patchdiff-sample-0")
+    return torch.randint(256, (n, size, size, 3), generator=generator, dtype=torch.uint8).numpy()
+
+
+def _make_noise(folder: Path, config: GeneratorConfig, seed: int) -> tuple[dict, list[str]]:
+    "The work of a generate stage of level 0: pictures and an empty history, and no generator."
+    start = time.perf_counter()
+    files = ["contrastive/level-00.npy", "history/generate-00.csv"]
+    write_array(folder / files[0], noise_pictures(config.n_samples, config.size, seed))
+    write_table(folder / files[1], pd.DataFrame({"loss": np.empty(0)}))
+    return {"level": 0, "parts": {"train": 0.0, "sample": round(time.perf_counter() - start, 2)}}, files

@@ -16,7 +16,7 @@ import torch
 from .coords import coord_map
 from .core.docstrings import with_parameters
 from .datasets.readers import resize_pictures
-from .detector import Detector, map_side
+from .detector import AnyDetector, map_side
 from .diffusion import to_model
 from .patches import PATCH, STRIDE
 
@@ -27,11 +27,11 @@ class PatchBank:
 
     features: np.ndarray  # (P, 256 width) float32: f_Z of each patch
     patches: np.ndarray  # (P, 34, 34, 3) uint8
-    places: np.ndarray  # (P, 4) int64: generator's level (0 = a training picture), picture, row and column of the cell
+    places: np.ndarray  # (P, 4) int64: generator's level (0 = real, or noise), picture, row and column of the cell
 
 
 def patch_features(
-    detector: Detector,  # trained
+    detector: AnyDetector,  # trained
     patches: np.ndarray,  # (P, 34, 34, 3) uint8
     cells: np.ndarray,  # (P, 2) row and column of each patch's cell
     size: int,  # side of the detector's input, pixels
@@ -59,8 +59,8 @@ def patch_at(
 
 
 def make_bank(
-    sets: Mapping[int, np.ndarray],  # generator's level (0 = training pictures) → (N, H, W, 3) uint8, perhaps mapped
-    detector: Detector,  # trained
+    sets: Mapping[int, np.ndarray],  # generator's level (0 = real ones, or noise) → (N, H, W, 3) uint8, perhaps mapped
+    detector: AnyDetector,  # trained
     size: int,  # side of the detector's input, pixels
     n: int,  # patches to keep, 1 or more
     generator: torch.Generator,  # source of randomness
@@ -93,7 +93,7 @@ class Neighbour:
 
     patch: np.ndarray  # (34, 34, 3) uint8
     distance: float  # Euclidean, in the detector's features
-    generator: int  # level of the PatchDiff that made its picture; 0 = a training picture
+    generator: int  # level of the PatchDiff that made its picture; 0 = a training picture, or noise
     picture: int  # number of its picture: of those given to `fit`, or of those the generator made
     box: Box  # its place, in the frame of the explained picture
 
@@ -164,7 +164,7 @@ def nearest(
 
 # %% ../nbs/13_explain.ipynb #02fb06dd
 def evidence(
-    detector: Detector,  # trained
+    detector: AnyDetector,  # trained
     score_map: np.ndarray,  # (h, w) its map of the picture
     picture: np.ndarray,  # (H, W, 3) uint8, at the generator's size
     level: int,  # of the detector

@@ -27,7 +27,7 @@ import torch
 
 import grad_nb.inference.levels  # noqa: F401  offers the fast way to score batches
 from .accel.backends import choice
-from .config import LARGEST_SIDE, Augmentation, Level, Preset, from_dict, preset, to_dict
+from .config import LARGEST_SIDE, Augmentation, Level, Preset, from_dict, preset, to_dict, trained_levels
 from .contrastive import make_contrastive, read_changes
 from .core.devices import pick_device
 from .core.docstrings import with_parameters
@@ -41,7 +41,7 @@ from .datasets.compare import LOOKED_AT, large_enough, some_of
 from .datasets.light import SIDE, Light, even_light, even_tiles, fit_light
 from .datasets.pictures import Input, Source, picture_pixels, picture_sources, source_name
 from .datasets.readers import MIN_NORMALS, DataError, find_white, hold_out, resize_image
-from .detector import Detector, load_detector
+from .detector import AnyDetector, load_detector, new_detector
 from .evaluation import MapStats, fuse, score_levels
 from .explain import Explanation, PatchBank, evidence, make_bank
 from .student import Student, branches, load_student, make_student, student_maps, student_with
@@ -298,7 +298,7 @@ class _Fitted(_Parameters):
     "What `fit` leaves; these names are there only after it."
 
     levels_: tuple[Level, ...]  # the rows of Table 7, one for each detector
-    detectors_: list[Detector]  # one for each level
+    detectors_: list[AnyDetector]  # one for each level
     banks_: list[tuple[PatchBank, PatchBank] | None]  # for each level, patches for `explain`, normal and generated
     stats_: list[MapStats]  # of each detector's maps of held-out normal pictures
     student_: Student | None = None  # the one network that judges in place of the detectors; None = they judge
@@ -690,7 +690,7 @@ STAGE_SHARES = {"generate": (0.85, 0.15)}
 def _generate_key(model: "_Fitted", normals: np.ndarray) -> str:
     "The fingerprint of the generators' stages."
     config = model.preset_.generator
-    together = [model.preset_.generator_levels(model.layout)] if config.shared else []
+    together = [trained_levels(model.preset_.generator_levels(model.layout))] if config.shared else []
     return stage_key("generate", "fit", array_sha256(normals), to_dict(config), model.random_state, *together)
 
 
@@ -699,7 +699,8 @@ def _stage_keys(model: "_Fitted", normals: np.ndarray) -> dict[str, str]:
     generate = _generate_key(model, normals)
     keys = {f"generate-{n:02d}": generate for n in model.preset_.generator_levels(model.layout)}
     for row in model.levels_:
-        settings = map(to_dict, (row, model.preset_.detector, model.augmentation))
+        more = [model.preset_.pixel] if row.level == 1 else []
+        settings = map(to_dict, (row, model.preset_.detector, model.augmentation, *more))
         keys[f"detector-{row.level:03d}"] = stage_key("detect", generate, *settings)
     if model.preset_.one_network:
         teachers = [keys[f"detector-{row.level:03d}"] for row in model.levels_]
@@ -712,11 +713,13 @@ def stage_costs(
     layout: str,  # of the data
 ) -> dict[str, float]:  # stage of `fit` → seconds on a processor with two cores, very roughly: they give proportions
     "What the stages cost beside each other, from runs with `demo`."
-    g, d = chosen.generator, chosen.detector
-    step = g.batch * (g.crop or g.size) ** 2 * g.width**2
-    costs = {f"generate-{n:02d}": 8e-9 * g.steps * step * (1 + n / 5) for n in chosen.generator_levels(layout)}
+    g, d, p = chosen.generator, chosen.detector, chosen.pixel
+    step = 8e-9 * g.steps * g.batch * (g.crop or g.size) ** 2 * g.width**2
+    costs = {f"generate-{n:02d}": step * (1 + n / 5) if n else 1.0 for n in chosen.generator_levels(layout)}
     steps = d.steps or d.epochs * 50
-    costs |= {f"detector-{row.level:03d}": 1.3 * steps * d.width**2 for row in chosen.levels(layout)}
+    for row in chosen.levels(layout):
+        small = 2e-7 * p.steps * p.pictures * row.size**2
+        costs[f"detector-{row.level:03d}"] = small if row.level == 1 else 1.3 * steps * d.width**2
     pixels = sum(row.size**2 for row in chosen.levels(layout)) / 256**2
     s = chosen.student
     student = {"student": 0.05 * s.steps * s.batch * (0.25 + d.width**2) * pixels}
@@ -750,7 +753,7 @@ def _planned(model: "_Training", folder: Path, keys: dict[str, str], pictures: i
 class _Training(_InTiles):
     "The stages of `fit`."
 
-    def _train(self, folder: Path, normals: np.ndarray, device: torch.device) -> list[Detector]:
+    def _train(self, folder: Path, normals: np.ndarray, device: torch.device) -> list[AnyDetector]:
         "Every stage of the training in one folder; a stage that is there already is taken as it is."
         config = self.preset_
         rest = (self.random_state, device, self.progress)
@@ -767,7 +770,8 @@ class _Training(_InTiles):
         for row in self.levels_:
             name = f"detector-{row.level:03d}"
             sets = [read_array(folder / f"contrastive/level-{n:02d}.npy") for n in row.generators]
-            settings = (row, config.detector, self.augmentation, *rest, read_changes(folder, row.generators))
+            changes = read_changes(folder, row.generators)
+            settings = (row, config.detector, self.augmentation, *rest, changes, config.pixel)
             train = partial(make_detector, folder, normals, sets, *settings)
             with plan.stage(name):
                 run_stage(folder, name, keys[name], train, device)
@@ -779,10 +783,10 @@ class _Training(_InTiles):
         return detectors
 
     def _distil(
-        self, folder: Path, normals: np.ndarray, teachers: list[Detector], key: str, device: torch.device
+        self, folder: Path, normals: np.ndarray, teachers: list[AnyDetector], key: str, device: torch.device
     ) -> None:
         "One network for all levels."
-        levels = self.preset_.generator_levels(self.layout)
+        levels = trained_levels(self.preset_.generator_levels(self.layout))
         sets = [read_array(folder / f"contrastive/level-{n:02d}.npy") for n in levels]
         settings = (self.preset_.student, self.augmentation, self.random_state, device, self.progress)
         train = partial(make_student, folder, teachers, self.levels_, normals, sets, *settings)
@@ -1079,7 +1083,7 @@ own before anything depends on it.
 """
 
 # %% ../nbs/15_grad.ipynb #dc287f0f
-FORMAT = 4  # of the file; raised when what it holds changes, see `checked_format`; 4 has tiles, 3 has none
+FORMAT = 4  # of the file; raised when what it holds changes, see `checked_format`; 4 has tiles or a level 1
 
 
 def _contents(
@@ -1101,10 +1105,13 @@ def _contents(
     settings = to_dict(model.preset_)
     if model.student_ is None:
         del settings["student"], settings["one_network"]  # as in files of before
+    if not model.preset_.level_1:
+        del settings["pixel"], settings["level_1"]  # likewise
+    later = bool(model.tile_) or any(row.level == 1 for row in model.levels_)
     known, kept = calibration(model), model.normals_
     return tensors, {
         "kind": "GRAD",
-        "format": FORMAT if model.tile_ else 3,  # who knows no tiles is not to read a file that has them
+        "format": FORMAT if later else 3,  # who knows no tiles is not to read a file that has them
         **model.settings_,
         "preset": settings,
         "augmentation": to_dict(model.settings_["augmentation"]),
@@ -1175,13 +1182,14 @@ def _grey_levels(levels: torch.Tensor | None) -> tuple[float, float]:
     return low, gain
 
 
-def _load_weights(width: float, tensors: dict[str, torch.Tensor], prefix: str) -> Detector:
+def _load_weights(row: Level, chosen: Preset, tensors: dict[str, torch.Tensor]) -> AnyDetector:
     "A detector with the weights of a file; errors for missing, unknown, misshapen or mistyped ones."
+    prefix = f"{row.level}."
     state = _take_out(tensors, prefix)
     if wrong := [n for n, t in state.items() if t.dtype != torch.float32]:
         raise ValueError(f"{prefix}{wrong[0]} is {state[wrong[0]].dtype}, not float32")
     with torch.device("meta"):
-        detector = Detector(width)
+        detector = new_detector(row.level, chosen.detector.width, chosen.pixel)
     detector.load_state_dict(state, assign=True)
     return detector.eval()
 
@@ -1207,7 +1215,7 @@ def _load_student(model: _Fitted, tensors: dict[str, torch.Tensor]) -> Student |
 
 
 def _load_banks(
-    tensors: dict[str, torch.Tensor], prefix: str, detector: Detector
+    tensors: dict[str, torch.Tensor], prefix: str, detector: AnyDetector
 ) -> tuple[PatchBank, PatchBank] | None:
     "The patches of a level, or None if there are none; `ValueError` for arrays that cannot be a bank."
     found = _take_out(tensors, prefix)
@@ -1236,8 +1244,8 @@ def _check_kinds(found: Any, wanted: Any, name: str) -> None:
         if not isinstance(found, list):
             raise ValueError(f"{name} is {found!r}")
         for row in found:
-            numbers = [row["level"], row["size"], *row["generators"]]
-            if not all(type(n) is int and 1 <= n <= MOST_PIXELS_OF_A_SIDE for n in numbers):
+            numbers = [(row["level"], 1), (row["size"], 1), *((n, 0) for n in row["generators"])]  # 0 = noise
+            if not all(type(n) is int and least <= n <= MOST_PIXELS_OF_A_SIDE for n, least in numbers):
                 raise ValueError(f"{name} holds {row!r}")
     elif isinstance(wanted, (int, float)):
         kinds = (int,) if isinstance(wanted, int) else (int, float)
@@ -1296,7 +1304,7 @@ def _rebuild(cls: type[FittedT], tensors: dict[str, torch.Tensor], meta: dict[st
     model.versions_ = dict(meta["versions"])
     model.light_ = _load_light(tensors, model.preset_.generator.light)
     model.student_ = _load_student(model, tensors)
-    model.detectors_ = [_load_weights(model.preset_.detector.width, tensors, f"{row.level}.") for row in model.levels_]
+    model.detectors_ = [_load_weights(row, model.preset_, tensors) for row in model.levels_]
     model.banks_ = [_load_banks(tensors, f"bank.{row.level}.", d) for row, d in zip(model.levels_, model.detectors_)]
     if tensors:
         raise ValueError(f"unknown tensor {next(iter(tensors))}")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PATCH', 'STRIDE', 'Pictures', 'ENOUGH', 'augment', 'block_side', 'split_blocks', 'CropParams', 'draw_crops',
-           'jitter_factors', 'allowed_flips', 'cut_patches', 'draw_group', 'Redrawn', 'change_sums', 'most_changed',
-           'Batch', 'draw_batch']
+           'jitter_factors', 'allowed_flips', 'cut_patches', 'draw_group', 'draw_whole', 'Redrawn', 'change_sums',
+           'most_changed', 'Batch', 'draw_batch']
 
 # %% ../nbs/06_patches.ipynb #45f4e200
 import math
@@ -173,6 +173,24 @@ def draw_group(
     "The patches of one group. `ValueError` as for `draw_crops`."
     params = draw_crops(pictures, config, augmentation, strength, right_place, generator)
     return cut_patches([params], block_side(config.block))
+
+# %% ../nbs/06_patches.ipynb #patwhole
+def draw_whole(
+    pictures: Pictures,  # (N, size, size, 3) uint8
+    n: int,  # how many to draw
+    augmentation: Augmentation,  # flips, rotation and probability of jitter
+    strength: float,  # strength of the colour jitter
+    generator: torch.Generator,  # source of randomness; its device is where the pictures are made
+) -> CropParams:  # for `cut_patches` with the side of the pictures
+    "Whole pictures in place of crops, augmented as for the detectors."
+    here: dict[str, Any] = dict(generator=generator, device=generator.device)
+    numbers = torch.randint(len(pictures), (n,), **here)
+    chances = torch.rand(7, n, **here)
+    angles = augmentation.rotation * (2 * chances[0] - 1)
+    flips = allowed_flips(chances[1:3], augmentation)
+    factors = jitter_factors(chances[3:], augmentation.jitter_p, strength)
+    corners = torch.zeros(2, n, dtype=torch.long, device=generator.device)
+    return CropParams(_read_chosen(pictures, numbers), angles, flips, factors, corners, corners)
 
 # %% ../nbs/06_patches.ipynb #patexp08
 ENOUGH = 3.0  # grey levels of mean change from which places are alike (our choice)

@@ -32,9 +32,9 @@ from .core.seeds import seeded_weights, stage_generator
 from .core.stages import stage_key, write_table
 from .core.tensors import checked_format, read_tensors, tensors_sha256, write_tensors
 from .datasets.readers import resized
-from .detector import Detector, he_init, map_side
+from .detector import he_init, map_side
 from .evaluation import MapStats, score_levels
-from .patches import PATCH, STRIDE, CropParams, Pictures, allowed_flips, cut_patches, jitter_factors
+from .patches import PATCH, STRIDE, Pictures, cut_patches, draw_whole
 
 # %% ../nbs/18_student.ipynb #stud1
 @dataclass(frozen=True)
@@ -184,21 +184,6 @@ def student_maps(
     return maps
 
 # %% ../nbs/18_student.ipynb #stud6
-def _recoloured(
-    pictures: Pictures, n: int, augmentation: Augmentation, strength: float, generator: torch.Generator
-) -> CropParams:
-    "Whole pictures, augmented as for the detectors."
-    here: dict = dict(generator=generator, device=generator.device)
-    numbers = torch.randint(len(pictures), (n,), **here)
-    chances = torch.rand(7, n, **here)
-    angles = augmentation.rotation * (2 * chances[0] - 1)
-    flips = allowed_flips(chances[1:3], augmentation)
-    factors = jitter_factors(chances[3:], augmentation.jitter_p, strength)
-    chosen = torch.from_numpy(np.ascontiguousarray(pictures[numbers.cpu().numpy()])).to(generator.device)
-    corners = torch.zeros(2, n, dtype=torch.long, device=generator.device)
-    return CropParams(chosen, angles, flips, factors, corners, corners)
-
-
 def paste_rectangles(
     pictures: Tensor,  # (B, C, H, W)
     share: float,  # of the pictures that get one
@@ -231,10 +216,10 @@ def draw_lessons(
     half = config.batch // 2 if contrastive else 0
     shares = torch.randint(max(1, len(contrastive)), (half,), generator=generator, device=generator.device)
     counts = torch.bincount(shares, minlength=len(contrastive)).tolist()
-    groups = [_recoloured(normal, config.batch - half, augmentation, augmentation.jitter_normal, generator)]
+    groups = [draw_whole(normal, config.batch - half, augmentation, augmentation.jitter_normal, generator)]
     for made, count in zip(contrastive, counts):
         if count:
-            groups.append(_recoloured(made, count, augmentation, augmentation.jitter_generated, generator))
+            groups.append(draw_whole(made, count, augmentation, augmentation.jitter_generated, generator))
     whole = cut_patches(groups, normal.shape[1])[:, :3]
     pasted = paste_rectangles(whole, config.paste, generator)
     return ((pasted + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
@@ -248,7 +233,7 @@ class Lessons:
 
     def __init__(
         self,
-        teachers: Sequence[Detector],  # trained, one for each level
+        teachers: Sequence[nn.Module],  # trained, one for each level
         levels: Sequence[Level],  # their rows of Table 7, finest first
         normal: np.ndarray,  # (N, S, S, 3) uint8 normal pictures
         contrastive: Sequence[np.ndarray],  # sets (M, S, S, 3) uint8
@@ -296,7 +281,7 @@ def in_logits(
 
 # %% ../nbs/18_student.ipynb #stud9b
 def train_student(
-    teachers: Sequence[Detector],  # trained, one for each level
+    teachers: Sequence[nn.Module],  # trained, one for each level
     levels: Sequence[Level],  # their rows of Table 7, finest first
     normal: np.ndarray,  # (N, S, S, 3) uint8 normal pictures
     contrastive: Sequence[np.ndarray],  # sets (M, S, S, 3) uint8; memory maps are fine
@@ -336,7 +321,7 @@ def train_student(
 
 # %% ../nbs/18_student.ipynb #stud10
 def student_training_key(
-    teachers: Sequence[Detector],  # whose maps are learnt
+    teachers: Sequence[nn.Module],  # whose maps are learnt
     levels: Sequence[Level],  # their rows of Table 7
     sets: Sequence[np.ndarray],  # all pictures
     config: StudentConfig,  # settings
@@ -394,7 +379,7 @@ def load_student(
 # %% ../nbs/18_student.ipynb #stud12
 def make_student(
     folder: Path,  # where the files go
-    teachers: Sequence[Detector],  # trained, one for each level
+    teachers: Sequence[nn.Module],  # trained, one for each level
     levels: Sequence[Level],  # their rows of Table 7, finest first
     normals: np.ndarray,  # (N, S, S, 3) uint8 training pictures
     sets: Sequence[np.ndarray],  # the contrastive set of each generator

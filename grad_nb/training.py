@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .accel import ops
-from .config import Augmentation, DetectorConfig, Level, to_dict
+from .config import Augmentation, DetectorConfig, Level, PixelConfig, to_dict
 from .contrastive import PLACE_OF
 from .core.devices import device_kind
 from .core.files import array_sha256
@@ -29,7 +29,8 @@ from .core.seeds import seeded_weights, stage_generator
 from .core.stages import stage_key, write_table
 from .datasets.compare import position_auroc
 from .datasets.readers import resize_pictures
-from .detector import Decoder, Detector, save_detector
+from .detector import AnyDetector, Decoder, Detector, save_detector
+from .level_1 import train_pixel_detector
 from .patches import Batch, Pictures, Redrawn, change_sums, draw_batch
 from .regularizers import decoding_loss, gradient_penalty, noised, one_patch_each
 from .reweighting import MemoryBank, effective_sample_size, negative_weight, reweighted_bce, tail_weight
@@ -284,28 +285,35 @@ def make_detector(
     folder: Path,  # where the files go
     normals: np.ndarray,  # (N, H, H, 3) uint8 training pictures, resized to the detector's size
     sets: Sequence[np.ndarray],  # one contrastive set for each of the row's generators, resized likewise
-    row: Level,  # row of Table 7
+    row: Level,  # row of Table 7, or level 1
     config: DetectorConfig,  # settings
     augmentation: Augmentation,  # of the category
     seed: int = 0,  # of the run
     device: str | torch.device = "cpu",  # where to compute
     progress: bool = True,  # show a progress bar
     changes: Sequence[np.ndarray] = (),  # how far each set is from real pictures, see `read_changes`
+    pixel: PixelConfig = PixelConfig(),  # settings of a level-1 detector
 ) -> tuple[dict, list[str]]:  # figures, and the files: detector and history
     "Train a detector and keep it; its checkpoint stays until the caller has written everything else."
     tag = f"{row.level:03d}"
     start = time.perf_counter()
     files = [f"detector-{tag}.safetensors", f"history/detect-{tag}.csv"]
-    normals, *sets = (resize_pictures(pictures, row.size) for pictures in (normals, *sets))
+    normals = resize_pictures(normals, row.size)
     config, position = settled(config, normals, seed)
     stage = f"detector-{row.level}"
     checkpoint = folder / f"detector-{tag}.checkpoint"
-    rest = (seed, stage, device, checkpoint, progress, changes)
-    detector, history = train_detector(normals, sets, config, augmentation, *rest)
+    rest = (seed, stage, device, checkpoint, progress)
+    detector: AnyDetector
+    if row.level == 1:
+        coordinates = config.coordinates
+        detector, history = train_pixel_detector(normals, sets[0], pixel, augmentation, coordinates, *rest)
+    else:
+        made = [resize_pictures(pictures, row.size) for pictures in sets]
+        detector, history = train_detector(normals, made, config, augmentation, *rest, changes)
     save_detector(folder / files[0], detector, row.size, row.level)
     write_table(folder / files[1], history)
     last = history.tail(100).mean()
-    figures = {"level": row.level, "loss": last.loss, "ess_neg": last.ess_neg}
+    figures = {"level": row.level} | {name: last[name] for name in ("loss", "ess_neg") if name in last}
     if position is not None:
         figures |= {"position_auroc": position, "wrong_coordinates": config.wrong_coordinates}
     return figures | {"parts": {"train": round(time.perf_counter() - start, 2)}}, files

@@ -105,10 +105,15 @@ def threads_for(
 
 
 def _with_threads(tasks: Sequence[Task], device: str) -> list[Task]:
-    "All tasks of a phase with the threads of each, whatever is done of them: other threads would give other bits."
-    counts = [cpu_count()] * len(tasks)
+    """All tasks of a phase with the threads of each, whatever is done of them: other threads would give other bits.
+
+    Tasks that cost nothing, those of level 1, come last, with a thread each, and change nothing for the others.
+    """
+    costs = [task.cost for task in tasks if task.cost]
+    counts = [cpu_count()] * len(costs)
     if not device.startswith("cuda"):
-        counts = threads_for([task.cost for task in tasks], cpu_count())
+        counts = threads_for(costs, cpu_count())
+    counts += [1] * (len(tasks) - len(costs))
     return [replace(task, threads=count) for task, count in zip(tasks, counts)]
 
 # %% ../../nbs/runs/03_driver.ipynb #drvplan0
@@ -118,8 +123,8 @@ def plan(
     "The notebooks of a run that are still to be done, phase by phase."
     generate = []
     for n in reversed(run.generator_levels):
-        generate.append(Task("generate", f"generate-{n:02d}", n, 1 + 0.3 * check_level(n)))
-    detect = [Task("detect", f"detect-{row.level:03d}", row.level) for row in run.levels]
+        generate.append(Task("generate", f"generate-{n:02d}", n, 1 + 0.3 * check_level(n) if n else 0.0))
+    detect = [Task("detect", f"detect-{row.level:03d}", row.level, float(row.level != 1)) for row in run.levels]
     student = [Task("student", "student")] if run.preset.one_network else []
     keys = {f"generate-{n:02d}": generate_key(run, n) for n in run.generator_levels}
     keys |= {f"detect-{row.level:03d}": detect_key(run, row.level) for row in run.levels}

@@ -34,6 +34,7 @@ from grad_nb.config import (
     override,
     preset,
     to_dict,
+    trained_levels,
 )
 from ..contrastive import make_contrastive, read_changes
 from ..core.devices import float32_name, pick_device
@@ -59,7 +60,7 @@ from grad_nb.datasets.readers import (
     read_category,
     upright_shape,
 )
-from ..detector import Detector, load_detector
+from ..detector import AnyDetector, load_detector
 from ..evaluation import MapStats, fuse, image_scores, score_maps, summary, trivial
 from ..inference.scorer import arithmetic
 from ..student import load_student, make_student, multiplications, student_maps
@@ -150,10 +151,13 @@ def open_run(
 def holds_out(
     run: Run,  # the run
 ) -> bool:
-    "Whether some of the training pictures are held out, because several maps are to be standardised."
+    """Whether some of the training pictures are held out, because several maps are to be standardised.
+
+    A level-1 detector does not count: whether there is one must not change what the others learn from.
+    """
     if run.hold_out is not None:
         return run.hold_out
-    return len(run.levels) > 1 and not run.category.validation
+    return len([row for row in run.levels if row.level != 1]) > 1 and not run.category.validation
 
 
 def split_normals(
@@ -205,7 +209,7 @@ def generate_key(
     "The fingerprint of a generate stage: everything that its result depends on."
     names = [sample.path.name for sample in split_normals(run)[0]]
     config = to_dict(run.preset.generator)
-    together = [run.generator_levels] if run.preset.generator.shared else []
+    together = [trained_levels(run.generator_levels)] if run.preset.generator.shared else []
     return stage_key("generate", level, config, run.seed, run.data_sha256, names, *together)
 
 
@@ -246,7 +250,8 @@ def detect_key(
     row = run.level(level)
     sources = [generate_key(run, n) for n in row.generators]
     settings = (to_dict(run.preset.detector), to_dict(augmentation(run.category.name)))
-    return stage_key("detect", to_dict(row), *settings, sources)
+    more = [to_dict(run.preset.pixel)] if row.level == 1 else []
+    return stage_key("detect", to_dict(row), *settings, sources, *more)
 
 
 def detect_stage(
@@ -268,7 +273,7 @@ def _detect(run: Run, row: Level) -> tuple[dict, list[str]]:
     changes = read_changes(run.sets_folder, row.generators)
     settings = (run.preset.detector, augmentation(run.category.name), run.seed, run.device, run.progress, changes)
     normals, light = normals_in_light(run)
-    figures, files = make_detector(run.folder, normals, sets, row, *settings)
+    figures, files = make_detector(run.folder, normals, sets, row, *settings, run.preset.pixel)
     detector, _ = load_detector(run.folder / files[0])
     start = time.perf_counter()
     for kind, samples in (("held", standardising(run)), ("test", run.category.test)):
@@ -282,7 +287,7 @@ def _detect(run: Run, row: Level) -> tuple[dict, list[str]]:
     return figures, files
 
 # %% ../../nbs/runs/01_stages.ipynb #b2679780
-def _score(run: Run, detector: Detector, row: Level, samples: Sequence[Sample], light: Light | None) -> np.ndarray:
+def _score(run: Run, detector: AnyDetector, row: Level, samples: Sequence[Sample], light: Light | None) -> np.ndarray:
     "Score maps of some pictures, read at the generator's size like the training pictures, a few at a time."
     batch = run.preset.evaluation.batch
     step = 4 * batch if torch.device(run.device).type == "cpu" else 1024
@@ -324,7 +329,7 @@ def student_stage(
 def _distil(run: Run) -> tuple[dict, list[str]]:
     "The work of a student stage."
     teachers = [load_detector(run.folder / f"detector-{row.level:03d}.safetensors")[0] for row in run.levels]
-    sets = [contrastive_set(run, n) for n in run.generator_levels]
+    sets = [contrastive_set(run, n) for n in trained_levels(run.generator_levels)]
     normals, light = normals_in_light(run)
     settings = (run.preset.student, augmentation(run.category.name), run.seed, run.device, run.progress)
     figures, files = make_student(run.folder, teachers, run.levels, normals, sets, *settings)
@@ -444,7 +449,7 @@ def _fused_scores(run: Run, by: str = "") -> tuple[list[np.ndarray], np.ndarray,
     "Score maps of the test pictures on every level, their scores and their pixel maps; by the student if it is named."
     config = run.preset.evaluation
     test = _scores_of_run(run, f"{by}test")
-    stats = [MapStats.of(m) for m in _scores_of_run(run, f"{by}held")] if len(run.levels) > 1 else []
+    stats = [MapStats.of(m) for m in _standardising_maps(run, by)] if len(run.levels) > 1 else []
     scores, maps = fuse(test, [row.size for row in run.levels], stats, config.map_size, config)
     assert maps is not None  # they are asked for
     return test, scores, maps
@@ -473,6 +478,17 @@ def _write_scores(run: Run, test: Sequence[np.ndarray], scores: np.ndarray) -> N
     }
     columns |= {f"score_{row.level}": image_scores(m) for row, m in zip(run.levels, test)}
     write_table(run.folder / "scores.csv", pd.DataFrame(columns | {"score": scores}))
+
+# %% ../../nbs/runs/01_stages.ipynb #pipe0007b
+def _standardising_maps(run: Run, by: str = "") -> list[np.ndarray]:
+    "The maps of `standardising` pictures; a detector that was alone when it was trained did not keep any."
+    samples = standardising(run)
+    found = _scores_of_run(run, f"{by}held")
+    for i, row in enumerate(run.levels):
+        if len(found[i]) != len(samples):
+            detector, _ = load_detector(run.folder / f"detector-{row.level:03d}.safetensors")
+            found[i] = _score(run, detector, row, samples, run_light(run))
+    return found
 
 # %% ../../nbs/runs/01_stages.ipynb #46ac95f5
 def evaluate_key(

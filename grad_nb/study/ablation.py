@@ -36,7 +36,7 @@ from ..core.stages import run_stage, stage_done
 from ..datasets.light import Light, even_light
 from ..datasets.readers import load_images, load_masks
 from ..datasets.trays import make_trays
-from ..detector import Detector, load_detector
+from ..detector import AnyDetector, load_detector
 from ..evaluation import image_scores, pixel_map, score_maps, summary, trivial
 from ..metrics import pixel_auroc_ap
 from ..plots import picture_rows, save_figure
@@ -353,8 +353,13 @@ def _run_of_variant(
     name: str,  # of the variant
     changes: Mapping[str, Any],  # what it changes
 ) -> Run:
-    "The run of a variant; its contrastive sets are those of the normal run unless it changes the generator."
+    """The run of a variant; its contrastive sets are those of the normal run unless it changes the generator.
+
+    `ValueError` for one with a level-1 detector.
+    """
     preset = override(run.preset, changes)
+    if preset.level_1:
+        raise ValueError("an ablation is of the detectors of Table 7, without level_1")
     folder = run.folder
     if preset.generator != run.preset.generator:
         folder = ablation.runs / "variants" / slug(name) / run.folder.relative_to(ablation.runs)
@@ -424,7 +429,7 @@ def _about(
 # %% ../../nbs/study/06_ablation.ipynb #abl0018b
 def figures_on_test(
     run: Run,  # the run
-    detector: Detector,  # trained
+    detector: AnyDetector,  # trained
     size: int,  # side of its input, pixels
     light: Light | None,  # to which its pictures are brought
 ) -> tuple[dict, dict[str, str]]:  # figures in [0, 1], and type → image scores as text

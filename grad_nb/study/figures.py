@@ -20,13 +20,13 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from ..config import DetectorConfig, augmentation
+from ..config import DetectorConfig, augmentation, trained_levels
 from ..coords import with_coords
 from ..core.files import read_array, read_json
 from ..core.seeds import stage_generator
 from ..core.stages import read_table
 from ..datasets.readers import DataError, data_sha256, load_images, load_masks, read_category, resize_pictures
-from ..detector import Detector, load_detector
+from ..detector import AnyDetector, Detector, load_detector
 from ..diffusion import alpha_bars, q_sample, to_bytes, to_model
 from ..evaluation import pixel_map
 from ..explain import make_bank
@@ -311,7 +311,7 @@ def field_supports(
 ) -> dict[int, np.ndarray]:  # level → (size, size) bool
     "Where the gradient of one output pixel is not zero, for each generator of a run."
     supports = {}
-    for level in run.generator_levels:
+    for level in trained_levels(run.generator_levels):
         path = run.folder / f"generator-{level:02d}.safetensors"
         if not path.is_file():
             raise Missing(f"{path} is not there; run the generate stage again")
@@ -360,13 +360,13 @@ def field_arrays(
         "noised": to_bytes(noised)[0],
         "supports": field_supports(run, pixel),
         "pixel": pixel,
-        "made": {level: np.asarray(contrastive(run, level)[0]) for level in run.generator_levels},
+        "made": {level: np.asarray(contrastive(run, level)[0]) for level in trained_levels(run.generator_levels)},
     }
 
 # %% ../../nbs/study/02_figures.ipynb #fa700017
 def trained_detector(
     run: Run,  # a finished run
-) -> Detector:
+) -> AnyDetector:
     "The finest detector of a run. `Missing` if it was deleted."
     path = run.folder / f"detector-{run.levels[0].level:03d}.safetensors"
     if not path.is_file():
@@ -436,7 +436,7 @@ def patch_arrays(
 
 # %% ../../nbs/study/02_figures.ipynb #fa70001b
 def weight_maps(
-    detector: Detector,  # trained
+    detector: AnyDetector,  # trained
     pictures: np.ndarray,  # (N, H, W, 3) uint8, generated
     banks: tuple[np.ndarray, np.ndarray],  # features (M, D) of normal and of generated patches: M+ and M-
     size: int,  # side of the detector's input, pixels

@@ -41,7 +41,7 @@ from ..grad import STAGE_SHARES
 from ..runs.check import check_key, room_left, run_bytes, stage_bytes
 from ..runs.driver import TRAYS_SEED, Task, last_progress, package_file, run_notebook, share_shown, template
 from ..runs.stages import Run, detect_key, evaluate_key, generate_key, open_run, parse_overrides, student_key
-from .calibration import detect_seconds, generate_seconds
+from .calibration import detect_seconds, generate_seconds, pixel_seconds
 from .report import write_report
 from .speed import SPEED_FILE, speed_key
 from .tables import averaged_data_set, published_categories, table_3
@@ -223,8 +223,8 @@ def _checked_bench(bench: str) -> str:
 
 
 def _threads(jobs: Sequence[Job], gpus: int) -> dict[str, int]:
-    "Threads of a job of each stage."
-    count = Counter(job.notebook for job in jobs)
+    "Threads of a job of each stage; those of level 1, which are short, change nothing for the others."
+    count = Counter(job.notebook for job in jobs if job.stage not in ("generate-00", "detect-001"))
     threads = {}
     for stage in ("generate", "detect", "student", "table", "variant", "speed", "figures"):
         side_by_side = gpus or max(1, min(cpu_count(), count[stage]))
@@ -513,10 +513,13 @@ def guess(
     try:
         torch.set_num_threads(threads or before)
         if job["notebook"] == "generate":
-            return generate_seconds(settings.generator, job["values"]["level"], device)
+            level = job["values"]["level"]
+            return generate_seconds(settings.generator, level, device) if level else 1.0
         rows = settings.levels(category.layout)
         chosen = [row for row in rows if row.level == job["values"].get("level", row.level)]
-        return sum(detect_seconds(settings.detector, row, len(category.train), device) for row in chosen)
+        pixels = sum(pixel_seconds(settings.pixel, row, device) for row in chosen if row.level == 1)
+        others = [row for row in chosen if row.level != 1]
+        return pixels + sum(detect_seconds(settings.detector, row, len(category.train), device) for row in others)
     finally:
         torch.set_num_threads(before)
 

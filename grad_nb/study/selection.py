@@ -18,7 +18,7 @@ from scipy.ndimage import gaussian_filter, uniform_filter
 from ..config import EvalConfig
 from ..core.seeds import stage_seed
 from ..datasets.readers import DataError, hold_out
-from ..detector import Detector
+from ..detector import AnyDetector
 from ..evaluation import MapStats, fuse, image_auroc, score_maps
 from ..metrics import pixel_auroc_ap
 
@@ -296,7 +296,7 @@ def map_criterion(
 
 # %% ../../nbs/study/07_selection.ipynb #sel00028
 def criterion(
-    detectors: Sequence[Detector],  # one, or several that are fused
+    detectors: Sequence[AnyDetector],  # one, or several that are fused
     sizes: Sequence[int],  # side of each detector's input, pixels
     normals: np.ndarray,  # (N, H, H, 3) uint8 held-out normal pictures that no detector was trained on
     pseudo: Mapping[str, Pseudo],  # what `pseudo_sets` drew from them

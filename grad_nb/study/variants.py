@@ -22,6 +22,7 @@ def rows_of_table_4(
     layout: str,  # "mvtec_ad", "mvtec_loco" or "folder"
 ) -> tuple[Level, ...]:  # the paper's three detectors
     "The detectors of Table 4: the preset's own where it has them, else with all of its contrastive sets."
+    preset = replace(preset, level_1=False)
     own = preset.levels(layout)
     if {row.level: row.size for row in own} == TABLE_4_SIZES:
         return own
@@ -35,9 +36,9 @@ def table_4_presets(
 ) -> dict[str, Preset]:  # rows of Table 4 → their settings, but for those that the preset itself has
     "What is trained for Table 4 beside the run itself."
     rows = rows_of_table_4(preset, layout)
-    with_rows = replace(preset, levels_ad=rows, levels_loco=rows, one_network=False)
+    with_rows = replace(preset, levels_ad=rows, levels_loco=rows, one_network=False, level_1=False)
     found = {name: override(with_rows, changes) for name, changes in SETS["table4"](preset).items()}
-    own = (preset.levels(layout), preset.detector)
+    own = (replace(preset, level_1=False).levels(layout), preset.detector)
     return {name: other for name, other in found.items() if (other.levels(layout), other.detector) != own}
 
 # %% ../../nbs/study/12_variants.ipynb #varrun1

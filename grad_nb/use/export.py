@@ -30,13 +30,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import EvalConfig
-from ..coords import coord_map
+from ..coords import with_coords
 from ..core.files import atomic_path
 from ..core.progress import counted
 from ..core.provenance import versions
 from ..datasets.light import even, even_parts
 from ..datasets.readers import HALF_DOWN, no_pictures, picture_files, read_image, resize_image
-from ..detector import Detector, map_side
+from ..detector import AnyDetector, map_side
 from ..evaluation import MapStats, placing
 from ..grad import GRAD, check_is_fitted, tiling_of
 from ..inference.tiles import Tiling, judge_in_tiles, random_tiles
@@ -119,18 +119,20 @@ class ApartFirst(nn.Module):
 
     def __init__(
         self,
-        detector: Detector,  # trained; it is copied, not shared
+        detector: AnyDetector,  # trained; it is copied, not shared
         side: int,  # side of its input, pixels
     ):
         super().__init__()
         made = copy.deepcopy(detector).cpu().float().requires_grad_(False).eval()
-        first, *rest = made.body
+        first, *rest = made.layers()
         assert isinstance(first, nn.Conv2d)
         seen, placed = first.weight[:, :3], first.weight[:, 3:]
-        self.register_buffer("constant", F.conv2d(coord_map(side, side)[None], placed, first.bias, 2))
-        self.first = nn.Conv2d(3, first.out_channels, first.kernel_size[0], 2, bias=False).requires_grad_(False)
+        places = made.inputs(with_coords(torch.zeros(1, 3, side, side)))[:, 3:]
+        self.register_buffer("constant", F.conv2d(places, placed, first.bias, first.stride))
+        kernel, stride = first.kernel_size[0], first.stride[0]
+        self.first = nn.Conv2d(3, first.out_channels, kernel, stride, bias=False).requires_grad_(False)
         self.first.weight.copy_(seen)
-        self.rest = nn.Sequential(*rest, made.head)
+        self.rest = nn.Sequential(*rest)
 
     def forward(
         self,
@@ -144,7 +146,7 @@ class DetectorViews(nn.Module):
 
     def __init__(
         self,
-        detectors: Sequence[Detector],  # trained; they are copied, not shared
+        detectors: Sequence[AnyDetector],  # trained; they are copied, not shared
         size: int,  # side of the pictures, pixels
         sides: Sequence[int],  # of the detectors' inputs, pixels
     ):

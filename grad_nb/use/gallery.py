@@ -58,7 +58,7 @@ def model_of_run(
     normals = load_images([category.train[i] for i in chosen], model.preset_.generator.size)
     held = [read_array(folder / f"scores/held-{row.level:03d}.npy") for row in model.levels_]
     source = "held-out normal pictures"
-    if len(held[0]):
+    if len(held[0]) and result["counts"]["held_out"]:
         known = calibration_of_quantile(len(held[0]), false_alarm_rate)
         rates = f"{percent(known.expected)} false alarms expected, at most {percent(known.bound)}"
         source += f"; {rates} with 90 % confidence"

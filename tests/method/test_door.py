@@ -13,8 +13,8 @@ from grad_nb.regularizers import gradient_penalty
 
 # From below; a module may import those that stand before it.
 METHOD = (
-    "beyond coords diffusion patchdiff contrastive patches detector reweighting regularizers training metrics "
-    "evaluation explain"
+    "beyond coords diffusion patchdiff contrastive patches level_1 detector reweighting regularizers training "
+    "metrics evaluation explain"
 ).split()
 BELOW = ("core", "config", "datasets", "accel.ops")  # what else the method may import of ours
 WORDS = (

@@ -123,7 +123,7 @@ def test_sets_and_their_changes_come_from_the_run_that_made_them(run, monkeypatc
     monkeypatch.setattr(room, "read_array", lambda path: asked.append(path.parent.parent))
     monkeypatch.setattr(room, "read_changes", lambda folder, levels: asked.append(folder) or "the changes")
     monkeypatch.setattr(room, "normals_in_light", lambda run: asked.append("normals") or ("normals", "light"))
-    monkeypatch.setattr(room, "make_detector", lambda *args: asked.append(args[-1]) or ({"parts": {}}, ["detector"]))
+    monkeypatch.setattr(room, "make_detector", lambda *args: asked.append(args[-2]) or ({"parts": {}}, ["detector"]))
     monkeypatch.setattr(room, "load_detector", lambda path: (None, {}))
     lights = []
     monkeypatch.setattr(room, "_score", lambda *args: lights.append(args[-1]) or np.zeros((0, 1, 1)))
