@@ -204,7 +204,7 @@ def judge_in_tiles(
     score = highest if raw is None else raw.map.max()
     return Joined(float(score), None if shown is None else _blurred(shown.map, tiling), corner)
 
-
+# %% ../../nbs/inference/05_tiles.ipynb #tiles015
 def _tiles_of_row(
     pixels: np.ndarray, corners: list[tuple[int, int]], tiling: Tiling, whole: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
