@@ -195,7 +195,7 @@ def slim(html: Path):
     for path in (html / "_images").glob("*.[pj][np]g"):
         if path.stat().st_size > 15_000:
             smaller[path.name] = path.with_suffix(".webp").name
-            Image.open(path).convert("RGB").save(path.with_suffix(".webp"), quality=82, method=6)
+            Image.open(path).convert("RGB").save(path.with_suffix(".webp"), quality=74, method=6)
             path.unlink()
     for page in html.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
