@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .accel import ops
 from .beyond import fourier_coords
 from .config import Augmentation, PixelConfig, to_dict
+from .coords import forget_coordinates
 from .core.devices import device_kind
 from .core.files import array_sha256
 from .core.loop import one_cycle, pause_of, run_steps
@@ -119,12 +120,6 @@ def draw_pixels(
     return torch.stack([seen, blank]).permute(2, 0, 1)[None]
 
 # %% ../nbs/19_level_1.ipynb #lev1c4
-def _forget_coordinates(detector: PixelDetector) -> None:
-    "Hold the weights that see them at zero."
-    with torch.no_grad():
-        next(detector.parameters())[:, 3:] = 0  # of the first layer: RGB, then coordinates
-
-
 def train_pixel_detector(
     normal: np.ndarray,  # (N, S, S, 3) uint8 normal pictures
     noise: np.ndarray,  # (M, G, G, 3) uint8 pictures of level 0, of any side; a memory map is fine
@@ -144,14 +139,19 @@ def train_pixel_detector(
     optimizer, schedule = one_cycle(detector.parameters(), config.steps, config.lr, config.warm_up, config.weight_decay)
     pictures = (ops.near(normal, device), ops.near(noise, device))
 
-    def step(i: int) -> Tensor:
+    def forget() -> None:
         if not coordinates:
-            _forget_coordinates(detector)
+            forget_coordinates(detector)
+
+    forget()
+
+    def step(i: int) -> Tensor:
         seen, blank = detector.pixels(draw_pixels(*pictures, config, augmentation, generator))[0, 0]
         losses = torch.stack([F.softplus(seen).mean(), F.softplus(-blank).mean()])
         optimizer.zero_grad(set_to_none=True)
         losses.mean().backward()
         optimizer.step()
+        forget()
         schedule.step()
         return torch.cat([losses.mean()[None], losses]).detach()
 
@@ -160,6 +160,4 @@ def train_pixel_detector(
     inputs = [to_dict(config), to_dict(augmentation), coordinates, seed, device_kind(device)]
     key = stage_key("detect", stage, *inputs, [array_sha256(p) for p in (normal, noise)])
     history = run_steps(step, config.steps, names, state, checkpoint, key, 200, stage, progress, pause_of(device))
-    if not coordinates:
-        _forget_coordinates(detector)
     return detector.eval(), history

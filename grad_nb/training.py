@@ -22,6 +22,7 @@ from torch import Tensor
 from .accel import ops
 from .config import Augmentation, DetectorConfig, Level, PixelConfig, to_dict
 from .contrastive import PLACE_OF
+from .coords import forget_coordinates
 from .core.devices import device_kind
 from .core.files import array_sha256
 from .core.loop import one_cycle, pause_of, run_steps
@@ -74,8 +75,7 @@ class Learner:
     def forget_places(self) -> None:
         "Without coordinates: hold the weights that see them at zero."
         if not self.config.coordinates:
-            with torch.no_grad():
-                next(self.detector.parameters())[:, 3:] = 0  # of the first layer: RGB, then coordinates
+            forget_coordinates(self.detector)
 
     @property
     def state(self) -> dict:

@@ -221,4 +221,6 @@ def _blurred(joined: Tensor, tiling: Tiling) -> np.ndarray:
 
 def _drawn(cells: Sequence[np.ndarray], tiling: Tiling) -> Sequence[np.ndarray]:
     "What the map of the whole picture is made of."
-    return [np.maximum(found - zero, 0) for found, zero in zip(cells, tiling.zeros)] or cells
+    if not tiling.zeros:
+        return cells
+    return [np.maximum(found - zero, 0) for found, zero in zip(cells, tiling.zeros)]

@@ -35,10 +35,11 @@ def table_4_presets(
     layout: str,  # of its category
 ) -> dict[str, Preset]:  # rows of Table 4 → their settings, but for those that the preset itself has
     "What is trained for Table 4 beside the run itself."
+    preset = replace(preset, level_1=False)
     rows = rows_of_table_4(preset, layout)
-    with_rows = replace(preset, levels_ad=rows, levels_loco=rows, one_network=False, level_1=False)
+    with_rows = replace(preset, levels_ad=rows, levels_loco=rows, one_network=False)
     found = {name: override(with_rows, changes) for name, changes in SETS["table4"](preset).items()}
-    own = (replace(preset, level_1=False).levels(layout), preset.detector)
+    own = (preset.levels(layout), preset.detector)
     return {name: other for name, other in found.items() if (other.levels(layout), other.detector) != own}
 
 # %% ../../nbs/study/12_variants.ipynb #varrun1
