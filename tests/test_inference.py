@@ -29,7 +29,7 @@ from grad_nb.inference import captured as recording
 from grad_nb.inference import levels, loops, scorer
 from grad_nb.inference.captured import Captured, captured_detectors, roomy_batch
 from grad_nb.inference.levels import score_levels_fast
-from grad_nb.inference.loops import NEAR, TILES, Winograd, best_tile, scorer_loops
+from grad_nb.inference.loops import NEAR, TILES, WinogradConv, best_tile, scorer_loops
 from grad_nb.inference.scorer import FastDetector, arithmetic, precision_of, prepared, score_map
 from grad_nb.training import Learner
 
@@ -143,7 +143,7 @@ def test_the_compiled_layer_is_a_convolution_with_relu(library, m, r, fold, side
     C, K = 32 * fold if side == 13 else 64, 96
     x, weight, bias = torch.randn(3, side, side, C), torch.randn(K, C, r * fold, r * fold) / C, torch.randn(K)
     expected = F.conv2d(x.permute(0, 3, 1, 2).double(), weight.double(), bias.double(), fold).relu().permute(0, 2, 3, 1)
-    layer = Winograd(unstrided(weight) if fold == 2 else weight, bias, side, fold, m, library)
+    layer = WinogradConv(unstrided(weight) if fold == 2 else weight, bias, side, fold, m, library)
     found = layer(x, [torch.full((n,), torch.nan) for n in layer.memory(3)], torch.full(expected.shape, torch.nan))
     assert (
         layer.out == expected.shape[1]
@@ -393,7 +393,7 @@ def test_fast_is_plain(width, size, way, monkeypatch):
     assert (fast(torch.from_numpy(seen)) - expected).abs().max() < tolerance(fast) * (
         expected.std() if size > 34 else 1
     )
-    assert way == "torch" or width < 0.25 or size == 34 or any(isinstance(layer, Winograd) for layer in fast.layers)
+    assert way == "torch" or width < 0.25 or size == 34 or any(isinstance(layer, WinogradConv) for layer in fast.layers)
     assert precision_of(fast) == (way if way != "torch" and width >= 0.25 else "float32")
 
 
@@ -404,7 +404,7 @@ def test_large_pictures_go_through_in_strips(tiles, monkeypatch):
     expected = plain(d, seen)
     monkeypatch.setattr(loops, "STRIP", tiles)
     fast = FastDetector(d, 134)
-    assert any(isinstance(layer, Winograd) and layer.strip < layer.tiles for layer in fast.layers)
+    assert any(isinstance(layer, WinogradConv) and layer.strip < layer.tiles for layer in fast.layers)
     assert (fast(torch.from_numpy(seen)) - expected).abs().max() < tolerance(fast) * expected.std()
 
 
@@ -454,8 +454,8 @@ def test_a_form_is_that_of_the_words_in_force():
         with backends.use(words):
             forms.append(prepared(d, 64))
             assert arithmetic([d], [64]) == products and prepared(d, 64) is forms[-1]
-    assert len(set(map(id, forms))) == 3 and all(isinstance(layer, Winograd) for layer in forms[1].layers)
-    assert not any(isinstance(layer, Winograd) for layer in forms[2].layers)
+    assert len(set(map(id, forms))) == 3 and all(isinstance(layer, WinogradConv) for layer in forms[1].layers)
+    assert not any(isinstance(layer, WinogradConv) for layer in forms[2].layers)
 
 
 def test_bfloat16_is_computed_by_torch_when_it_is_asked_for():

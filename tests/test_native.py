@@ -420,7 +420,8 @@ def test_without_the_loops_matrix_products_give_the_same(fresh, caplog):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
     fresh.setenv("GRAD_NB_ACCEL", "auto")
     winograd._compiled_tiles.cache_clear()
-    fresh.setattr(winograd, "TURN", winograd.TURN.replace("M[q * n + k] * AT(d + k * far);", "M[k] * AT(d + k * far);"))
+    wrong = winograd.TRANSFORM_ROWS.replace("M[q * n + k] * AT(d + k * far);", "M[k] * AT(d + k * far);")
+    fresh.setattr(winograd, "TRANSFORM_ROWS", wrong)
     with caplog.at_level("INFO"):
         assert winograd.tile_loops() is None
     assert "not right" in caplog.text
@@ -461,20 +462,20 @@ def test_tiles_take_an_empty_batch_and_other_modes():
 
 
 @pytest.mark.parametrize(
-    "x, way, squares",
+    "x, matrix, squares",
     [
-        ((49, 256), "back^T", (2, 32)),
-        ((49, 256), "back", (2, 32)),
-        ((3, 256), "into", None),
-        ((256,), "into", None),
-        ((), "into", None),
-        ((36, 4), "inot", None),
-        ((2, 32, 8, 8), "into", (2, 32)),
+        ((49, 256), "A", (2, 32)),
+        ((49, 256), "A^T", (2, 32)),
+        ((3, 256), "B^T", None),
+        ((256,), "B^T", None),
+        ((), "B^T", None),
+        ((36, 4), "BT", None),
+        ((2, 32, 8, 8), "B^T", (2, 32)),
     ],
 )
-def test_what_cannot_be_transformed_is_refused(x, way, squares):
-    with pytest.raises(ValueError, match="way|shape"):
-        winograd.turned(torch.zeros(x), way, 16, 4, squares)
+def test_what_cannot_be_transformed_is_refused(x, matrix, squares):
+    with pytest.raises(ValueError, match="matrix|shape"):
+        winograd.tile_transform(torch.zeros(x), matrix, 16, 4, squares)
     for stride in ([2, 2], 2, (1, 2), (3, 3)):
         with pytest.raises(ValueError, match="stride"):
             winograd.small_conv(torch.zeros(1, 32, 16, 16), torch.zeros(4, 32, 4, 4), None, stride)

@@ -78,14 +78,7 @@ def test_the_first_line_of_a_module_has_120_characters_at_most():
 
 
 def test_lines_have_120_characters_at_most():
-    "But for the tiles and the loops of inference, which wait for a decision on them."
-    waiting = re.compile(r"accel/\d+_winograd|inference/\d+_loops")
-    found = Counter(
-        notebook
-        for notebook, _, lines in exported_cells()
-        for line in lines
-        if len(line) > 120 and not waiting.match(notebook)
-    )
+    found = Counter(notebook for notebook, _, lines in exported_cells() for line in lines if len(line) > 120)
     assert not found, f"lines of more than 120 characters: {dict(found)}"
 
 

@@ -24,7 +24,7 @@ from ..core.devices import bf16_supported, pick_device
 from ..core.latency import _wait
 from ..core.progress import tqdm
 from ..detector import Detector
-from ..inference.loops import Winograd
+from ..inference.loops import WinogradConv
 from ..inference.scorer import FastDetector
 
 # %% ../../nbs/bench/01_operations.ipynb #3c97985c
@@ -111,7 +111,7 @@ def fast_operations(
     "The multiply-accumulates that the fast form of a detector really does."
     made = form.first.out**2 * form.first.weight.numel()
     for layer in form.layers:
-        if isinstance(layer, Winograd):
+        if isinstance(layer, WinogradConv):
             made += layer.n2 * layer.tiles**2 * layer.C * layer.K
         else:
             made += layer.out**2 * layer.weight.numel()
@@ -129,7 +129,7 @@ def fast_bytes(
     maps += sum(2 * form.side**2 * dense.weight.shape[1] for dense in form.one_pixel)
     for layer in form.layers:
         maps += 2 * layer.out**2 * layer.K
-        if isinstance(layer, Winograd):
+        if isinstance(layer, WinogradConv):
             maps += 2 * layer.n2 * layer.tiles**2 * (layer.row + layer.K)
             weights += layer.U.numel()
         else:

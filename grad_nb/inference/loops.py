@@ -4,23 +4,22 @@
 
 # %% auto #0
 __all__ = ['HEAD', 'FLOATS', 'PRODUCT', 'PAIRS', 'SPLIT', 'BY_PAIRS', 'INPUT', 'PUT', 'PUT_SPLIT', 'OUTPUT', 'CHANNELS', 'NEAR',
-           'TILES', 'TILES_OF_FLOATS', 'FETCH', 'FETCH_OF_FLOATS', 'APART', 'STRIP', 'scorer_source', 'has_pairs',
-           'product_ways', 'scorer_loops', 'best_tile', 'Winograd', 'in_large_pages', 'way_of', 'packed_filters']
+           'TILES', 'TILES_OF_FLOATS', 'APART', 'STRIP', 'FETCH', 'FETCH_OF_FLOATS', 'scorer_source', 'has_pairs',
+           'product_ways', 'scorer_loops', 'best_tile', 'WinogradConv', 'in_large_pages', 'way_of', 'packed_filters']
 
 # %% ../../nbs/inference/01_loops.ipynb #infl0002
 import ctypes
 import math
 import mmap
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..accel.backends import PRODUCTS, allowed, products
 from ..accel.native import call, compiled
-from ..accel.winograd import folded, transformed, unstrided, winograd, winograd_matrices
-
+from ..accel.winograd import space_to_depth, transformed_filters, unstrided, winograd, winograd_matrices
 
 # %% ../../nbs/inference/01_loops.ipynb #_inf0015
 HEAD = """
@@ -55,24 +54,38 @@ FLOATS = """
 #define DEEP(C) (C)
 #define ROOM(C) 0
 typedef struct { const float *v; } input;
-INLINE input ready(const float *V, long first, long last, long T, long C, const float *bias, float *here) { return (input){V + first * C}; }
+INLINE input ready(const float *V, long first, long last, long T, long C, const float *bias, float *here) {
+  return (input){V + first * C};
+}
 /* n rows from row t on times a panel of 2 W columns; step / 256 numbers of the next panel are fetched a turn */
-INLINE void block(const int n, long C, input a, long t, const float *b, const float *next, long step, const float *bias, float *y, long ldy) {
+INLINE void block(
+    const int n, long C, input a, long t, const float *b, const float *next, long step,
+    const float *bias, float *y, long ldy) {
   vec s[ROWS][2];
   ALL(n) s[i][0] = s[i][1] = (vec){0};
   for (long c = 0; c < C; c++, b += 2 * W) {
     __builtin_prefetch(next + (c * step >> 8), 0, 3);
     vec left = *(const vec *)b, right = *(const vec *)(b + W);
-    ALL(n) { float x = a.v[(t + i) * C + c]; s[i][0] += x * left; s[i][1] += x * right; }
+    ALL(n) {
+      float x = a.v[(t + i) * C + c];
+      s[i][0] += x * left;
+      s[i][1] += x * right;
+    }
   }
   ALL(n) for (int k = 0; k < 2; k++) *(vec *)(y + i * ldy + k * W) = done(s[i][k], bias, k);
 }
 """
 
 # %% ../../nbs/inference/01_loops.ipynb #_inf0016
+_ENDS = " ".join(  # the last rows, fewer than a block has
+    f"case {n}: block({n} < ROWS ? {n} : ROWS, C, a, t, u, next, step, z, y, K); break;" for n in range(1, 12)
+)
 PRODUCT = """
-/* N products: V (N, T, C) times U (N, K / panel, C, panel) into M (N, T, K); matrices of V and M lie sv and sm numbers apart */
-void product(const float *V, const float *U, const float *bias, long N, long T, long C, long K, long sv, long sm, long rows, float *M) {
+/* N products: V (N, T, C) times U (N, K / panel, C, panel) into M (N, T, K);
+   matrices of V and M lie sv and sm numbers apart */
+void product(
+    const float *V, const float *U, const float *bias, long N, long T, long C, long K,
+    long sv, long sm, long rows, float *M) {
   long parts = (T + rows - 1) / rows, turns = LONG(C);
   #pragma omp parallel for schedule(static)
   for (long task = 0; task < N * parts; task++) {
@@ -85,14 +98,14 @@ void product(const float *V, const float *U, const float *bias, long N, long T, 
       for (long t = 0; t < last - first; t += ROWS, next += share) {
         float *y = M + n * sm + (first + t) * K + k;
         switch (last - first - t) {
-          @tails@
+          @ends@
           default: block(ROWS, C, a, t, u, next, step, z, y, K);
         }
       }
     }
   }
 }
-""".replace("@tails@", " ".join(f"case {n}: block({n} < ROWS ? {n} : ROWS, C, a, t, u, next, step, z, y, K); break;" for n in range(1, 12)))
+""".replace("@ends@", _ENDS)
 
 # %% ../../nbs/inference/01_loops.ipynb #_infi003
 PAIRS = """
@@ -131,15 +144,22 @@ INLINE vec fused(vec a, vec b, vec c) { return (vec)_mm256_fmadd_ps((__m256)a, (
 
 # %% ../../nbs/inference/01_loops.ipynb #_infi006
 SPLIT = """
-/* CH numbers of row t of V, of T rows, from channel c on: as integers, and after all rows the scales; beyond 10^18 their squares are too large */
+/* CH numbers of row t of V, of T rows, from channel c on: as integers, and after all rows the scales;
+   beyond 10^18 their squares are too large */
 INLINE void split(const float *x, float *V, long t, long c, long C, long T) {
   vec q = {0};
-  for (int k = 0; k < CH; k += W) { vec z = *(const vec *)(x + k); q += z * z; }
+  for (int k = 0; k < CH; k += W) {
+    vec z = *(const vec *)(x + k);
+    q += z * z;
+  }
   float size = sqrtf(total(q) + 1e-30f), scale = 32760 / size;
   half *whole = (half *)(V + (t * C + c) / 2);
   __builtin_prefetch(whole + CH, 1, 3);
   /* 1.5 * 2^23 more, and the last 16 bits are the nearest integer */
-  for (int k = 0; k < CH; k++) { union { float f; int i; } u = {x[k] * scale + 12582912.0f}; whole[k] = (half)u.i; }
+  for (int k = 0; k < CH; k++) {
+    union { float f; int i; } u = {x[k] * scale + 12582912.0f};
+    whole[k] = (half)u.i;
+  }
   V[T * C / 2 + (t * C + c) / CH] = size * (1 / 32760.0f);
 }
 """
@@ -153,10 +173,13 @@ typedef struct { const pair *v; const float *size; } input;
 /* V has been split, or is now if there is a bias */
 INLINE input ready(const float *V, long first, long last, long T, long C, const float *bias, float *here) {
   if (!bias) return (input){(const pair *)V + first * C / 2, V + T * C / 2 + first * C / CH};
-  for (long t = first; t < last; t++) for (long c = 0; c < C; c += CH) split(V + t * C + c, here, t - first, c, C, last - first);
+  for (long t = first; t < last; t++)
+    for (long c = 0; c < C; c += CH) split(V + t * C + c, here, t - first, c, C, last - first);
   return (input){(const pair *)here, here + (last - first) * C / 2};
 }
-INLINE void block(const int n, long C, input a, long t, const float *b, const float *next, long step, const float *bias, float *y, long ldy) {
+INLINE void block(
+    const int n, long C, input a, long t, const float *b, const float *next, long step,
+    const float *bias, float *y, long ldy) {
   const long turns = C / 2, parts = C / CH;
   const pair *v = a.v + t * turns;
   const float *size = a.size + t * parts, *column = b + W * C;
@@ -166,11 +189,16 @@ INLINE void block(const int n, long C, input a, long t, const float *b, const fl
     for (int q = 0; q < CH / 2; q++, c++, b += 2 * W) {
       __builtin_prefetch(next + (c * step >> 8), 0, 3);
       ivec left = *(const ivec *)b, right = *(const ivec *)(b + W);
-      ALL(n) { ivec x = v[i * turns + c] - (ivec){0}; s[i][0] = DOT(s[i][0], x, left); s[i][1] = DOT(s[i][1], x, right); }
+      ALL(n) {
+        ivec x = v[i * turns + c] - (ivec){0};
+        s[i][0] = DOT(s[i][0], x, left);
+        s[i][1] = DOT(s[i][1], x, right);
+      }
     }
     ALL(n) for (int k = 0; k < 2; k++) {
       vec *to = (vec *)(y + i * ldy + k * W), z = c > CH / 2 ? *to : (vec){0};
-      z = fused(floats(s[i][k]), size[i * parts] - (vec){0}, z); /* as the compiler likes, a row's last bit would depend on n */
+      /* left to the compiler, the last bit of a row would depend on n */
+      z = fused(floats(s[i][k]), size[i * parts] - (vec){0}, z);
       *to = c < turns ? z : done(z * *(const vec *)(column + k * W), bias, k);
     }
   }
@@ -180,7 +208,9 @@ INLINE void block(const int n, long C, input a, long t, const float *b, const fl
 # %% ../../nbs/inference/01_loops.ipynb #_inf0017
 INPUT = """
 /* x (B, H, W, C / fold^2) into V (n n, T, C), whose matrices lie sv numbers apart */
-void input_@m@_@r@(const float *restrict x, long B, long H, long W_, long C, long fold, long rows, long columns, long sv, float *restrict V) {
+void input_@m@_@r@(
+    const float *restrict x, long B, long H, long W_, long C, long fold, long rows, long columns,
+    long sv, float *restrict V) {
   long T = B * rows * columns, wide = C / fold;
   #pragma omp parallel for schedule(static)
   for (long t = 0; t < T; t++) {
@@ -191,7 +221,8 @@ void input_@m@_@r@(const float *restrict x, long B, long H, long W_, long C, lon
         const float *p[@n@];
         for (int i = 0; i < @n@; i++) {
           int inside = i0 + i < H / fold && j0 + j < W_ / fold;
-          p[i] = inside ? x + ((b * H + fold * (i0 + i) + c / wide) * W_ + fold * (j0 + j)) * (wide / fold) + c % wide : zero;
+          long row = b * H + fold * (i0 + i) + c / wide, pixel = row * W_ + fold * (j0 + j);
+          p[i] = inside ? x + pixel * (wide / fold) + c % wide : zero;
         }
         for (int k = 0; k < CH; k++) { @down@ }
       }
@@ -214,7 +245,9 @@ PUT_SPLIT = """, w[@n@][CH];
 # %% ../../nbs/inference/01_loops.ipynb #_inf0018
 OUTPUT = """
 /* M (n n, T, K), whose matrices lie sm numbers apart, into y (B, H, W, K) */
-void output_@m@_@r@(const float *restrict M, const float *restrict bias, long B, long H, long W_, long K, long rows, long columns, long sm, float *restrict y) {
+void output_@m@_@r@(
+    const float *restrict M, const float *restrict bias, long B, long H, long W_, long K, long rows, long columns,
+    long sm, float *restrict y) {
   #pragma omp parallel for schedule(static)
   for (long t = 0; t < B * rows * columns; t++) {
     long b = t / (rows * columns), i0 = t / columns % rows * @m@, j0 = t % columns * @m@;
@@ -227,20 +260,21 @@ void output_@m@_@r@(const float *restrict M, const float *restrict bias, long B,
       }
       for (int i = 0; i < @m@ && i0 + i < H; i++) {
         for (int k = 0; k < CH; k++) { @across_out@ }
-        for (int j = 0; j < @m@ && j0 + j < W_; j++) memcpy(y + ((b * H + i0 + i) * W_ + j0 + j) * K + c, o[j], sizeof o[j]);
+        for (int j = 0; j < @m@ && j0 + j < W_; j++)
+          memcpy(y + ((b * H + i0 + i) * W_ + j0 + j) * K + c, o[j], sizeof o[j]);
       }
     }
   }
 }
 """
 
-
+# %% ../../nbs/inference/01_loops.ipynb #infl0011
 CHANNELS = 32  # worked on together: the loops need a multiple of it
-
-
 NEAR = {"int16": 5e-3, "float32": 1e-3}  # what numbers may be off by, of their spread, for each of `PRODUCTS`
 TILES = ((2, 3), (4, 3), (2, 2), (4, 2))  # (m, r) of the loops
 TILES_OF_FLOATS = (*TILES, (6, 3))  # 6 x 6 would lose too much of 16 bits (our choice)
+APART = 48  # numbers between two matrices, which keep them from lying on the same lines of the cache (our choice)
+STRIP = 512  # tiles of a large picture that are worked on together (our choice)
 
 # %% ../../nbs/inference/01_loops.ipynb #_inf0020
 def _c_sum(row: Sequence[float], names: Sequence[str]) -> str:
@@ -249,32 +283,48 @@ def _c_sum(row: Sequence[float], names: Sequence[str]) -> str:
     return " + ".join(terms) or "0.0f"
 
 
+def _mirrored(row: Sequence[float], following: Sequence[float]) -> int:
+    "1 if two rows have the same even part and opposite odd parts, -1 if it is the other way round, else 0."
+    if not any(row[0::2]) or not any(row[1::2]):
+        return 0
+    for sign in (1, -1):
+        expected = [sign * v if j % 2 == 0 else -sign * v for j, v in enumerate(row)]
+        if all(abs(a - b) < 1e-12 for a, b in zip(expected, following)):
+            return sign
+    return 0
+
+
 def _c_rows(matrix: Tensor, target: str) -> str:
     "C statements: `target`, its @ replaced by a row's number, becomes that row of B^T times d0, d1, ..."
-    rows, made, i = matrix.tolist(), "", 0
+    rows = matrix.tolist()
+    names = [f"d{j}" for j in range(len(rows[0]))]
+    made = ""
+    i = 0
     while i < len(rows):
-        names = [f"d{j}" for j in range(len(rows[i]))]
-        even, odd = ([v if j % 2 == part else 0 for j, v in enumerate(rows[i])] for part in (0, 1))
-        mirrored = i + 1 < len(rows) and any(even) and any(odd) and abs(sum(a * a - b * b for a, b in zip(rows[i], rows[i + 1]))) < 1e-12
-        sign = 0 if not mirrored else 1 if all(abs(b - (a if j % 2 == 0 else -a)) < 1e-12 for j, (a, b) in enumerate(zip(rows[i], rows[i + 1]))) else \
-            -1 if all(abs(b - (-a if j % 2 == 0 else a)) < 1e-12 for j, (a, b) in enumerate(zip(rows[i], rows[i + 1]))) else 0
-        at = lambda n: target.replace("@", str(n))
+        here, below = (target.replace("@", str(k)) for k in (i, i + 1))
+        sign = _mirrored(rows[i], rows[i + 1]) if i + 1 < len(rows) else 0
         if sign:
-            made += f"{{ float e = {_c_sum(even, names)}, o = {_c_sum(odd, names)}; {at(i)} = e + o; {at(i + 1)} = {'e - o' if sign > 0 else 'o - e'}; }} "
-        else: made += f"{at(i)} = {_c_sum(rows[i], names)}; "
+            even, odd = (_c_sum([v if j % 2 == part else 0 for j, v in enumerate(rows[i])], names) for part in (0, 1))
+            other = "e - o" if sign > 0 else "o - e"
+            made += f"{{ float e = {even}, o = {odd}; {here} = e + o; {below} = {other}; }} "
+        else:
+            made += f"{here} = {_c_sum(rows[i], names)}; "
         i += 2 if sign else 1
     return made
 
-
+# %% ../../nbs/inference/01_loops.ipynb #infl0014
 def _c_columns(matrix: Tensor, target: str) -> str:
-    "The same for A^T: the inputs d1 and d2, d3 and d4, ... belong to points a and -a, so even rows need their sum and odd rows their difference."
+    """The same for A^T: the inputs d1 and d2, d3 and d4, ... belong to points a and -a.
+
+    So even rows need their sum, and odd rows their difference.
+    """
     rows, n = matrix.tolist(), matrix.shape[1]
     pairs = range(1, n - 2, 2)
+    alone = [j for j in range(n) if not any(j in (k, k + 1) for k in pairs)]
     made = " ".join(f"float p{j} = d{j} + d{j + 1}, q{j} = d{j} - d{j + 1};" for j in pairs)
     for i, row in enumerate(rows):
-        lone = [j for j in range(n) if not any(j in (k, k + 1) for k in pairs)]
-        terms = [(row[j], f"d{j}") for j in lone] + [(row[j], f"{'pq'[i % 2]}{j}") for j in pairs]
-        made += f" {target.replace('@', str(i))} = {_c_sum(*zip(*terms))};"
+        names = [f"d{j}" for j in alone] + [f"{'pq'[i % 2]}{j}" for j in pairs]
+        made += f" {target.replace('@', str(i))} = {_c_sum([row[j] for j in (*alone, *pairs)], names)};"
     return made
 
 # %% ../../nbs/inference/01_loops.ipynb #_inf0021
@@ -283,36 +333,52 @@ def _c_load(n: int, what: str) -> str:
     return " ".join(f"float d{i} = {what.replace('@', str(i))};" for i in range(n))
 
 
+def _loops_of_tile(m: int, r: int, split: bool) -> str:
+    "The loops into and out of one kind of tile; `split`: into pairs of integers."
+    AT, _, BT = winograd_matrices(m, r)
+    n = m + r - 1
+    relu = " ".join(f"o[{j}][k] += bias[c + k]; o[{j}][k] = o[{j}][k] < 0 ? 0 : o[{j}][k];" for j in range(m))
+    parts = {
+        "put": PUT_SPLIT if split else PUT,
+        "m": m,
+        "r": r,
+        "n": n,
+        "down": f"{_c_load(n, 'p[@][k]')} {_c_rows(BT, 's[@][j][k]')}",
+        "across": f"{_c_load(n, 's[i][@][k]')} {_c_rows(BT, 'w[@][k]' if split else 'v[@ * sv + k]')}",
+        "down_out": f"{_c_load(n, f'p[@ * {n} * sm + k]')} {_c_columns(AT, 's[@][j][k]')}",
+        "across_out": f"{_c_load(n, 's[i][@][k]')} {_c_columns(AT, 'o[@][k]')} {relu}",
+    }
+    text = INPUT + OUTPUT
+    for name, value in parts.items():
+        text = text.replace(f"@{name}@", str(value))
+    return text
+
+
 def scorer_source(
     way: str = "float32",  # one of `PRODUCTS`
 ) -> str:  # C
     "The program of the loops, for every tile that this way takes."
-    product = {"int16": PAIRS.replace("@vnni@", str(int(has_pairs()))) + SPLIT + BY_PAIRS + PRODUCT, "float32": FLOATS + PRODUCT}
-    text = HEAD.replace("@channels@", str(CHANNELS)).replace("@way@", str(PRODUCTS.index(way))) + product[way]
-    split = way != "float32"
-    for m, r in TILES if split else TILES_OF_FLOATS:
-        (AT, _, BT), n = winograd_matrices(m, r), m + r - 1
-        load = partial(_c_load, n)
-        relu = " ".join(f"o[{j}][k] += bias[c + k]; o[{j}][k] = o[{j}][k] < 0 ? 0 : o[{j}][k];" for j in range(m))
-        parts = {"put": PUT_SPLIT if split else PUT, "m": m, "r": r, "n": n, "down": f"{load('p[@][k]')} {_c_rows(BT, 's[@][j][k]')}",
-                 "across": f"{load('s[i][@][k]')} {_c_rows(BT, 'w[@][k]' if split else 'v[@ * sv + k]')}",
-                 "down_out": f"{load(f'p[@ * {n} * sm + k]')} {_c_columns(AT, 's[@][j][k]')}",
-                 "across_out": f"{load('s[i][@][k]')} {_c_columns(AT, 'o[@][k]')} {relu}"}
-        for template in (INPUT, OUTPUT):
-            for name, value in parts.items(): template = template.replace(f"@{name}@", str(value))
-            text += template
-    return text
+    text = HEAD.replace("@channels@", str(CHANNELS)).replace("@way@", str(PRODUCTS.index(way)))
+    if way == "float32":
+        text += FLOATS + PRODUCT
+    else:
+        text += PAIRS.replace("@vnni@", str(int(has_pairs()))) + SPLIT + BY_PAIRS + PRODUCT
+    tiles = TILES_OF_FLOATS if way == "float32" else TILES
+    return text + "".join(_loops_of_tile(m, r, way != "float32") for m, r in tiles)
 
 # %% ../../nbs/inference/01_loops.ipynb #_inf0023n
 def has_pairs() -> bool:
     "Whether this processor multiplies pairs of 16-bit integers and adds them up in one instruction (VNNI)."
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch tells only of the one with 512 bits
+    known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # older ones know 512 bits alone
     wide = known.get("avx512_vnni") or getattr(torch.cpu, "_is_vnni_supported", bool)()
     return bool(wide or known.get("avx_vnni"))
 
 
 def product_ways() -> tuple[str, ...]:
-    "How products may be computed here, the best first; integers that are named by `GRAD_NB_ACCEL` are taken without VNNI too."
+    """How products may be computed here, the best first.
+
+    Integers that are named by `GRAD_NB_ACCEL` are taken without VNNI too.
+    """
     named = products()
     return PRODUCTS if named == "int16" or named is None and has_pairs() else ("float32",)
 
@@ -326,8 +392,11 @@ def scorer_loops() -> ctypes.CDLL | None:
 def _first_right(ways: tuple[str, ...]) -> ctypes.CDLL | None:
     "The loops of the first of some ways that can be compiled and is right."
     for way, following in zip(ways, (*ways[1:], None)):
-        instead = f"products by {following} do the work, which takes longer" if following else "torch computes the detectors, in about three times the time"
-        if library := compiled(scorer_source(way), "winograd", _scorer_loops_right, instead): return library
+        instead = "torch computes the detectors, in about three times the time"
+        if following:
+            instead = f"products by {following} do the work, which takes longer"
+        if library := compiled(scorer_source(way), "winograd", _scorer_loops_right, instead):
+            return library
     return None
 
 # %% ../../nbs/inference/01_loops.ipynb #_inf0025
@@ -342,13 +411,18 @@ def best_tile(
 ) -> int:  # m of the tile, 0 = a plain convolution
     "The tile with the least work for one picture."
     tiles, fetch = (TILES_OF_FLOATS, FETCH_OF_FLOATS) if way == "float32" else (TILES, FETCH)
-    cost = {0: r * r * (side**2 + fetch)} | {m: (m + r - 1) ** 2 * ((-(-side // m)) ** 2 + fetch) for m, taps in tiles if taps == r}
-    return min(cost, key=cost.get)
+    cost = {0: r * r * (side**2 + fetch)}
+    for m, taps in tiles:
+        if taps == r:
+            cost[m] = (m + r - 1) ** 2 * ((-(-side // m)) ** 2 + fetch)
+    return min(cost, key=lambda m: cost[m])
 
 # %% ../../nbs/inference/01_loops.ipynb #_inf0026
-class Winograd:
+class WinogradConv:
     "A convolution with its ReLU, by Winograd's tiles, in compiled code."
-    def __init__(self,
+
+    def __init__(
+        self,
         weight: Tensor,  # (K, C, r, r), as for stride 1
         bias: Tensor,  # (K,)
         side: int,  # of its input, pixels
@@ -356,67 +430,88 @@ class Winograd:
         m: int,  # outputs of a tile along one side
         library: ctypes.CDLL,  # the compiled loops
     ):
-        (self.K, self.C, r, _), self.side, self.fold, self.m, self.library = weight.shape, side, fold, m, library
-        self.out, self.n2 = side // fold - r + 1, (m + r - 1) ** 2
+        self.K, self.C, r, _ = weight.shape
+        self.side, self.fold, self.m, self.library = side, fold, m, library
+        self.out = side // fold - r + 1
+        self.n2 = (m + r - 1) ** 2
         self.tiles = -(-self.out // m)
-        self.row = self.C // 2 + self.C // CHANNELS if way_of(library) == "int16" else self.C  # numbers of four bytes in a row of V
+        in_pairs = way_of(library) == "int16"
+        self.row = self.C // 2 + self.C // CHANNELS if in_pairs else self.C  # numbers of four bytes in a row of V
         self.strip = max(1, min(self.tiles, STRIP // self.tiles))
-        self.U, self.bias = packed_filters(transformed(weight, m), library), bias.detach().clone()
-        self.input, self.output = (getattr(library, f"{name}_{m}_{r}") for name in ("input", "output"))
+        self.U = packed_filters(transformed_filters(weight, m), library)
+        self.bias = bias.detach().clone()
+        self.input = getattr(library, f"input_{m}_{r}")
+        self.output = getattr(library, f"output_{m}_{r}")
 
-    def __call__(self,
+    def __call__(
+        self,
         x: Tensor,  # (B, side, side, C / fold^2) float32, contiguous
         work: Sequence[Tensor],  # V and M
         y: Tensor,  # (B, out, out, K), is overwritten
     ) -> Tensor:  # y
-        "Transform, multiply, transform back: all pictures together, or one large picture a strip of tiles at a time."
-        if self.strip == self.tiles: _strip_of_tiles(self, x, self.side, self.tiles, work, y, self.out)
+        "Transform, multiply, transform back: all pictures together, or large ones a strip of tiles at a time."
+        if self.strip == self.tiles:
+            _strip_of_tiles(self, x, self.side, self.tiles, work, y, self.out)
         else:
-            for picture, made in zip(x, y):
-                for i in range(0, self.tiles, self.strip):
-                    above = i * self.m
-                    _strip_of_tiles(self, picture[None, above * self.fold :], self.side - above * self.fold, min(self.strip, self.tiles - i), work, made[None, above:], self.out - above)
+            _in_strips(self, x, work, y)
         return y
 
-    def memory(self,
+    def memory(
+        self,
         pictures: int,  # that go through together
-    ) -> list[int]:  # numbers in V and M; APART keeps the matrices from lying on the same lines of the cache
+    ) -> list[int]:  # numbers in V and M
         "The working memory that the layer needs."
         return [self.n2 * (pictures * self.strip * self.tiles * n + APART) for n in (self.row, self.K)]
 
-
 # %% ../../nbs/inference/01_loops.ipynb #_inf0026b
-def _strip_of_tiles(layer: Winograd, x: Tensor, height: int, rows: int, work: Sequence[Tensor], y: Tensor, out: int) -> None:
+def _strip_of_tiles(
+    layer: WinogradConv, x: Tensor, height: int, rows: int, work: Sequence[Tensor], y: Tensor, out: int
+) -> None:
     "Some rows of tiles of B pictures, of which `height` rows are there and `out` rows are to be made."
-    (V, M), B, t, T = work, len(x), layer.tiles, len(x) * rows * layer.tiles
+    V, M = work
+    B, columns = len(x), layer.tiles
+    T = B * rows * columns
     sv, sm = (T * n + APART for n in (layer.row, layer.K))
-    call(layer.input, x, B, height, layer.side, layer.C, layer.fold, rows, t, sv, V)
+    call(layer.input, x, B, height, layer.side, layer.C, layer.fold, rows, columns, sv, V)
     call(layer.library.product, V, layer.U, None, layer.n2, T, layer.C, layer.K, sv, sm, 240, M)
-    call(layer.output, M, layer.bias, B, out, layer.out, layer.K, rows, t, sm, y)
-
-# %% ../../nbs/inference/01_loops.ipynb #_inf0027
-APART = 48  # numbers between two matrices (our choice)
+    call(layer.output, M, layer.bias, B, out, layer.out, layer.K, rows, columns, sm, y)
 
 
-STRIP = 512  # tiles of a large picture that are worked on together (our choice)
+def _in_strips(layer: WinogradConv, x: Tensor, work: Sequence[Tensor], y: Tensor) -> None:
+    "Pictures one by one, each some rows of tiles at a time."
+    for picture, made in zip(x, y):
+        for i in range(0, layer.tiles, layer.strip):
+            above, rows = i * layer.m, min(layer.strip, layer.tiles - i)
+            seen, height = picture[None, above * layer.fold :], layer.side - above * layer.fold
+            _strip_of_tiles(layer, seen, height, rows, work, made[None, above:], layer.out - above)
 
 
-def in_large_pages(*shape: int) -> Tensor:
+def in_large_pages(
+    *shape: int,  # of what lies there
+) -> Tensor:  # float32, not filled
     "Memory in large pages where the system has them: the tiles of a layer are spread over thousands of small ones."
-    if 4 * math.prod(shape) < 2**21: return torch.empty(shape)
+    if 4 * math.prod(shape) < 2**21:
+        return torch.empty(shape)
     area = mmap.mmap(-1, 4 * math.prod(shape))
-    if hasattr(mmap, "MADV_HUGEPAGE"): area.madvise(mmap.MADV_HUGEPAGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        area.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(area, dtype=torch.float32).view(shape)
 
 # %% ../../nbs/inference/01_loops.ipynb #_inf0028
-def way_of(library: ctypes.CDLL) -> str:
-    "How loops multiply, one of `PRODUCTS`."
+def way_of(
+    library: ctypes.CDLL,  # the compiled loops
+) -> str:  # one of `PRODUCTS`
+    "How loops multiply."
     return PRODUCTS[library.way()]
 
 
-def packed_filters(weights: Tensor, library: ctypes.CDLL) -> Tensor:
-    "(N, C, K) as the product reads it: (N, K / panel, C, panel), or `_paired`."
-    if way_of(library) == "int16": return _paired(weights, library.panel())
+def packed_filters(
+    weights: Tensor,  # (N, C, K) float32, transformed
+    library: ctypes.CDLL,  # the compiled loops that are to read them
+) -> Tensor:  # (N, K / panel, C, panel), or (N, K / panel, C / 2 + 1, panel) for pairs of integers
+    "Filters in the order in which the product reads them."
+    if way_of(library) == "int16":
+        return _paired(weights, library.panel())
     panels = weights.unflatten(2, (-1, library.panel())).transpose(1, 2)
     return in_large_pages(*panels.shape).copy_(panels)
 
@@ -425,37 +520,61 @@ def _paired(weights: Tensor, panel: int) -> Tensor:
     "(N, C, K) as integers, pairs of C together, and the scales of the columns: (N, K / panel, C / 2 + 1, panel)."
     length = weights.unflatten(1, (-1, CHANNELS)).norm(dim=2).amax(1)
     scale = torch.maximum(weights.abs().amax(1) / 32767, length / 65500).clamp_min(1e-30)  # (N, K)
-    pairs = (weights / scale[:, None]).round().short().unflatten(2, (-1, panel)).unflatten(1, (-1, 2)).permute(0, 3, 1, 4, 2)
+    whole = (weights / scale[:, None]).round().short()
+    pairs = whole.unflatten(2, (-1, panel)).unflatten(1, (-1, 2)).permute(0, 3, 1, 4, 2)
     packed = in_large_pages(*pairs.shape[:2], pairs.shape[2] + 1, panel)
-    packed[:, :, :-1], packed[:, :, -1] = pairs.contiguous().view(torch.float32)[..., 0], scale.unflatten(1, (-1, panel))
+    packed[:, :, :-1] = pairs.contiguous().view(torch.float32)[..., 0]
+    packed[:, :, -1] = scale.unflatten(1, (-1, panel))
     return packed
 
 # %% ../../nbs/inference/01_loops.ipynb #_inf0029
 def _scorer_loops_right(library: ctypes.CDLL) -> bool:
-    "Whether the compiled loops agree with the reference, tile by tile, one of them with a stride of 2, and for layers of one pixel. The memory is overwritten first, so that numbers of an earlier check cannot be taken for theirs."
-    generator, way = torch.Generator().manual_seed(0), way_of(library)
-    for m, r, fold in (*((m, r, 1) for m, r in (TILES_OF_FLOATS if way == "float32" else TILES)), (4, 2, 2)):
-        x, weight = (torch.randn(s, generator=generator) for s in ((2, 11 * fold, 11 * fold, 2 * CHANNELS), (CHANNELS, 2 * CHANNELS, r * fold, r * fold)))
-        seen, weight = (folded(x.movedim(3, 1)).movedim(1, 3), unstrided(weight)) if fold == 2 else (x, weight)
-        expected = winograd(seen.double(), weight, torch.ones(CHANNELS), m).relu()
-        layer = Winograd(weight, torch.ones(CHANNELS), 11 * fold, fold, m, library)
-        found = layer(x, [torch.full((n,), torch.nan) for n in layer.memory(2)], torch.full(expected.shape, torch.nan))
-        if not torch.allclose(found.double(), expected, rtol=0, atol=NEAR[way] * float(expected.std())): return False
+    """Whether the compiled loops agree with the reference, tile by tile, and for layers of one pixel.
+
+    One tile has a stride of 2.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tiles = TILES_OF_FLOATS if way_of(library) == "float32" else TILES
+    for m, r, fold in (*((m, r, 1) for m, r in tiles), (4, 2, 2)):
+        if not _right_tile(library, m, r, fold, generator):
+            return False
     return all(_right_product(library, rows, generator) for rows in (1, 16, 81)) and _right_at_worst(library)
 
 
+def _right_tile(library: ctypes.CDLL, m: int, r: int, fold: int, generator: torch.Generator) -> bool:
+    "Whether a layer is right. Its memory is overwritten first: an earlier layer's numbers must not be taken for its."
+    x = torch.randn(2, 11 * fold, 11 * fold, 2 * CHANNELS, generator=generator)
+    weight = torch.randn(CHANNELS, 2 * CHANNELS, r * fold, r * fold, generator=generator)
+    seen = x
+    if fold == 2:
+        seen, weight = space_to_depth(x.movedim(3, 1)).movedim(1, 3), unstrided(weight)
+    expected = winograd(seen.double(), weight, torch.ones(CHANNELS), m).relu()
+    layer = WinogradConv(weight, torch.ones(CHANNELS), 11 * fold, fold, m, library)
+    work = [torch.full((n,), torch.nan) for n in layer.memory(2)]
+    found = layer(x, work, torch.full(expected.shape, torch.nan)).double()
+    return torch.allclose(found, expected, rtol=0, atol=NEAR[way_of(library)] * float(expected.std()))
+
+# %% ../../nbs/inference/01_loops.ipynb #infl0013
 def _right_product(library: ctypes.CDLL, rows: int, generator: torch.Generator) -> bool:
     "Whether rows times a matrix, with bias and ReLU, are right, in several parts if there are more than 64."
-    x, weight, bias = (torch.randn(s, generator=generator) for s in ((rows, 2 * CHANNELS), (1, 2 * CHANNELS, CHANNELS), CHANNELS))
+    x = torch.randn(rows, 2 * CHANNELS, generator=generator)
+    weight = torch.randn(1, 2 * CHANNELS, CHANNELS, generator=generator)
+    bias = torch.randn(CHANNELS, generator=generator)
     found = torch.full((rows, CHANNELS), torch.nan)
-    call(library.product, x, packed_filters(weight, library), bias, 1, rows, 2 * CHANNELS, CHANNELS, 0, 0, 48, found)
-    return torch.allclose(found.double(), (x.double() @ weight[0].double() + bias).relu(), rtol=0, atol=NEAR[way_of(library)])
+    filters = packed_filters(weight, library)
+    call(library.product, x, filters, bias, 1, rows, 2 * CHANNELS, CHANNELS, 0, 0, 48, found)
+    expected = (x.double() @ weight[0].double() + bias).relu()
+    return torch.allclose(found.double(), expected, rtol=0, atol=NEAR[way_of(library)])
 
 
 def _right_at_worst(library: ctypes.CDLL) -> bool:
     "Whether nothing overflows where all numbers of a row and of a column are alike, or all but one are zero."
-    V, found = torch.zeros(2 * CHANNELS, CHANNELS), torch.full((2 * CHANNELS, CHANNELS), torch.nan)
-    V[0], V[1:CHANNELS] = 1, torch.eye(CHANNELS)[1:]
+    V = torch.zeros(2 * CHANNELS, CHANNELS)
+    V[0] = 1
+    V[1:CHANNELS] = torch.eye(CHANNELS)[1:]
     U = V[:CHANNELS].T.contiguous()[None]
-    call(library.product, V, packed_filters(U, library), torch.zeros(CHANNELS), 1, len(V), CHANNELS, CHANNELS, 0, 0, 48, found)
-    return torch.allclose(found, V @ U[0], rtol=NEAR[way_of(library)], atol=NEAR[way_of(library)])
+    found = torch.full((2 * CHANNELS, CHANNELS), torch.nan)
+    filters = packed_filters(U, library)
+    call(library.product, V, filters, torch.zeros(CHANNELS), 1, len(V), CHANNELS, CHANNELS, 0, 0, 48, found)
+    near = NEAR[way_of(library)]
+    return torch.allclose(found, V @ U[0], rtol=near, atol=near)

@@ -24,7 +24,7 @@ from ..detector import Detector, map_side
 from grad_nb.inference.loops import (
     CHANNELS,
     NEAR,
-    Winograd,
+    WinogradConv,
     best_tile,
     in_large_pages,
     packed_filters,
@@ -52,7 +52,7 @@ class _FirstLayer:
 
 
 class _PlainLayer:
-    "A convolution with its ReLU as torch computes it, called as `Winograd` is."
+    "A convolution with its ReLU as torch computes it, called as `WinogradConv` is."
 
     def __init__(self, conv: nn.Conv2d, side: int):
         self.weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
@@ -90,7 +90,7 @@ class _OnePixelLayer:
         return y
 
 
-def _layer(conv: nn.Conv2d, side: int) -> Winograd | _PlainLayer:
+def _layer(conv: nn.Conv2d, side: int) -> WinogradConv | _PlainLayer:
     "A layer prepared for its input's side: tiles where its channels and the processor allow them."
     library, stride = scorer_loops(), conv.stride[0]
     weight = unstrided(conv.weight) if stride == 2 else conv.weight
@@ -99,10 +99,10 @@ def _layer(conv: nn.Conv2d, side: int) -> Winograd | _PlainLayer:
     if library is None or not wide:
         return _PlainLayer(conv, side)
     m = best_tile(out, weight.shape[-1], way_of(library))
-    return Winograd(weight, _bias_of(conv), side, stride, m, library) if m else _PlainLayer(conv, side)
+    return WinogradConv(weight, _bias_of(conv), side, stride, m, library) if m else _PlainLayer(conv, side)
 
 
-def _layers(convs: Sequence[nn.Conv2d], side: int) -> list[Winograd | _PlainLayer]:
+def _layers(convs: Sequence[nn.Conv2d], side: int) -> list[WinogradConv | _PlainLayer]:
     "Layers that follow each other, from the side of the first one's input on."
     layers = []
     for conv in convs:
@@ -124,13 +124,13 @@ class FastDetector:
         convs = [layer for layer in detector.body if isinstance(layer, nn.Conv2d)]
         with torch.no_grad():
             self.layers = _layers(convs[1:5], (size - 4) // 2 + 1)
-            if not all(isinstance(layer, Winograd) for layer in self.layers):
+            if not all(isinstance(layer, WinogradConv) for layer in self.layers):
                 self.group = 1  # the last bits of torch's own layers depend on how many pictures there are
             self.first = _FirstLayer(convs[0], size, self.group)
             self.one_pixel = [_OnePixelLayer(conv, self.group * self.side**2) for conv in convs[5:]]
             self.head = detector.head.weight.flatten().clone(), _bias_of(detector.head)
         self.memory = [in_large_pages(self.group, layer.out, layer.out, layer.K) for layer in self.layers]
-        needs = [layer.memory(self.group) for layer in self.layers if isinstance(layer, Winograd)]
+        needs = [layer.memory(self.group) for layer in self.layers if isinstance(layer, WinogradConv)]
         self.work = [in_large_pages(max(numbers)) for numbers in zip(*needs)]
 
     def __call__(
@@ -159,7 +159,7 @@ def precision_of(
     form: FastDetector,  # a prepared detector
 ) -> str:  # one of `PRODUCTS`; "float32" where torch does the work
     "How the products of a prepared detector are computed, all but those of its first layer and its head."
-    libraries = [layer.library for layer in form.layers if isinstance(layer, Winograd)]
+    libraries = [layer.library for layer in form.layers if isinstance(layer, WinogradConv)]
     libraries += [dense.library for dense in form.one_pixel if dense.library]
     return way_of(libraries[0]) if libraries else "float32"
 
