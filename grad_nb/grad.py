@@ -712,9 +712,9 @@ def stage_costs(
     chosen: Preset,  # settings
     layout: str,  # of the data
 ) -> dict[str, float]:  # stage of `fit` → seconds on a processor with two cores, very roughly: they give proportions
-    "What the stages cost beside each other, from runs with `demo`."
+    "What the stages cost beside each other, from runs with `demo` and `fast`."
     g, d, p = chosen.generator, chosen.detector, chosen.pixel
-    step = 8e-9 * g.steps * g.batch * (g.crop or g.size) ** 2 * g.width**2
+    step = 1e-7 * g.steps * g.batch * (g.crop or g.size) ** 2 * g.width
     costs = {f"generate-{n:02d}": step * (1 + n / 5) if n else 1.0 for n in chosen.generator_levels(layout)}
     steps = d.steps or d.epochs * 50
     for row in chosen.levels(layout):

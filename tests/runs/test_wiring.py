@@ -234,6 +234,21 @@ def test_a_notebook_has_the_same_threads_whatever_is_done_already(run, monkeypat
             assert left == {name: count for name, count in whole.items() if name not in done}
 
 
+def test_a_plan_knows_what_the_stages_of_a_run_cost_beside_each_other(run):
+    "The table is no detector, and five times the steps take five times as long."
+    driver = grad_nb.runs.driver
+
+    def costs(steps):
+        preset = replace(run.preset, detector=replace(run.preset.detector, steps=steps))
+        return driver.planned(replace(run, preset=preset), driver.plan(run)).costs
+
+    usual, longer = costs(2000), costs(10000)
+    assert set(usual) == {task.name for phase in driver.plan(run) for task in phase}
+    detector = next(name for name in usual if name.startswith("detect"))
+    assert longer[detector] == pytest.approx(5 * usual[detector]) and usual["table"] < 0.2 * usual[detector]
+    assert all(longer[name] == usual[name] for name in usual if name.startswith("generate"))
+
+
 # ---- the detector's training ----------------------------------------------------------------------------------------
 
 
