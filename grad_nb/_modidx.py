@@ -1874,8 +1874,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'grad_nb.study.reproduce._cost': ('study/reproduce.html#_cost', 'grad_nb/study/reproduce.py'),
                                          'grad_nb.study.reproduce._end_all': ( 'study/reproduce.html#_end_all',
                                                                                'grad_nb/study/reproduce.py'),
-                                         'grad_nb.study.reproduce._end_with_parent': ( 'study/reproduce.html#_end_with_parent',
-                                                                                       'grad_nb/study/reproduce.py'),
                                          'grad_nb.study.reproduce._free_gpu': ( 'study/reproduce.html#_free_gpu',
                                                                                 'grad_nb/study/reproduce.py'),
                                          'grad_nb.study.reproduce._has_template': ( 'study/reproduce.html#_has_template',

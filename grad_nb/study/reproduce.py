@@ -34,6 +34,7 @@ from ..config import Preset, override
 from ..config import preset as preset_named
 from ..core.devices import device_name, pick_device
 from ..core.files import fingerprint, lock, read_json, write_json
+from ..core.processes import end_with_parent
 from ..core.progress import Plan, plan_line, tell_plan, tqdm
 from ..datasets.readers import Category, read_category
 from ..datasets.trays import make_trays
@@ -45,7 +46,7 @@ from .calibration import detect_seconds, generate_seconds, pixel_seconds
 from .report import write_report
 from .speed import SPEED_FILE, speed_key
 from .tables import averaged_data_set, published_categories, table_3
-from .variants import table_4_presets, variant_key, variant_run
+from .variants import TABLE_4_SIZES, table_4_presets, variant_key, variant_run
 
 # %% ../../nbs/study/05_reproduce.ipynb #4a84f358
 def official(
@@ -370,16 +371,6 @@ def hold_folder(
 HOLDER = "GRAD_NB_HOLDS"  # environment variable: the process that started this one, and the folder that it holds
 
 
-def _end_with_parent() -> None:
-    "Let the kernel end this process when the one that started it ends (Linux only)."
-    import ctypes
-
-    try:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    except (AttributeError, OSError):
-        pass
-
-
 def hold_or_inherit(
     folder: str | Path,  # of the batch
 ) -> IO | None:  # to be kept open; None if the process that started this one holds it
@@ -390,7 +381,7 @@ def hold_or_inherit(
     parent, _, held = os.environ.get(HOLDER, "").partition(" ")
     if held != str(folder):
         return hold_folder(folder)
-    _end_with_parent()
+    end_with_parent(signal.SIGKILL)
     if str(os.getppid()) != parent:
         raise RuntimeError("the command that started this has ended")
     return None
@@ -611,7 +602,8 @@ def plan_of(
     known = all(map(math.isfinite, times.values()))
     costs = {name: times.get(marker, 1.0) if known else 1.0 for marker, name in names.items()}
     beside = {job["notebook"]: at_once(batch, job["notebook"]) for job in batch["jobs"]}
-    plan = Plan(costs, parts=STAGE_SHARES, at_once=beside, in_seconds=known)
+    rows = len(TABLE_4_SIZES)  # a notebook of Table 4 trains so many detectors, one after the other
+    plan = Plan(costs, parts=STAGE_SHARES | {"variant": (1 / rows,) * rows}, at_once=beside, in_seconds=known)
     for marker, name in names.items():
         if marker not in times:
             plan.skip(name)

@@ -295,6 +295,18 @@ def test_a_longer_training_is_guessed_to_take_longer(data, tmp_path):
     assert guesses[1] > 20 * guesses[0]
 
 
+def test_the_second_detector_of_a_notebook_is_further_than_the_first(data, tmp_path):
+    "A row of Table 4 trains three in one notebook: what is done does not fall when the next one begins."
+    batch = plan_batch(data, "trays", "demo", (0,), tmp_path, overrides=TINY, device="cpu", table4=True)
+    plan, names = plan_of(batch, dict.fromkeys((job["marker"] for job in batch["jobs"]), 100.0))
+    row = next(names[job["marker"]] for job in batch["jobs"] if job["notebook"] == "variant")
+    shares = []
+    for share in (0.1, 0.9, 0.1, 0.9, 0.1, 0.9):
+        plan.at(row, share)
+        shares.append(plan.shares[row])
+    assert shares == sorted(shares) and shares[1] < 0.4 and shares[-1] > 0.9
+
+
 def test_the_speed_is_measured_unless_a_file_of_it_is_given(data, tmp_path):
     where = dict(data=data, dataset="trays", preset="demo", seeds=(0,), overrides=TINY, device="cpu", runs=tmp_path)
     batch = plan_batch(**where)
@@ -548,6 +560,10 @@ def test_the_driver_killed_in_every_stage(data, whole, tmp_path):
         )
         driver.send_signal(signal.SIGKILL)
         driver.wait()
+        end = time.monotonic() + 60
+        while left := processes(str(tmp_path), "ipykernel"):
+            assert time.monotonic() < end, f"notebooks go on without their driver: {left}"
+            time.sleep(0.2)
     finish(data, tmp_path)
     assert outcome(tmp_path) == outcome(whole)
 
