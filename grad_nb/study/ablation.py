@@ -56,7 +56,6 @@ from grad_nb.runs.stages import (
     split_normals,
 )
 from .quality import generator_report, loss_curve
-from .records import current_figures
 from .selection import SelectionConfig, criterion, pseudo_sets, selection_split
 from .tables import COLUMNS, VARIANTS, variant, write_tables
 
@@ -678,12 +677,12 @@ KEYS = [*SHARED, "variant", "seed"]  # what a training is known by
 
 
 def _row(record: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    "One record as a line of the table, under today's names."
+    "One record as a line of the table."
     if kind == "trivial":
         return {name: record[name] for name in ("preset", "dataset", "category", "trivial")}
     row = {name: record[name] for name in (*KEYS, "order", "steps", "seconds", "device")} | {"record": record}
     if kind == "generator":
-        return row | current_figures(record["report"])
+        return row | record["report"]
     for name, (part, key) in METRICS.items():
         share = record[part][key]
         row[name] = np.nan if share is None else 100 * share
@@ -695,7 +694,7 @@ def read_results(
     folder: str | Path,  # of an ablation, or of collected results; searched to its depth
     kind: str = "detector",  # "detector", "generator" or "trivial"
 ) -> pd.DataFrame:
-    """Read the records of ablations, of any age: one training a line.
+    """Read the records of ablations: one training a line.
 
     The columns are `KEYS`, then `METRICS` in percent or the report of a generator, losses, effective sample sizes,
     steps, seconds, scores and the record itself. `ValueError` names a file that is damaged, or two that are of the

@@ -16,7 +16,6 @@ from fastcore.script import call_parse, store_true
 
 from ..core.files import atomic_path, read_json
 from .ablation import collect_results
-from .records import gone_settings
 from ..use.errors import plain_errors
 
 # %% ../../nbs/study/09_results.ipynb #res00002
@@ -29,7 +28,6 @@ class ResultSet:
     commands: Sequence[str]  # that made it; they write into folders of the repository
     added: Sequence[str]  # commits that brought the records
     date: str  # when they were brought
-    formerly: str = ""  # how the folder was called in 0.1.0
     notes: str = ""  # what a reader should know
     sources: Mapping[str, str] = field(default_factory=dict)  # folder that a command wrote → where in the set it goes
 
@@ -113,8 +111,6 @@ def _counted(values: Sequence[str]) -> str:
 def _facts(made: ResultSet, folder: Path) -> dict[str, str]:
     "What is said of a set: name → text; nothing for what its records do not tell."
     records = _records(folder)
-    configs = [record["config"] for record in records if "config" in record]
-    gone = sorted({f"`{name}={value}`" for config in configs for name, value in gone_settings(config).items()})
     commits = sorted({record["git"]["commit"][:7] for record in records if record.get("git")})
     seeds = sorted({record["seed"] for record in records if "seed" in record})
     facts = {
@@ -123,8 +119,6 @@ def _facts(made: ResultSet, folder: Path) -> dict[str, str]:
         "added by": f"{', '.join(f'`{commit}`' for commit in made.added)}, {made.date}",
         "device": _counted([record["device"] for record in records]),
         "version": _counted([record["versions"].get("grad_nb", "not recorded") for record in records]),
-        "settings that are gone": ", ".join(gone),
-        "called in 0.1.0": f"`{made.formerly}`" if made.formerly else "",
         "note": made.notes,
     }
     return {name: text for name, text in facts.items() if text}
@@ -138,9 +132,9 @@ ablations. What they say is told in [conclusions](../nbs/findings/01_conclusions
 This page is written from `sets.json` and the records by `python -m grad_nb.study.results --page`; `make collect`
 brings what a command left in the repository's folder into the set of its name.
 
-The commands name today's folders and settings. *Code* is the commit that a run names; records of ablations name none.
-*Settings that are gone* were dropped after 0.1.0: the tables read such records as all others, but only version 0.1.0
-(commit `d05f04045f38`) can make them again. Seeds, devices and versions are those of the records.
+All records are of the presets as they are, but for the settings that a command or a note names. Records of earlier
+presets stand in the repository at commit `529b3de`. *Code* is the commit that a run names; records of ablations name
+none. Seeds, devices and versions are those of the records.
 """  # of results/README.md
 
 

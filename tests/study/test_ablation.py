@@ -53,8 +53,9 @@ from grad_nb.study.ablation import (
     tables_of,
 )
 from grad_nb.study.commands import grad_ablate
+from grad_nb.study.results import collect_folder
 from grad_nb.study.selection import SelectionConfig, selection_split
-from grad_nb.study.tables import collect, table_4, variant
+from grad_nb.study.tables import collect, table_4, to_markdown, variant
 
 TINY = (
     "generator.size=64 generator.width=8 generator.steps=4 generator.batch=2 generator.crop=0 "
@@ -631,6 +632,15 @@ def test_collected_records_hold_no_picture_and_give_the_same_tables(done, tmp_pa
     first = {p: p.read_bytes() for p in files}
     collect_results(root / "ablation", tmp_path / "results")
     assert first == {p: p.read_bytes() for p in files}, "collecting twice changes nothing"
+
+
+def test_records_of_ablations_are_collected_with_their_tables(done, tmp_path):
+    source = done[1] / "ablation"
+    files = collect_folder(source, tmp_path)
+    records = sorted(path.relative_to(source) for path in source.rglob("level-*.json"))
+    kept = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("level-*.json"))
+    assert records == kept and len(files) > len(records)
+    assert (tmp_path / "ablation.md").read_text(encoding="utf-8") == to_markdown(tables_of(tmp_path)["ablation"])
 
 
 def test_damaged_and_doubled_records_are_named(done, tmp_path):
