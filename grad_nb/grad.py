@@ -37,7 +37,7 @@ from .core.provenance import versions
 from .core.seeds import stage_generator
 from .core.stages import run_stage, stage_done, stage_key
 from .core.tensors import checked_format, read_tensors, write_tensors
-from .datasets.compare import LOOKED_AT, large_enough, some_of
+from .datasets.compare import LOOKED_AT, large_enough, some_of, suited
 from .datasets.light import SIDE, Light, even_light, even_tiles, fit_light
 from .datasets.pictures import Input, Source, picture_pixels, picture_sources, source_name
 from .datasets.readers import MIN_NORMALS, DataError, find_white, hold_out, resize_image
@@ -817,8 +817,8 @@ class _Banking(_Training):
         return banks
 
 # %% ../nbs/15_grad.ipynb #grdetail1
-def _see_detail(model: _Fitted, sources: Iterable[Source], white: float | None) -> Iterable[Source]:
-    "Pictures are seen as large as their detail needs; of a stream, the first are looked at. The same sources."
+def _suit_pictures(model: _Fitted, sources: Iterable[Source], white: float | None) -> Iterable[Source]:
+    "A preset is suited to the pictures; of a stream, the first are looked at. The same sources."
     if model.preset_.generator.max_detail_lost == 1:
         return sources
     if isinstance(sources, Sequence | np.ndarray):
@@ -833,7 +833,8 @@ def _see_detail(model: _Fitted, sources: Iterable[Source], white: float | None) 
         with contextlib.suppress(DataError):  # whoever reads them all will say so
             pictures.append(_looked_at(picture_pixels(source, white), model.tile_, generator))
     if pictures:
-        model.made_with_ = model.settings_ | {"preset": large_enough(model.preset_, np.stack(pictures))}
+        look = large_enough if model.tile_ else suited  # a tile lies anywhere, whatever the part
+        model.made_with_ = model.settings_ | {"preset": look(model.preset_, np.stack(pictures))}
     return sources
 
 
@@ -867,7 +868,7 @@ class _Reading(_Banking, _Changing):
         if white is not None:
             self.made_with_ = self.settings_ | {"white": white}
             log.info("pictures of more than 8 bits: white is %g", white)
-        sources = _see_detail(self, sources, white)
+        sources = _suit_pictures(self, sources, white)
         broken: list[DataError] = []
         told = (self.progress, "reading pictures", lambda _, error: broken.append(error), white)
         size, look = self.preset_.generator.size, self._look(self.tile_)

@@ -21,14 +21,13 @@ from torch import Tensor
 
 from .accel import ops
 from .config import Augmentation, DetectorConfig, Level, PixelConfig, to_dict
-from .contrastive import PLACE_OF
 from .coords import forget_coordinates
 from .core.devices import device_kind
 from .core.files import array_sha256
 from .core.loop import one_cycle, pause_of, run_steps
 from .core.seeds import seeded_weights, stage_generator
 from .core.stages import stage_key, write_table
-from .datasets.compare import position_auroc
+from .datasets.compare import PLACE_OF, position_auroc
 from .datasets.readers import resize_pictures
 from .detector import AnyDetector, Decoder, Detector, save_detector
 from .level_1 import train_pixel_detector

@@ -41,7 +41,16 @@ from ..datasets.trays import make_trays
 from ..grad import STAGE_SHARES
 from ..runs.check import check_key, room_left, run_bytes, stage_bytes
 from ..runs.driver import TRAYS_SEED, Task, last_progress, package_file, run_notebook, share_shown, template
-from ..runs.stages import Run, detect_key, evaluate_key, generate_key, open_run, parse_overrides, student_key
+from grad_nb.runs.stages import (
+    Run,
+    detect_key,
+    evaluate_key,
+    generate_key,
+    open_run,
+    parse_overrides,
+    student_key,
+    suited_settings,
+)
 from .calibration import detect_seconds, generate_seconds, pixel_seconds
 from .report import write_report
 from .speed import SPEED_FILE, speed_key
@@ -487,7 +496,7 @@ def _settings_of_job(job: Mapping[str, Any]) -> tuple[Preset, Category]:
     "The settings and the category of a job of a run."
     values = job["values"]
     category = read_category(values["data"], values["category"])
-    settings = override(preset_named(values["preset"], category.layout), parse_overrides(values["overrides"]))
+    settings = suited_settings(category, values["preset"], values["overrides"])
     if job["notebook"] == "variant":
         settings = table_4_presets(settings, category.layout)[values["variant"]]
     return settings, category

@@ -1,4 +1,4 @@
-"How large pictures are seen: fine textures are not made so small that they are gone."
+"What a preset makes of its pictures: how large they are seen, and whether the part may lie anywhere."
 
 from dataclasses import replace
 
@@ -7,8 +7,26 @@ import pytest
 from PIL import Image
 from shared import TINY_FIT
 
-from grad_nb.config import LARGEST_SIDE, GeneratorConfig, enlarged, override, preset
-from grad_nb.datasets.compare import LOOKED_AT, detail_lost, large_enough, some_of
+from grad_nb.config import (
+    ANYWHERE,
+    LARGEST_SIDE,
+    PRESETS,
+    TABLE_7,
+    GeneratorConfig,
+    anywhere,
+    enlarged,
+    override,
+    preset,
+)
+from grad_nb.datasets.compare import (
+    ANYWHERE_BELOW,
+    ANYWHERE_FROM,
+    LOOKED_AT,
+    detail_lost,
+    large_enough,
+    some_of,
+    suited,
+)
 from grad_nb.grad import GRAD
 from grad_nb.runs.stages import open_run
 
@@ -91,3 +109,75 @@ def test_a_run_sees_the_detail(tmp_path):
     assert run.preset.generator.size == 128 and run.levels[0].size == 192
     asked = open_run(tmp_path, "cloth", "demo", runs=tmp_path / "runs", overrides="generator.size=64", progress=False)
     assert asked.preset.generator.size == 64
+
+
+def parts(where, n=40, size=LARGEST_SIDE):
+    """(n, size, size, 3) uint8 rings: where = "middle", "anywhere" (one of three places by chance) or "nowhere"."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:size, :size]
+    place = rng.integers(0, 3, n) if where == "anywhere" else np.ones(n)
+    far = np.hypot(y - size / 2, x - (size * (place + 0.5) / 3)[:, None, None])
+    rings = 90 * np.exp(-far / 30) * np.sin(far / 5) * (where != "nowhere")
+    grey = 120 + rings + rng.normal(0, 8, far.shape)
+    return np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, -1)
+
+
+def test_a_preset_takes_what_it_has_for_parts_that_lie_anywhere(monkeypatch):
+    fast = preset("fast")
+    for found, lies_anywhere in (
+        (0.5, False),
+        (ANYWHERE_FROM, True),
+        (0.82, True),
+        (ANYWHERE_BELOW, False),
+        (1, False),
+    ):
+        monkeypatch.setattr("grad_nb.datasets.compare.position_auroc", lambda *given, found=found: found)
+        seen = suited(fast, stripes(40))
+        assert seen == (anywhere(fast) if lies_anywhere else fast)
+        assert suited(preset("demo"), stripes(40)) == preset("demo")
+    monkeypatch.setattr("grad_nb.datasets.compare.position_auroc", lambda *given: float("nan"))
+    assert suited(fast, stripes(40)) == fast, "too few pictures to ask"
+
+
+def test_the_pictures_say_where_a_part_lies():
+    fast = preset("fast")
+    assert suited(fast, parts("anywhere")).levels_ad == TABLE_7["mvtec_loco"] != fast.levels_ad
+    assert suited(fast, parts("nowhere")).levels_ad == suited(fast, parts("middle")).levels_ad == fast.levels_ad
+
+
+def test_fine_parts_that_lie_anywhere_are_seen_larger_too(monkeypatch):
+    monkeypatch.setattr("grad_nb.datasets.compare.position_auroc", lambda *given: 0.7)
+    seen = suited(preset("fast"), stripes(8))
+    assert seen.generator.size == 128 and seen.generator.redraw < 1 and seen.levels_ad == TABLE_7["mvtec_loco"]
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [("generator.crop", 40), ("generator.blobs", 4), ("detector.steps", 10), ("detector.min_position", 0.7)],
+)
+def test_what_was_asked_for_stays(path, asked):
+    part, name = path.split(".")
+    made = anywhere(override(preset("fast"), {path: asked}))
+    assert getattr(getattr(made, part), name) == asked != ANYWHERE["fast"][path]
+    again = override(made, {path: ANYWHERE["fast"][path]})
+    assert again == anywhere(preset("fast")), "and nothing else differs"
+
+
+def test_a_size_that_was_asked_for_keeps_the_rest(monkeypatch):
+    monkeypatch.setattr("grad_nb.datasets.compare.position_auroc", lambda *given: 0.7)
+    for chosen in (override(preset("fast"), {"generator.size": 96}), preset("fast", "mvtec_loco"), preset("paper")):
+        assert suited(chosen, stripes(8)) == chosen
+
+
+def test_presets_of_ones_own_and_all_others_have_nothing_for_it():
+    for chosen in (replace(preset("fast"), name="mine"), *(p for p in PRESETS.values() if p.name != "fast")):
+        assert anywhere(chosen) == chosen
+
+
+def test_an_estimator_has_three_detectors_for_a_part_that_lies_anywhere():
+    tiny = {path: value for path, value in TINY_FIT.items() if not path.startswith("levels")}
+    settings = override(preset("fast"), tiny | {"generator.max_detail_lost": 0.9, "generator.crop": 16})
+    fitted = GRAD(settings, device="cpu", progress=False).fit(parts("anywhere", 24))
+    assert [row.level for row in fitted.levels_] == [34, 68, 136] and fitted.preset.levels_ad == preset(
+        "fast"
+    ).levels_ad

@@ -8,9 +8,9 @@ import torch
 
 from grad_nb.beyond import blob_masks
 from grad_nb.config import Augmentation, DetectorConfig, GeneratorConfig, preset
-from grad_nb.contrastive import PLACE_OF, beginning, draw_from_real, generate, make_contrastive, read_changes
+from grad_nb.contrastive import beginning, draw_from_real, generate, make_contrastive, read_changes
 from grad_nb.core.files import read_array
-from grad_nb.datasets.compare import position_auroc
+from grad_nb.datasets.compare import PLACE_OF, position_auroc
 from grad_nb.patchdiff import new_patchdiff
 from grad_nb.patches import ENOUGH, Redrawn, change_sums, draw_batch, draw_crops, most_changed
 from grad_nb.training import settled, train_detector
