@@ -517,6 +517,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'grad_nb.contrastive.train_shared': ('contrastive.html#train_shared', 'grad_nb/contrastive.py')},
             'grad_nb.coords': { 'grad_nb.coords.coord_map': ('coords.html#coord_map', 'grad_nb/coords.py'),
                                 'grad_nb.coords.forget_coordinates': ('coords.html#forget_coordinates', 'grad_nb/coords.py'),
+                                'grad_nb.coords.sees_coordinates': ('coords.html#sees_coordinates', 'grad_nb/coords.py'),
                                 'grad_nb.coords.with_coords': ('coords.html#with_coords', 'grad_nb/coords.py')},
             'grad_nb.core.devices': { 'grad_nb.core.devices._one_thread': ('core/devices.html#_one_thread', 'grad_nb/core/devices.py'),
                                       'grad_nb.core.devices.bf16_supported': ( 'core/devices.html#bf16_supported',

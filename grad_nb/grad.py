@@ -29,6 +29,7 @@ import grad_nb.inference.levels  # noqa: F401  offers the fast way to score batc
 from .accel.backends import choice
 from .config import LARGEST_SIDE, Augmentation, Level, Preset, from_dict, preset, to_dict, trained_levels
 from .contrastive import make_contrastive, read_changes
+from .coords import sees_coordinates
 from .core.devices import pick_device
 from .core.docstrings import with_parameters
 from .core.files import array_sha256, exclusive_lock, read_array
@@ -1016,13 +1017,16 @@ def _uses(model: _Fitted) -> str:
         f"level {row.level} at {row.size} px (contrastive pictures of level {', '.join(map(str, row.generators))})"
         for row in model.levels_
     )
+    places = (
+        "" if any(map(sees_coordinates, model.detectors_)) else " They do not see where on the picture a patch lies."
+    )
     judge = ""
     if model.student_ is not None:
         count = sum(p.numel() for p in model.student_.parameters())
         judge = f" One network of {count:,} parameters has learnt their maps and judges in their place."
     return (
         f"Trained on {seen}, each {_seen(model)}{light}, with preset `{model.preset_.name}` and "
-        f"seed {model.settings_['random_state']}. No anomalous picture was used. Detectors: {names}.{judge}"
+        f"seed {model.settings_['random_state']}. No anomalous picture was used. Detectors: {names}.{places}{judge}"
     )
 
 

@@ -30,6 +30,7 @@ from typing import IO, Any
 import torch
 from joblib import cpu_count
 
+# %% ../../nbs/study/05_reproduce.ipynb #d5ec3bb6
 from ..config import Preset, override
 from ..config import preset as preset_named
 from ..core.devices import device_name, pick_device

@@ -181,3 +181,4 @@ def test_an_estimator_has_three_detectors_for_a_part_that_lies_anywhere():
     assert [row.level for row in fitted.levels_] == [34, 68, 136] and fitted.preset.levels_ad == preset(
         "fast"
     ).levels_ad
+    assert "do not see where" in fitted.card()
