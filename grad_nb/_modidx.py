@@ -1529,6 +1529,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'grad_nb/runs/stages.py'),
                                      'grad_nb.runs.stages._student_figures': ( 'runs/stages.html#_student_figures',
                                                                                'grad_nb/runs/stages.py'),
+                                     'grad_nb.runs.stages._suited': ('runs/stages.html#_suited', 'grad_nb/runs/stages.py'),
                                      'grad_nb.runs.stages._write_scores': ('runs/stages.html#_write_scores', 'grad_nb/runs/stages.py'),
                                      'grad_nb.runs.stages.changed_stages': ('runs/stages.html#changed_stages', 'grad_nb/runs/stages.py'),
                                      'grad_nb.runs.stages.check_detected': ('runs/stages.html#check_detected', 'grad_nb/runs/stages.py'),

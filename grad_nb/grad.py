@@ -1017,9 +1017,8 @@ def _uses(model: _Fitted) -> str:
         f"level {row.level} at {row.size} px (contrastive pictures of level {', '.join(map(str, row.generators))})"
         for row in model.levels_
     )
-    places = (
-        "" if any(map(sees_coordinates, model.detectors_)) else " They do not see where on the picture a patch lies."
-    )
+    placed = model.student_ is not None or any(map(sees_coordinates, model.detectors_))
+    places = "" if placed else " They do not see where on the picture a patch lies."
     judge = ""
     if model.student_ is not None:
         count = sum(p.numel() for p in model.student_.parameters())

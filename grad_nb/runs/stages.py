@@ -13,6 +13,7 @@ __all__ = ['SPRO_LIMITS', 'parse_overrides', 'Run', 'dataset_name', 'suited_sett
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,12 @@ def dataset_name(
     return "trays" if (category.root / "trays.json").is_file() else category.layout
 
 
+@lru_cache(maxsize=128)
+def _suited(chosen: Preset, some: tuple[Sample, ...], stamps: tuple[tuple[int, int], ...]) -> Preset:
+    "A preset as it suits some pictures; files that have other times and sizes are looked at again."
+    return suited(chosen, load_images(some, LARGEST_SIDE, progress=False))
+
+
 def suited_settings(
     category: Category,  # as read
     preset_name: str,  # "paper", "fast" or "demo"
@@ -136,7 +143,9 @@ def suited_settings(
     settings = override(preset(preset_name, category.layout), parse_overrides(overrides))
     if settings.generator.max_detail_lost == 1:
         return settings  # no picture has to be read
-    return suited(settings, load_images(some_of(category.train), LARGEST_SIDE, progress=False))
+    some = tuple(some_of(category.train))
+    files = [sample.path.stat() for sample in some]
+    return _suited(settings, some, tuple((file.st_mtime_ns, file.st_size) for file in files))
 
 
 def open_run(

@@ -561,14 +561,15 @@ def forecast(
 ) -> tuple[dict[str, float], int]:  # marker of each job that is left → seconds, and how many of them are guessed
     "How long each notebook of the rest of a batch will take; infinite where it needs a GPU and there is none."
     known = known_times(batch["folder"], batch["device"]) | _measured_here(batch)
-    guessed: dict[tuple[str, str], float] = {}
+    guessed: dict[tuple, float] = {}
     times: dict[str, float] = {}
     guesses = 0
     work = 0.0
     for job in jobs_left(batch):
         name = "variant" if job["notebook"] == "variant" else Path(job["record"]).stem
-        kind = (job["folder"].split("/")[0], job["stage"])  # stages of a data set take alike
+        kind: tuple = (job["folder"].split("/")[0], job["stage"])
         if name not in known and job["notebook"] in TRAIN:
+            kind += (_settings_of_job(job)[0],)  # stages of a data set with the same settings take alike
             if kind not in guessed:
                 threads = 0 if batch["gpu"] else batch["threads"].get(job["notebook"], 0)
                 endless = not batch["gpu"] and work > NEEDS_GPU

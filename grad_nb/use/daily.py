@@ -135,10 +135,13 @@ def _check_room_of_fit(folder: Path, settings: "config.Preset", layout: str) -> 
     "`DataError` if the disk has no room for the stages of a fit that are left."
     from grad_nb.runs.check import check_room, stage_bytes
 
-    stages = {f"generate-{n:02d}": "generate" for n in settings.generator_levels(layout)}
-    stages |= {f"detector-{row.level:03d}": "detect" for row in settings.levels(layout)}
-    left = [stage for name, stage in stages.items() if not (folder / f"{name}.json").is_file()]
-    check_room(folder, sum(stage_bytes(stage, settings, 0) for stage in left), "--work-dir")
+    def room(chosen: config.Preset) -> int:
+        stages = {f"generate-{n:02d}": "generate" for n in chosen.generator_levels(layout)}
+        stages |= {f"detector-{row.level:03d}": "detect" for row in chosen.levels(layout)}
+        left = [stage for name, stage in stages.items() if not (folder / f"{name}.json").is_file()]
+        return sum(stage_bytes(stage, chosen, 0) for stage in left)
+
+    check_room(folder, max(room(settings), room(config.anywhere(settings))), "--work-dir")
 
 # %% ../../nbs/use/05_daily.ipynb #calcmd00
 def _print_threshold(fitted: "GRAD", path: str) -> None:

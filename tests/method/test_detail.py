@@ -10,6 +10,7 @@ from shared import TINY_FIT
 from grad_nb.config import (
     ANYWHERE,
     LARGEST_SIDE,
+    PLACED,
     PRESETS,
     TABLE_7,
     GeneratorConfig,
@@ -19,7 +20,6 @@ from grad_nb.config import (
     preset,
 )
 from grad_nb.datasets.compare import (
-    ANYWHERE_BELOW,
     ANYWHERE_FROM,
     LOOKED_AT,
     detail_lost,
@@ -128,15 +128,15 @@ def test_a_preset_takes_what_it_has_for_parts_that_lie_anywhere(monkeypatch):
         (0.5, False),
         (ANYWHERE_FROM, True),
         (0.82, True),
-        (ANYWHERE_BELOW, False),
+        (PLACED, False),
         (1, False),
     ):
         monkeypatch.setattr("grad_nb.datasets.compare.position_auroc", lambda *given, found=found: found)
-        seen = suited(fast, stripes(40))
+        seen = suited(fast, stripes(40, LOOKED_AT))
         assert seen == (anywhere(fast) if lies_anywhere else fast)
-        assert suited(preset("demo"), stripes(40)) == preset("demo")
-    monkeypatch.setattr("grad_nb.datasets.compare.position_auroc", lambda *given: float("nan"))
-    assert suited(fast, stripes(40)) == fast, "too few pictures to ask"
+        assert suited(preset("demo"), stripes(40, LOOKED_AT)) == preset("demo")
+    monkeypatch.setattr("grad_nb.datasets.compare.position_auroc", lambda *given: 0.7)
+    assert suited(fast, stripes(40, LOOKED_AT - 1)) == fast, "too few pictures to ask"
 
 
 def test_the_pictures_say_where_a_part_lies():
@@ -147,7 +147,7 @@ def test_the_pictures_say_where_a_part_lies():
 
 def test_fine_parts_that_lie_anywhere_are_seen_larger_too(monkeypatch):
     monkeypatch.setattr("grad_nb.datasets.compare.position_auroc", lambda *given: 0.7)
-    seen = suited(preset("fast"), stripes(8))
+    seen = suited(preset("fast"), stripes(8, LOOKED_AT))
     assert seen.generator.size == 128 and seen.generator.redraw < 1 and seen.levels_ad == TABLE_7["mvtec_loco"]
 
 
@@ -163,10 +163,55 @@ def test_what_was_asked_for_stays(path, asked):
     assert again == anywhere(preset("fast")), "and nothing else differs"
 
 
+def test_an_own_limit_of_lost_detail_holds_for_parts_that_lie_anywhere_too(monkeypatch):
+    monkeypatch.setattr("grad_nb.datasets.compare.position_auroc", lambda *given: 0.7)
+    pictures = stripes(12, LOOKED_AT)
+    lost = detail_lost(pictures, 64)
+    for limit in (lost - 0.01, lost + 0.01):
+        seen = suited(override(preset("fast"), {"generator.max_detail_lost": limit}), pictures)
+        assert seen.generator.max_detail_lost == limit and seen.levels_ad == TABLE_7["mvtec_loco"]
+        assert seen.generator.size == (64 if lost < limit else 128)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"generator.start": 0.9},
+        {"generator.start": 0.3, "generator.redraw": 0.5},
+        {"generator.shared": True},
+        {"detector.wrong_coordinates": False},
+        {"detector.coordinates": False},
+    ],
+)
+def test_who_says_how_pictures_are_drawn_or_whether_places_count_has_decided(asked):
+    chosen = override(preset("fast"), asked)
+    assert anywhere(chosen) == chosen
+
+
+def test_pictures_are_looked_at_once_and_again_when_they_change(tmp_path, monkeypatch):
+    from grad_nb.datasets.readers import read_category
+    from grad_nb.runs import stages
+
+    for i, picture in enumerate(parts("middle", 6, 64)):
+        for part in ("train", "test"):
+            file = tmp_path / "part" / part / "good" / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(file)
+    looked = []
+    monkeypatch.setattr(stages, "suited", lambda chosen, pictures: looked.append(len(pictures)) or chosen)
+    category = read_category(tmp_path, "part")
+    for _ in range(3):
+        stages.suited_settings(category, "fast")
+    assert looked == [6]
+    Image.fromarray(parts("nowhere", 1, 72)[0]).save(tmp_path / "part/train/good/0.png")
+    stages.suited_settings(category, "fast")
+    assert looked == [6, 6]
+
+
 def test_a_size_that_was_asked_for_keeps_the_rest(monkeypatch):
     monkeypatch.setattr("grad_nb.datasets.compare.position_auroc", lambda *given: 0.7)
     for chosen in (override(preset("fast"), {"generator.size": 96}), preset("fast", "mvtec_loco"), preset("paper")):
-        assert suited(chosen, stripes(8)) == chosen
+        assert suited(chosen, stripes(8, LOOKED_AT)) == chosen
 
 
 def test_presets_of_ones_own_and_all_others_have_nothing_for_it():
@@ -177,7 +222,7 @@ def test_presets_of_ones_own_and_all_others_have_nothing_for_it():
 def test_an_estimator_has_three_detectors_for_a_part_that_lies_anywhere():
     tiny = {path: value for path, value in TINY_FIT.items() if not path.startswith("levels")}
     settings = override(preset("fast"), tiny | {"generator.max_detail_lost": 0.9, "generator.crop": 16})
-    fitted = GRAD(settings, device="cpu", progress=False).fit(parts("anywhere", 24))
+    fitted = GRAD(settings, device="cpu", progress=False).fit(parts("anywhere"))
     assert [row.level for row in fitted.levels_] == [34, 68, 136] and fitted.preset.levels_ad == preset(
         "fast"
     ).levels_ad
