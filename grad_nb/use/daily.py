@@ -32,7 +32,7 @@ def grad_fit(
     pictures: str,  # folder of normal pictures
     model: str = "model.grad",  # file to write
     preset: str = "fast",  # "demo": minutes, to try it; "fast": up to an hour; "paper": hours on a GPU
-    layout: str = "mvtec_ad",  # detectors of Table 7: "mvtec_ad" one level, "mvtec_loco" all of them
+    layout: str = "mvtec_ad",  # detectors of Table 7: "mvtec_ad" one level, or what suits the part; "mvtec_loco" all
     category: str = "",  # take the augmentation of this MVTec category
     validation: float | None = None,  # share of the pictures held out for the threshold; 0.1, more of a small set
     false_alarm_rate: float = 0.05,  # share of normal pictures wanted above the threshold
