@@ -476,11 +476,13 @@ def preset(
 # %% ../nbs/01_config.ipynb #cfgany02
 _FAST_ANYWHERE = {
     **_FAST_ON_LOCO,
+    "generator.n_samples": 640,
     "generator.start": 0.3,
     "generator.start_to": 0.7,
     "generator.start_below": PLACED,
     "generator.redraw": 0.3,
     "generator.blobs": 6,
+    "detector.steps": 12_000,
     "detector.min_position": PLACED,
     "detector.tries": 4,
     "levels_ad": TABLE_7["mvtec_loco"],

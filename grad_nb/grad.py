@@ -225,7 +225,7 @@ class _Parameters(Estimator):
     def __init__(
         self,
         preset: Preset | str = "fast",  # all settings of the method, or the name of a preset, which follows the layout
-        layout: str = "mvtec_ad",  # detectors of Table 7: "mvtec_ad" one or as suits, "mvtec_loco" three (logical anomalies)
+        layout: str = "mvtec_ad",  # detectors of Table 7: "mvtec_ad" one or as suits, "mvtec_loco" three (for logical)
         augmentation: Augmentation = Augmentation(),  # what may be done to your parts without making them defective
         validation: float | None = None,  # share held out for the threshold, 0..1; None: 0.1, more of a small set
         false_alarm_rate: float = 0.05,  # share of normal pictures wanted above the threshold, 0..1

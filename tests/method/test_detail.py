@@ -203,6 +203,10 @@ def test_pictures_are_looked_at_once_and_again_when_they_change(tmp_path, monkey
     for _ in range(3):
         stages.suited_settings(category, "fast")
     assert looked == [6]
+    steps = preset("fast").detector.steps
+    monkeypatch.setattr(stages, "suited", lambda chosen, pictures: anywhere(chosen))
+    assert stages.suited_settings(category, "fast", f"detector.steps={steps}").detector.steps == steps
+    monkeypatch.setattr(stages, "suited", lambda chosen, pictures: looked.append(len(pictures)) or chosen)
     Image.fromarray(parts("nowhere", 1, 72)[0]).save(tmp_path / "part/train/good/0.png")
     stages.suited_settings(category, "fast")
     assert looked == [6, 6]
