@@ -9,7 +9,7 @@ __all__ = ['TABLE_7', 'AUGMENTATION', 'PLACED', 'PAPER', 'FAST', 'DEMO', 'PAPER_
            'to_dict', 'from_dict']
 
 # %% ../nbs/01_config.ipynb #684dc9eb
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from operator import attrgetter
@@ -494,6 +494,7 @@ _DECIDED += ("detector.coordinates", "detector.wrong_coordinates")
 
 def anywhere(
     chosen: Preset,  # a preset, perhaps with other values
+    asked: Collection[str] = (),  # paths of values that were asked for and stay, the preset's own among them
 ) -> Preset:  # for pictures of a part that lies anywhere
     """A preset with its changes of `ANYWHERE`; a value that is no longer the preset's own stays.
 
@@ -502,8 +503,12 @@ def anywhere(
     own = PRESETS.get(chosen.name, chosen)
     if any(attrgetter(path)(chosen) != attrgetter(path)(own) for path in _DECIDED):
         return chosen
-    all_changes: Mapping[str, Any] = ANYWHERE.get(chosen.name, {})
-    changes = {path: all_changes[path] for path in all_changes if attrgetter(path)(chosen) == attrgetter(path)(own)}
+    there: Mapping[str, Any] = ANYWHERE.get(chosen.name, {})
+    changes = {
+        path: value
+        for path, value in there.items()
+        if path not in asked and attrgetter(path)(chosen) == attrgetter(path)(own)
+    }
     limit = {"generator.max_detail_lost": chosen.generator.max_detail_lost} if changes else {}
     return override(chosen, changes | limit)
 

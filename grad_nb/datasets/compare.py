@@ -8,7 +8,7 @@ __all__ = ['log', 'PLACE_OF', 'FEWEST', 'COARSE', 'LOOKED_AT', 'ItemT', 'ANYWHER
 
 # %% ../../nbs/datasets/06_compare.ipynb #omparei
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -157,6 +157,7 @@ PLACE_SIDE = 64  # side of the pictures whose places are asked for, pixels (our 
 def suited(
     chosen: Preset,  # as chosen
     pictures: np.ndarray,  # (N, LARGEST_SIDE, LARGEST_SIDE, 3) uint8 some training pictures
+    asked: Collection[str] = (),  # paths of values that were asked for, see `anywhere`
 ) -> Preset:  # with the detectors, the pictures and the size that they ask for
     "A preset as it suits the training pictures; one whose size was asked for stays as it is."
     if chosen.generator.max_detail_lost == 1:
@@ -164,6 +165,6 @@ def suited(
     if chosen.name in ANYWHERE and len(pictures) >= LOOKED_AT:  # of fewer, too few are left to learn from
         found = position_auroc(resize_pictures(pictures, PLACE_SIDE), PLACE_SIDE // PLACE_OF)
         if ANYWHERE_FROM <= found < PLACED:
-            chosen = anywhere(chosen)
+            chosen = anywhere(chosen, asked)
             log.info("place of a patch told with AUROC %.3f: %s for a part that lies anywhere", found, chosen.name)
     return large_enough(chosen, pictures)

@@ -122,9 +122,11 @@ class Run:
 
 # %% ../../nbs/runs/01_stages.ipynb #pipe0005s
 @lru_cache(maxsize=128)
-def _suited(chosen: Preset, some: tuple[Sample, ...], stamps: tuple[tuple[int, int], ...]) -> Preset:
+def _suited(
+    chosen: Preset, asked: tuple[str, ...], some: tuple[Sample, ...], stamps: tuple[tuple[int, int], ...]
+) -> Preset:
     "A preset as it suits some pictures; files that have other times and sizes are looked at again."
-    return suited(chosen, load_images(some, LARGEST_SIDE, progress=False))
+    return suited(chosen, load_images(some, LARGEST_SIDE, progress=False), asked)
 
 
 def suited_settings(
@@ -139,8 +141,8 @@ def suited_settings(
         return settings  # no picture has to be read
     some = tuple(some_of(category.train))
     files = [sample.path.stat() for sample in some]
-    found = _suited(settings, some, tuple((file.st_mtime_ns, file.st_size) for file in files))
-    return override(found, asked)  # what is asked for holds, if it is the preset's own value too
+    stamps = tuple((file.st_mtime_ns, file.st_size) for file in files)
+    return _suited(settings, tuple(asked), some, stamps)
 
 # %% ../../nbs/runs/01_stages.ipynb #pipe0005
 def dataset_name(

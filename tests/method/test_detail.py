@@ -109,6 +109,9 @@ def test_a_run_sees_the_detail(tmp_path):
     assert run.preset.generator.size == 128 and run.levels[0].size == 192
     asked = open_run(tmp_path, "cloth", "demo", runs=tmp_path / "runs", overrides="generator.size=64", progress=False)
     assert asked.preset.generator.size == 64
+    both = "generator.size=64 generator.max_detail_lost=0.5"
+    larger = open_run(tmp_path, "cloth", "demo", runs=tmp_path / "runs", overrides=both, progress=False)
+    assert larger.preset.generator.size == 128 and larger.levels[0].size == 192
 
 
 def parts(where, n=40, size=LARGEST_SIDE):
@@ -198,15 +201,15 @@ def test_pictures_are_looked_at_once_and_again_when_they_change(tmp_path, monkey
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(file)
     looked = []
-    monkeypatch.setattr(stages, "suited", lambda chosen, pictures: looked.append(len(pictures)) or chosen)
+    monkeypatch.setattr(stages, "suited", lambda chosen, pictures, asked: looked.append(len(pictures)) or chosen)
     category = read_category(tmp_path, "part")
     for _ in range(3):
         stages.suited_settings(category, "fast")
     assert looked == [6]
     steps = preset("fast").detector.steps
-    monkeypatch.setattr(stages, "suited", lambda chosen, pictures: anywhere(chosen))
+    monkeypatch.setattr(stages, "suited", lambda chosen, pictures, asked: anywhere(chosen, asked))
     assert stages.suited_settings(category, "fast", f"detector.steps={steps}").detector.steps == steps
-    monkeypatch.setattr(stages, "suited", lambda chosen, pictures: looked.append(len(pictures)) or chosen)
+    monkeypatch.setattr(stages, "suited", lambda chosen, pictures, asked: looked.append(len(pictures)) or chosen)
     Image.fromarray(parts("nowhere", 1, 72)[0]).save(tmp_path / "part/train/good/0.png")
     stages.suited_settings(category, "fast")
     assert looked == [6, 6]
