@@ -33,6 +33,7 @@ extras = {
 }
 extras["batch"] += extras["run"]
 extras["dev"] += extras["batch"] + extras["export"] + extras["docs"]
+extras["compare"] += extras["export"] + extras["openvino"]  # each method in every runtime
 
 setup(
     name=cfg["lib_name"],

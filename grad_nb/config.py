@@ -188,17 +188,18 @@ class StudentConfig:
     width: int = 48  # channels of the layers that all levels share (our choice)
     stem_width: int = 16  # channels of the first layer, where two of stride 2 lead to the cells (our choice)
     coarse_width: int = 64  # channels of the layers that only coarser levels have (our choice)
-    steps: int = 2000  # training steps (our choice)
-    batch: int = 12  # pictures per step, half of them contrastive (our choice)
+    steps: int = 6000  # training steps (our choice)
+    batch: int = 4  # pictures per step, half of them contrastive (our choice)
     lr: float = 3e-3  # peak of the one-cycle schedule (our choice)
     weight_decay: float = 1e-4  # of AdamW (our choice: as for PatchDiff)
     warm_up: float = 0.3  # share of the steps until the peak of the rate (our choice: torch's default)
     paste: float = 0.5  # share of the pictures that get a rectangle of another one (our choice)
+    linear_from: float = 0.1  # deviations of the teachers' logits from which the loss is linear (our choice)
     bf16: bool = True  # mixed precision where the processor has it (our choice)
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "width", "stem_width", "coarse_width", "steps", "batch")
-        _at_least(self, 0, "lr", "weight_decay")
+        _at_least(self, 0, "lr", "weight_decay", "linear_from")
         _shares(self, "warm_up")
         if not 0 <= self.paste <= 1:
             raise ValueError(f"paste is a share of the pictures, from 0 to 1, not {self.paste}")

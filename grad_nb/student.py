@@ -225,7 +225,7 @@ def draw_lessons(
     return ((pasted + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
 
 # %% ../nbs/18_student.ipynb #stud8
-SCALE_FROM = 8  # batches from which the teachers' scale is taken (our choice)
+SCALE_FROM = 24  # batches from which the teachers' scale is taken (our choice)
 
 
 class Lessons:
@@ -304,7 +304,7 @@ def train_student(
         pictures, told = lessons(generator)
         with ops.mixed_precision(device, config.bf16):
             found = student(ops.channels_together(resized(pictures, student.size)))
-        losses = [F.smooth_l1_loss(mine.float(), theirs) for mine, theirs in zip(found, told)]
+        losses = [F.smooth_l1_loss(mine.float(), theirs, beta=config.linear_from) for mine, theirs in zip(found, told)]
         loss = torch.stack(losses).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
