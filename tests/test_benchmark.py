@@ -371,9 +371,27 @@ def test_ways_take_turns_and_their_second_call_counts(monkeypatch):
 
         return call
 
-    found = time_in_turns({"a": way("a", 1), "b": way("b", 2)}, iter(range(100)).__next__, runs=2)
-    assert found == {"a": [1, 1], "b": [2, 2]}
+    found = time_in_turns({"a": way("a", 0.25), "b": way("b", 0.5)}, iter(range(100)).__next__, runs=2)
+    assert found == {"a": [0.25, 0.25], "b": [0.5, 0.5]}
     assert calls == [(name, x) for x, name in enumerate("ababab") for _ in range(2)]
+
+
+def test_a_slow_way_is_called_once_a_round_and_stops_early(monkeypatch):
+    now, calls = [0.0], []
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def way(name, cost):
+        def call(_):
+            calls.append(name)
+            now[0] += cost
+
+        return call
+
+    ways = {"fast": way("fast", 0.5), "slow": way("slow", 8)}
+    found = time_in_turns(ways, lambda: None, runs=6, longest=20)
+    assert found == {"fast": 6 * [0.5], "slow": 3 * [8]}
+    assert calls.count("slow") == 2 + 3, "two in the round that is not timed, as for every way"
+    assert time_in_turns(ways, lambda: None, runs=6)["slow"] == 6 * [8]
 
 
 @pytest.mark.gpu
