@@ -1113,6 +1113,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'grad_nb.grad._load_student': ('grad.html#_load_student', 'grad_nb/grad.py'),
                               'grad_nb.grad._load_weights': ('grad.html#_load_weights', 'grad_nb/grad.py'),
                               'grad_nb.grad._looked_at': ('grad.html#_looked_at', 'grad_nb/grad.py'),
+                              'grad_nb.grad._normal_of': ('grad.html#_normal_of', 'grad_nb/grad.py'),
                               'grad_nb.grad._planned': ('grad.html#_planned', 'grad_nb/grad.py'),
                               'grad_nb.grad._preset_of': ('grad.html#_preset_of', 'grad_nb/grad.py'),
                               'grad_nb.grad._promise': ('grad.html#_promise', 'grad_nb/grad.py'),

@@ -818,16 +818,19 @@ class _Banking(_Training):
         return banks
 
 # %% ../nbs/15_grad.ipynb #grdetail1
-def _suit_pictures(model: _Fitted, sources: Iterable[Source], white: float | None) -> Iterable[Source]:
-    "A preset is suited to the pictures; of a stream, the first are looked at. The same sources."
+def _suit_pictures(
+    model: _Fitted, sources: Iterable[Source], white: float | None, labels: Sequence[int] | None
+) -> Iterable[Source]:
+    "A preset is suited to the pictures that are normal; of a stream, the first are looked at. The same sources."
     if model.preset_.generator.max_detail_lost == 1:
         return sources
     if isinstance(sources, Sequence | np.ndarray):
-        first = some_of(sources)
+        first = some_of(sources if labels is None else _normal_of(sources, checked_labels(labels, len(sources))))
     else:
         stream = iter(sources)
         first = list(islice(stream, LOOKED_AT))
         sources = chain(first, stream)
+        first = first if labels is None else _normal_of(first, labels)
     generator = stage_generator(model.settings_["random_state"], "detail")
     pictures = []
     for source in first:
@@ -837,6 +840,11 @@ def _suit_pictures(model: _Fitted, sources: Iterable[Source], white: float | Non
         look = large_enough if model.tile_ else suited  # a tile lies anywhere, whatever the part
         model.made_with_ = model.settings_ | {"preset": look(model.preset_, np.stack(pictures))}
     return sources
+
+
+def _normal_of(sources: Iterable[Source], labels: Iterable[int]) -> list[Source]:
+    "Those that are not labelled anomalous."
+    return [source for source, bad in zip(sources, labels) if not bad]
 
 
 def _looked_at(pixels: np.ndarray, tile: int, generator: torch.Generator) -> np.ndarray:
@@ -869,7 +877,8 @@ class _Reading(_Banking, _Changing):
         if white is not None:
             self.made_with_ = self.settings_ | {"white": white}
             log.info("pictures of more than 8 bits: white is %g", white)
-        sources = _suit_pictures(self, sources, white)
+        labels = None if y is None else list(y)
+        sources = _suit_pictures(self, sources, white, labels)
         broken: list[DataError] = []
         told = (self.progress, "reading pictures", lambda _, error: broken.append(error), white)
         size, look = self.preset_.generator.size, self._look(self.tile_)
@@ -877,12 +886,12 @@ class _Reading(_Banking, _Changing):
         _refuse_broken(broken)
         pictures = np.concatenate(batches)
         kept = list(sources) if self.tile_ else []
-        if y is not None:
-            anomalous = checked_labels(y, len(pictures))
+        if labels is not None:
+            anomalous = checked_labels(labels, len(pictures))
             if anomalous.any():
                 log.warning("%d of %d pictures are labelled anomalous and left out", anomalous.sum(), len(anomalous))
                 pictures = pictures[~anomalous]
-                kept = [source for source, bad in zip(kept, anomalous) if not bad]
+                kept = _normal_of(kept, anomalous)
         if len(pictures) and all(np.array_equal(picture, pictures[0]) for picture in pictures):
             said = "a model of them knows no variation and calls every other picture anomalous"
             log.warning("all %d pictures are equal; %s", len(pictures), said)

@@ -95,6 +95,16 @@ def test_an_estimator_sees_the_detail(stream):
     assert "128 x 128" in fitted.card() and fitted.preset.generator.size == 64
 
 
+@pytest.mark.parametrize("stream", (False, True))
+@pytest.mark.parametrize("fine, size", ((0, 128), (1, 64)))
+def test_an_estimator_is_not_suited_to_pictures_that_are_labelled_anomalous(stream, fine, size):
+    settings = override(preset("demo"), TINY_FIT | {"generator.max_detail_lost": 0.5, "generator.crop": 16})
+    pictures = np.concatenate([stripes(8, 12), stripes(40, 12)])
+    labels = iter([fine] * 12 + [1 - fine] * 12)
+    fitted = GRAD(settings, device="cpu", progress=False).fit(iter(pictures) if stream else pictures, labels)
+    assert fitted.preset_.generator.size == size and sum(fitted.n_pictures_) == 12
+
+
 def test_a_run_sees_the_detail(tmp_path):
     for i, picture in enumerate(stripes(8, 6)):
         for part in ("train", "test"):
