@@ -198,6 +198,21 @@ def test_onnx_types_and_batch_of_many(exported):
     assert largest_difference(model, OnnxScorer(path, threads=1), pictures(7)) < 1e-4
 
 
+def test_a_label_may_differ_where_the_score_crosses_the_threshold_and_nowhere_else(exported):
+    model, offset = exported[0], exported[0].offset_
+    try:
+        model.offset_ = float(model.score_samples(pictures(3))[0])
+        found = model.predict(pictures(3))
+        nudged = found.scores + np.array([1e-6, 0, 0])
+        wrong = found.labels ^ np.array([False, True, False])
+        assert not found.labels[0]
+        by_rounding = largest_difference(model, lambda _: (nudged, nudged > model.offset_, found.maps), pictures(3))
+        assert by_rounding == pytest.approx(1e-6, rel=1e-3)
+        assert largest_difference(model, lambda _: (found.scores, wrong, found.maps), pictures(3)) == np.inf
+    finally:
+        model.offset_ = offset
+
+
 def test_a_difference_is_seen(exported):
     model, path = exported
     scorer, x, offset = OnnxScorer(path, threads=1), pictures(3), model.offset_
