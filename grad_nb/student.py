@@ -225,7 +225,7 @@ def draw_lessons(
     return ((pasted + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
 
 # %% ../nbs/18_student.ipynb #stud8
-SCALE_FROM = 24  # batches from which the teachers' scale is taken (our choice)
+SCALE_FROM = 96  # pictures from which the teachers' scale is taken (our choice)
 
 
 class Lessons:
@@ -262,7 +262,8 @@ class Lessons:
         generator: torch.Generator,  # source of randomness
     ) -> list[MapStats]:  # of each teacher's logits
         "Take the scale of the teachers' logits from a few batches."
-        batches = [self(generator)[1] for _ in range(SCALE_FROM)]
+        _, _, config, _ = self.draw
+        batches = [self(generator)[1] for _ in range(math.ceil(SCALE_FROM / config.batch))]
         self.stats = [MapStats.of(torch.cat(maps).cpu().numpy()) for maps in zip(*batches)]
         return self.stats
 
