@@ -30,6 +30,13 @@ def _one_of(config: Any, name: str, *values: str) -> None:
         raise ValueError(f"{name} must be {' or '.join(map(repr, values))}, not {getattr(config, name)!r}")
 
 
+def _flags(config: Any) -> None:
+    "Refuse values of a configuration that are neither true nor false, where its defaults are."
+    for f in fields(config):
+        if isinstance(f.default, bool) and not isinstance(getattr(config, f.name), bool):
+            raise ValueError(f"{f.name} is true or false, not {getattr(config, f.name)!r}")
+
+
 def _shares(config: Any, *names: str) -> None:
     "Refuse values of a configuration that are no shares."
     for name in names:
@@ -78,6 +85,7 @@ class GeneratorConfig:
 # %% ../nbs/01_config.ipynb #cfgcheck3
 def _check_generator(config: GeneratorConfig) -> None:
     "Refuse values that cannot be meant."
+    _flags(config)
     _at_least(config, 1, "size", "steps", "batch", "T", "n_samples", "sample_steps", "sample_batch", "spacing", "blobs")
     _at_least(config, 1, "max_gain")
     _at_least(config, 0, "fourier", "crop", "lr", "weight_decay", "timestep_weighting", "sigma_g")
@@ -142,6 +150,7 @@ class DetectorConfig:
 # %% ../nbs/01_config.ipynb #cfgcheck2
 def _check_detector(config: DetectorConfig) -> None:
     "Refuse values that cannot be meant."
+    _flags(config)
     _at_least(config, 1, "pictures", "patches", "block", "bank_size", "epochs", "tries")
     _at_least(config, 0, "steps", "lr", "weight_decay", "alpha_1", "alpha_2", "sigma_c", "sigma_z")
     _shares(config, "warm_up", "min_position")
@@ -174,6 +183,7 @@ class EvalConfig:
     batch: int = 16  # pictures scored together (our choice)
 
     def __post_init__(self) -> None:
+        _flags(self)
         _at_least(self, 1, "blur_kernel", "map_size", "baseline_size", "batch")
         if not self.blur_sigma > 0:
             raise ValueError(f"blur_sigma={self.blur_sigma} must be positive (blur_kernel=1 blurs nothing)")
@@ -198,6 +208,7 @@ class StudentConfig:
     bf16: bool = True  # mixed precision where the processor has it (our choice)
 
     def __post_init__(self) -> None:
+        _flags(self)
         _at_least(self, 1, "width", "stem_width", "coarse_width", "steps", "batch")
         _at_least(self, 0, "lr", "weight_decay", "linear_from")
         _shares(self, "warm_up")
@@ -254,7 +265,7 @@ TABLE_7 = MappingProxyType(
 # %% ../nbs/01_config.ipynb #a20db1f4
 @dataclass(frozen=True)
 class Augmentation:
-    "What may be done to a picture before patches are cut from it (Tables 5 and 6)."
+    "What may be done to a picture before patches are cut from it (Tables 5 and 6). `ValueError` for what cannot be."
 
     vertical_flip: bool = False  # top to bottom, with probability 1/2
     horizontal_flip: bool = False  # left to right, with probability 1/2
@@ -262,6 +273,14 @@ class Augmentation:
     jitter_p: float = 0.2  # probability of colour jitter, per picture
     jitter_normal: float = 0.05  # strength of the jitter on normal pictures
     jitter_generated: float = 0.5  # strength of the jitter on generated pictures
+
+    def __post_init__(self) -> None:
+        _flags(self)
+        limits = {"rotation": 180, "jitter_p": 1, "jitter_normal": 1, "jitter_generated": 1}
+        for name, most in limits.items():
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value <= most:
+                raise ValueError(f"{name} is a number from 0 to {most}, not {value!r}")
 
 
 _BOTH = "bottle carpet grid hazelnut leather screw tile wood zipper".split()  # Table 5
@@ -296,6 +315,7 @@ class Preset:
     pixel: PixelConfig = PixelConfig()  # of the level-1 detector
 
     def __post_init__(self):
+        _flags(self)
         for rows in (self.levels_ad, self.levels_loco):
             if len({row.level for row in rows}) < len(rows):
                 raise ValueError(f"two detectors have the same level: {', '.join(str(row.level) for row in rows)}")

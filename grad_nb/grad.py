@@ -70,6 +70,7 @@ from .patches import PATCH
 from grad_nb.verdicts import (
     Calibration,
     Evaluation,
+    MapSummary,
     NormalScores,
     calibration_of_quantile,
     checked_calibration,
@@ -102,7 +103,7 @@ def picture_batches(
     report: Report | None = None,  # is called for files that cannot be read; if None, the first is an error
     white: float | None = None,  # the white of pictures of more than 8 bits
     look: Look | None = None,  # sees each picture at its own size; its `DataError` is as one of a file
-) -> Iterator[tuple[list[Path], np.ndarray]]:  # the files (none for arrays), and (<= batch, size, size, 3) uint8
+) -> Iterator[tuple[list[Path], np.ndarray]]:  # files (none unless all are some), and (<= batch, size, size, 3) uint8
     """Pictures in batches.
 
     `DataError` names a file that cannot be read or says that there are none, `ValueError` a wrong array.
@@ -129,12 +130,17 @@ def picture_batches(
                 if isinstance(source, (str, Path)):
                     paths.append(Path(source))
             if len(read) == batch:
-                yield paths, np.stack(read)
+                yield _of_all(paths, len(read)), np.stack(read)
                 paths, read = [], []
         if read:
-            yield paths, np.stack(read)
+            yield _of_all(paths, len(read)), np.stack(read)
     if not found:
         raise DataError("there are no pictures; the list, array or stream is empty")
+
+
+def _of_all(paths: list[Path], n: int) -> list[Path]:
+    "The files of n pictures; none if some of them come from no file, so that no picture has another one's name."
+    return paths if len(paths) == n else []
 
 # %% ../nbs/15_grad.ipynb #101fc36b
 @with_parameters
@@ -145,7 +151,7 @@ class Prediction:
     scores: np.ndarray  # (N,) float64, higher = more anomalous
     labels: np.ndarray  # (N,) bool, True = anomalous: the score is above the model's offset_
     maps: np.ndarray | None  # (N, S, S) float32 pixel maps on the scale of the scores, blurred; None if not asked for
-    paths: tuple[Path, ...]  # the files, empty for arrays
+    paths: tuple[Path, ...]  # the files; empty unless all pictures come from files
 
     def __repr__(self) -> str:
         kept = "without maps" if self.maps is None else "with maps"
@@ -222,6 +228,8 @@ def check_is_fitted(
 class _Parameters(Estimator):
     "What a user of `GRAD` chooses."
 
+    _asked: tuple[str, ...] = ()  # paths of settings that a command was given: no preset that suits changes them
+
     def __init__(
         self,
         preset: Preset | str = "fast",  # all settings of the method, or the name of a preset, which follows the layout
@@ -269,6 +277,17 @@ def _settings(model: _Parameters) -> dict[str, Any]:
     return known | {"preset": _preset_of(model)}
 
 # %% ../nbs/15_grad.ipynb #grad0009
+def _is_number(value: object) -> bool:
+    "Whether it is a number, and not a word, a list or a truth value."
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def _check_rate(rate: Any) -> None:
+    "`ValueError` for what is no false-alarm rate."
+    if not (_is_number(rate) and 0 < rate < 1):
+        raise ValueError(f"false_alarm_rate must lie between 0 and 1, not {rate!r}")
+
+
 def _check_parameters(model: _Parameters) -> None:
     "`ValueError` for a parameter of the constructor, or a name in the environment, that cannot be meant."
     choice()  # a wrong word in GRAD_NB_ACCEL is an error before any work
@@ -278,17 +297,16 @@ def _check_parameters(model: _Parameters) -> None:
     chosen.levels(model.layout)
     if not isinstance(model.augmentation, Augmentation):
         raise ValueError(f"augmentation is an Augmentation, not {model.augmentation!r}")
-    if not 0 < model.false_alarm_rate < 1:
-        raise ValueError(f"false_alarm_rate must lie between 0 and 1, not {model.false_alarm_rate}")
-    if model.validation is not None and not 0 <= model.validation < 1:
-        raise ValueError(f"validation is a share of the pictures, from 0 to below 1, not {model.validation}")
+    _check_rate(model.false_alarm_rate)
+    if model.validation is not None and not (_is_number(model.validation) and 0 <= model.validation < 1):
+        raise ValueError(f"validation is a share of the pictures, from 0 to below 1, not {model.validation!r}")
     if not isinstance(model.one_network, bool):
         raise ValueError(f"one_network is true or false, not {model.one_network!r}")
     check_tile(model.tile, chosen.generator.size)
     if chosen.one_network:
         branches(chosen.levels(model.layout))  # sizes that no network can serve are an error before any work
-    if model.white is not None and not model.white > 0:
-        raise ValueError(f"white must be above 0, not {model.white}")
+    if model.white is not None and not (_is_number(model.white) and model.white > 0):
+        raise ValueError(f"white must be a number above 0, not {model.white!r}")
     for name in ("random_state", "explain_patches"):
         value = getattr(model, name)
         if not isinstance(value, (int, np.integer)) or value < 0:
@@ -467,12 +485,10 @@ class _Predicting(_Streaming):
         "Scores, labels and pixel maps of all pictures."
         parts = list(self.stream(X, maps=maps, tile=tile))
         kept = [p.maps for p in parts if p.maps is not None]
-        return Prediction(
-            np.concatenate([p.scores for p in parts]),
-            np.concatenate([p.labels for p in parts]),
-            np.concatenate(kept) if maps else None,
-            tuple(path for p in parts for path in p.paths),
-        )
+        scores = np.concatenate([p.scores for p in parts])
+        labels = np.concatenate([p.labels for p in parts])
+        paths = _of_all([path for p in parts for path in p.paths], len(scores))
+        return Prediction(scores, labels, np.concatenate(kept) if maps else None, tuple(paths))
 
     def score_samples(
         self,
@@ -508,26 +524,34 @@ class _Calibrating(_Predicting):
         """
         check_is_fitted(self)
         rate = self.false_alarm_rate if false_alarm_rate is None else false_alarm_rate
-        if not 0 < rate < 1:
-            raise ValueError(f"false_alarm_rate must lie between 0 and 1, not {rate}")
-        found = self.predict(X)
-        labels = checked_labels(y, len(found.scores)) if y is not None else np.zeros(len(found.scores), bool)
-        assert found.maps is not None  # they were asked for
-        if not (np.isfinite(found.scores).all() and np.isfinite(found.maps).all()):
+        _check_rate(rate)
+        given = None if y is None else list(y)
+        anomalous = np.zeros(0, bool) if given is None else checked_labels(given, len(given))
+        judged: list[float] = []
+        maps = MapSummary()
+        for part in self.stream(X):
+            assert part.maps is not None  # they are asked for
+            here = anomalous[len(judged) : len(judged) + len(part.maps)]
+            maps.add(part.maps if given is None else part.maps[: len(here)][~here])
+            judged.extend(part.scores)
+        scores = np.array(judged)
+        labels = np.zeros(len(scores), bool) if given is None else checked_labels(given, len(scores))
+        if not (np.isfinite(scores).all() and maps.finite):
             raise ValueError("scores of these pictures are not finite; the model is damaged: fit again")
-        if y is None:
-            chosen = threshold_of_normals(found.scores, rate, "new")
+        if given is None:
+            chosen = threshold_of_normals(scores, rate, "new")
         else:
-            chosen = threshold_of_labelled(found.scores, labels, rate)
+            chosen = threshold_of_labelled(scores, labels, rate)
         self.made_with_ = self.settings_ | {"false_alarm_rate": rate}
         self.false_alarm_rate = rate
-        self._set_threshold(found.scores[~labels], found.maps[~labels], *chosen)
+        self._set_threshold(scores[~labels], maps, *chosen)
         return self
 
-    def _set_threshold(self, scores: np.ndarray, maps: np.ndarray, threshold: float, known: Calibration) -> None:
+    def _set_threshold(self, scores: np.ndarray, maps: MapSummary, threshold: float, known: Calibration) -> None:
         "A threshold, and the colour scale of these normal pictures, whose scores are kept."
         self.offset_, self.calibration_ = threshold, known
-        self.map_limits_ = colour_limits(maps, self.settings_["false_alarm_rate"])
+        rate = self.settings_["false_alarm_rate"]
+        self.map_limits_ = _colour_limits(np.array(maps.peaks), maps.median(), rate)
         self.normals_ = NormalScores.of(scores, maps)
         log.info("threshold %.6g at %s", threshold, known)
 
@@ -549,8 +573,8 @@ class _Changing(_Calibrating):
         """
         wanted = params.get("false_alarm_rate")
         acts = hasattr(self, "offset_") and wanted not in (None, self.settings_["false_alarm_rate"])
-        if acts and not (isinstance(wanted, (float, np.floating)) and 0 < wanted < 1):
-            raise ValueError(f"false_alarm_rate must lie between 0 and 1, not {wanted}")
+        if acts:
+            _check_rate(wanted)
         super().set_params(**params)
         if acts and not self._follow_rate():
             said = "the scores behind the threshold are not kept, so it stays where it is until calibrate or fit"
@@ -585,7 +609,7 @@ class _Evaluating(_Predicting):
         X: Input,  # a labelled folder, see `labelled_folder`; with `y`, any pictures
         y: Iterable[int] | None = None,  # 1 or True = anomalous, 0 or False = normal, one for each picture
     ) -> Evaluation:  # printed, it is a table
-        """How good the model is on labelled pictures.
+        """How good the model is on labelled pictures. All their maps are kept: 4 S^2 bytes for each picture.
 
         `DataError` for a folder that is not labelled or pictures that cannot be read, `ValueError` for wrong labels.
         """
@@ -837,8 +861,12 @@ def _suit_pictures(
         with contextlib.suppress(DataError):  # whoever reads them all will say so
             pictures.append(_looked_at(picture_pixels(source, white), model.tile_, generator))
     if pictures:
-        look = large_enough if model.tile_ else suited  # a tile lies anywhere, whatever the part
-        model.made_with_ = model.settings_ | {"preset": look(model.preset_, np.stack(pictures))}
+        looked_at = np.stack(pictures)
+        if model.tile_:  # a tile lies anywhere, whatever the part; it is seen at twice its side at most
+            chosen = large_enough(model.preset_, looked_at, min(LARGEST_SIDE, 2 * model.tile_))
+        else:
+            chosen = suited(model.preset_, looked_at, model._asked)
+        model.made_with_ = model.settings_ | {"preset": chosen}
     return sources
 
 
@@ -866,8 +894,11 @@ def _refuse_broken(broken: Sequence[DataError]) -> None:
 class _Reading(_Banking, _Changing):
     "What `fit` reads."
 
-    def _normal_pictures(self, X: Input, y: Iterable[int] | None) -> tuple[np.ndarray, list[Source]]:
-        "The normal pictures (N, S, S, 3), and for tiles where they come from; what can be said before the training."
+    def _normal_pictures(self, X: Input, y: Iterable[int] | None) -> tuple[np.ndarray, np.ndarray, list[Source]]:
+        """The normal pictures (N, S, S, 3), their numbers among those given, and for tiles where they come from.
+
+        Says what can be said before the training.
+        """
         sources = picture_sources(X)
         if self.tile_:
             sources = list(sources)  # they are read again, to be cut
@@ -885,17 +916,17 @@ class _Reading(_Banking, _Changing):
         batches = [batch for _, batch in picture_batches(sources, size, 64, *told, look=look)]
         _refuse_broken(broken)
         pictures = np.concatenate(batches)
-        kept = list(sources) if self.tile_ else []
+        numbers, kept = np.arange(len(pictures)), list(sources) if self.tile_ else []
         if labels is not None:
             anomalous = checked_labels(labels, len(pictures))
             if anomalous.any():
                 log.warning("%d of %d pictures are labelled anomalous and left out", anomalous.sum(), len(anomalous))
-                pictures = pictures[~anomalous]
+                pictures, numbers = pictures[~anomalous], numbers[~anomalous]
                 kept = _normal_of(kept, anomalous)
         if len(pictures) and all(np.array_equal(picture, pictures[0]) for picture in pictures):
             said = "a model of them knows no variation and calls every other picture anomalous"
             log.warning("all %d pictures are equal; %s", len(pictures), said)
-        return pictures, kept
+        return pictures, numbers, kept
 
 # %% ../nbs/15_grad.ipynb #gradtil3
 class _Cutting(_Reading):
@@ -925,18 +956,24 @@ class _Cutting(_Reading):
 
     def _judge_held(
         self, pictures: np.ndarray, sources: list[Source], held: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        "The statistics of each level's maps, and scores and pixel maps, of held-out pictures."
+    ) -> tuple[np.ndarray, MapSummary]:
+        "The statistics of each level's maps, and scores and a summary of the pixel maps, of held-out pictures."
         parts, _ = self._parts(pictures, sources, held, "tiles-held")
         self.stats_ = [MapStats.of(m) for m in self._maps_of_even(parts)]
+        maps = MapSummary()
         if not self.tile_:
-            scores, maps = self._score(pictures[held])
+            scores, heat_maps = self._score(pictures[held])
+            assert heat_maps is not None  # they are asked for
+            maps.add(heat_maps)
         else:
             shown = tqdm(held, "judging held-out pictures", disable=not self.progress, leave=False)
-            joined = [self._join(picture_pixels(sources[i], self.white_), self.tile_) for i in shown]
-            scores = np.array([found.score for found in joined])
-            maps = np.stack([found.heat_map for found in joined if found.heat_map is not None])
-        if maps is None or not (np.isfinite(scores).all() and np.isfinite(maps).all()):
+            scores = np.zeros(len(held))
+            for k, i in enumerate(shown):
+                found = self._join(picture_pixels(sources[i], self.white_), self.tile_)
+                scores[k] = found.score
+                assert found.heat_map is not None  # it is asked for
+                maps.add(found.heat_map[None])
+        if not (np.isfinite(scores).all() and maps.finite):
             raise ValueError("the training diverged: scores of held-out pictures are not finite; lower detector.lr")
         return scores, maps
 
@@ -947,7 +984,7 @@ class _Learning(_Cutting):
     def _learn(self, X: Input, y: Iterable[int] | None) -> None:
         self.made_with_ = _settings(self)
         device = pick_device(self.device)
-        pictures, sources = self._normal_pictures(X, y)
+        pictures, given, sources = self._normal_pictures(X, y)
         share = held_out_share(len(pictures), self.validation, MIN_NORMALS)
         train, held = hold_out(len(pictures), share, self.random_state)
         log.info("%d pictures to train on, %d held out, on %s", len(train), len(held), device)
@@ -960,7 +997,7 @@ class _Learning(_Cutting):
             self.light_ = fit_light(pictures[train], config.light, max_gain=config.max_gain)
             normals, numbers = self._parts(pictures, sources, train, "tiles")
             self.detectors_ = self._train(folder, normals, device)
-            self.banks_ = self._keep_patches(folder, normals, numbers, device)
+            self.banks_ = self._keep_patches(folder, normals, given[numbers], device)
         self.n_pictures_ = (len(train), len(held))
         self.versions_ = versions()
         scores, maps = self._judge_held(pictures, sources, held)
@@ -984,6 +1021,7 @@ class _Fitting(_Learning, _Changing):
         """
         _check_parameters(self)
         new = type(self)(**self.get_params())  # a fit that fails leaves this model as it was
+        new._asked = self._asked
         new._learn(X, y)
         vars(self).update({name: value for name, value in vars(new).items() if name.endswith("_")})
         return self

@@ -136,7 +136,7 @@ def method_diagram(
         _box(ax, f"PatchDiff\nlevel {level}", 23, middle, (14, 10), "#dce9f7")
         _arrow(ax, (14.8, 33), (22.4, middle + 2))
         _arrow(ax, (37.4, middle), (40.4, middle))
-        _thumbnails(ax, pictures, 41, middle, 10.5, f"sees {level}×{level} pixels at a time")
+        _thumbnails(ax, pictures, 41, middle, 10.5, f"drawn by level {level}")
         _arrow(ax, (63.4, middle), (69.4, middle))
     _arrow(ax, (14.8, 48), (69.4, 53.5))
     _arrow(ax, (14.8, 46), (69.4, 41))
@@ -378,19 +378,24 @@ def field_figure(
 # %% ../nbs/16_plots.ipynb #a02ed8aa
 def history_curves(
     history: pd.DataFrame,  # a row a step, or a row every few steps with the step as its index; a column a figure
-    columns: Sequence[str] = (),  # which figures; all if empty
+    columns: Sequence[str] | Mapping[str, str] = (),  # which figures, or their titles; all if empty
     window: int = 0,  # steps averaged; a fiftieth of the training if 0
     log: bool = True,  # logarithmic ordinate
+    sharey: bool = False,  # one ordinate for all of them, to compare them
+    ylabel: str = "",  # of the first panel
 ) -> Figure:
     "Figures of a training by step, smoothed by a running mean, one panel each."
-    columns = list(columns) or list(history.columns)
+    columns = columns or list(history.columns)
+    titles = columns if isinstance(columns, Mapping) else {name: name for name in columns}
     window = window or max(1, len(history) // 50)
-    size = (2.6 * len(columns), 1.9)
-    figure, axes = plt.subplots(1, len(columns), figsize=size, dpi=72, squeeze=False, layout="constrained")
-    for ax, name in zip(axes[0], columns):
+    size = (2.6 * len(titles), 1.9)
+    figure = plt.figure(figsize=size, dpi=72, layout="constrained")
+    axes = figure.subplots(1, len(titles), squeeze=False, sharey=sharey)
+    axes[0, 0].set_ylabel(ylabel, fontsize=8)
+    for ax, (name, title) in zip(axes[0], titles.items()):
         smooth = history[name].rolling(window, min_periods=1).mean()
         ax.plot(smooth.index, smooth.to_numpy(), lw=1)
-        ax.set_title(name, fontsize=9)
+        ax.set_title(title, fontsize=9)
         ax.tick_params(labelsize=7)
         ax.set_xlabel("step", fontsize=8)
         if log and (smooth > 0).all() and smooth.max() > 10 * smooth.min():
@@ -752,6 +757,7 @@ def score_histogram(
         ax.hist(scores[kinds == kind], edges, density=True, alpha=0.5, label=as_text(kind), color=colour)
     ax.legend(fontsize=7)
     ax.set_xlabel("image score", fontsize=8)
+    ax.set_ylabel("density of each type", fontsize=8)
     ax.set_yticks([])
     ax.tick_params(labelsize=7)
     return figure

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from fastcore.script import anno_parser
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from shared import pictures
 from torch import nn
 
 from grad_nb.accel.backends import accel_help, choice
@@ -230,6 +232,31 @@ def test_stages_time_the_real_functions(monkeypatch):
     assert rows[0]["GFLOP"] / (3 * 2 * 24**2) == pytest.approx(rows[1]["GFLOP"] / (3 * 48**2), rel=0.01), (
         "three passes over crops, one over pictures"
     )
+
+
+def test_a_student_has_no_bfloat16_of_its_own(data, monkeypatch):
+    monkeypatch.setattr(ways, "bf16_supported", lambda device: True)
+    model = random_model((48,), 0.1, one_network=True)
+    rows = bench_precisions(model, read_category(data, "trays"), threads=1, runs=1, calibration=4)
+    assert "bf16" not in {row["precision"] for row in rows}
+
+
+def test_what_cannot_be_measured_is_said_before(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(whole, "measure", lambda *_, **__: pytest.fail("measured"))
+    random_model((48,), 0.1).save(tmp_path / "m.grad")
+    (tmp_path / "plain").mkdir()
+    for i, picture in enumerate(pictures(4, 48)):
+        Image.fromarray(picture).save(tmp_path / f"plain/{i}.png")
+    plain = {"model": str(tmp_path / "m.grad"), "data": str(tmp_path / "plain")}
+    for wrong, said in (
+        ({"runs": 0}, "--runs"),
+        ({"batch": 0}, "--batch"),
+        ({"threads": -1}, "--threads"),
+        (plain, "no test"),
+    ):
+        with pytest.raises(SystemExit):
+            grad_bench("cpu", **wrong)
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("has", [True, False])

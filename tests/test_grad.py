@@ -370,7 +370,7 @@ def test_a_picture_in_any_form_has_the_same_score(model, trays):
         assert model.score_samples(one) == want == model.score_samples([one]), type(one)
         assert model.explain(one).score == pytest.approx(want)
     assert model.score_samples(list(forms)) == pytest.approx(want, abs=1e-6)
-    assert model.predict(list(forms)).paths == (path,)
+    assert model.predict(list(forms)).paths == (), "not all of them are files"
     batch = torch.stack([tensor, tensor])
     for two in (batch, batch.permute(0, 3, 1, 2)):
         assert model.score_samples(two) == pytest.approx(want, abs=1e-6)
@@ -406,9 +406,38 @@ def test_labelled_pictures_are_left_out_of_the_training_and_counted(trays, caplo
     assert (mixed.score_samples(good) == alone.score_samples(good)).all() and mixed.n_pictures_ == alone.n_pictures_
     assert f"2 of {len(both)} pictures are labelled anomalous and left out" in caplog.text
     assert (tiny().fit(good, [0] * len(good)).score_samples(good) == alone.score_samples(good)).all()
-    for wrong in ([2] * len(both), [-1] * len(both), ["good"] * len(both), [0]):
+    column = (np.arange(len(both)) < 2)[:, None]
+    for wrong in ([2] * len(both), [-1] * len(both), ["good"] * len(both), [0], column):
         with pytest.raises(ValueError, match="label"):
             tiny().fit(both, wrong)
+    numbers = mixed.banks_[0][0].places[:, 1]
+    assert numbers.min() >= 2 and set(numbers) - set(alone.banks_[0][0].places[:, 1]), "numbers of those given"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"false_alarm_rate": "0.1"}, {"false_alarm_rate": None}, {"validation": "0.1"}, {"white": "a"}]
+)
+def test_a_parameter_of_a_wrong_kind_is_named(wrong, trays):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        tiny().set_params(**wrong).fit(trays / "train/good")
+
+
+def test_of_files_and_arrays_together_none_has_the_name_of_another(model, trays):
+    files = sorted((trays / "test/good").iterdir())
+    both = [files[0], np.asarray(Image.open(files[1])), files[2]]
+    found = model.predict(both)
+    assert found.paths == () and (found.scores == model.score_samples(files[:3])).all()
+    assert model.evaluate(both, [0, 1, 0]).names == ("picture 0", "picture 1", "picture 2")
+    assert model.predict(files[:3]).paths == tuple(files[:3])
+
+
+def test_a_setting_that_a_command_was_given_stays_where_a_preset_is_suited(monkeypatch, trays):
+    asked = []
+    monkeypatch.setattr("grad_nb.grad.suited", lambda chosen, pictures, paths: asked.append(paths) or chosen)
+    made = tiny(generator__max_detail_lost=0.5)
+    made._asked = ("detector.steps",)
+    made.fit(trays / "train/good")
+    assert asked == [("detector.steps",)]
 
 
 def copy_of(model: GRAD) -> GRAD:
@@ -489,7 +518,7 @@ def test_a_camera_of_twelve_bits_has_one_white_in_model_file_and_verdicts(trays,
     assert (kept.score_samples(tmp_path / "deep") == want).all() and '"white": 4095' in kept.card()
     given = tiny().set_params(white=4095).fit(tmp_path / "deep")
     assert (given.score_samples(tmp_path / "deep") == want).all()
-    with pytest.raises(ValueError, match="white must be above 0"):
+    with pytest.raises(ValueError, match="white must be a number above 0"):
         tiny().set_params(white=0).fit(tmp_path / "deep")
 
 

@@ -206,6 +206,21 @@ def test_a_tile_larger_than_a_picture_or_smaller_than_what_is_seen_is_refused(la
         tiny().set_params(tile=256).fit(tmp_path)
     with pytest.raises(ValueError, match="tile=100 is too small.*256 x 256 pixels; give 128 or more"):
         check_tile(100, 256)
+    small = np.zeros((60, 300, 3), np.uint8)
+    for use in (
+        lambda: random_tiles(small, 64, 64, 1, seeded()),
+        lambda: judge_in_tiles(small, tiling(), darkness(64)),
+    ):
+        with pytest.raises(ValueError, match="300x60 pixels is smaller than a tile of 64"):
+            use()
+
+
+def test_tiles_of_fine_detail_are_seen_at_twice_their_side_at_most(large, few_tiles, tmp_path):
+    fine = np.random.default_rng(0).integers(0, 256, (6, 220, 220, 3), dtype=np.uint8)
+    found = tiny(generator__max_detail_lost=0.5).set_params(tile=100).fit(fine)
+    assert found.preset_.generator.size == 128, "256 pixels would need a tile of 128"
+    found.save(tmp_path / "m.grad")
+    assert GRAD.load(tmp_path / "m.grad", "cpu").tile_ == 100
 
 
 def test_scores_and_maps_are_of_the_whole_picture(model, large, tmp_path):

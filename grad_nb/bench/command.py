@@ -47,6 +47,9 @@ def grad_bench(
     Example: grad_bench --quick
     """
     config.preset(preset)
+    for name, value, least in (("batch", batch, 1), ("runs", runs, 1), ("threads", threads, 0)):
+        if value < least:
+            raise ValueError(f"--{name} must be at least {least}, not {value}")
     if bool(model) != bool(data):
         raise ValueError("--model and --data belong together: a trained model and the part's own pictures")
     if peers and importlib.util.find_spec("anomalib") is None:

@@ -234,7 +234,7 @@ def _precisions(
     plain = Scorer(model).eval()
     yield "torch", "float32", _on_arrays(plain), _megabytes(plain)
     yield "library", model_precision(model), predicted(model), _megabytes(plain)
-    if bf16_supported("cpu"):
+    if bf16_supported("cpu") and model.student_ is None:
         half = in_bfloat16(plain)
         yield "torch", "bf16", _on_arrays(half), _megabytes(half)
     writers: dict[str, Callable] = {"float32": to_onnx, "int8": partial(to_int8, pictures=normals)}

@@ -56,12 +56,15 @@ def open_judged(
     model: str,  # file that grad_fit wrote
     data: str,  # folder of its part
 ) -> tuple[GRAD, Category]:
-    "A model and the pictures that it is to judge."
+    "A model and the pictures that it is to judge. `ValueError` for one with tiles, or a part without test pictures."
     folder = Path(data).resolve()
     fitted = GRAD.load(model, "cpu")
     if fitted.tile_:
         raise ValueError(f"{model} judges pictures in tiles, and the benchmark times models that see them whole")
-    return fitted, read_category(folder.parent, folder.name)
+    category = read_category(folder.parent, folder.name)
+    if not category.test:
+        raise ValueError(f"{data} has no test pictures to measure accuracy on; give a folder with train and test")
+    return fitted, category
 
 
 def save_charts(

@@ -79,11 +79,13 @@ def atomic_path(
     """Write a file whole or not at all.
 
     On success it is flushed to the disk and renamed to `path`; on any error it is removed.
-    `ValueError` for a pipe or a device.
+    `ValueError` for a pipe or a device, `PermissionError` for a file that is write-protected.
     """
     path = Path(os.path.realpath(path))  # a link stays one, and what it leads to is replaced
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise ValueError(f"{path} is no regular file; give another")
+    if path.is_file() and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         _remove_left(path.parent)

@@ -137,10 +137,11 @@ def some_of(
 def large_enough(
     chosen: Preset,  # as chosen
     pictures: np.ndarray,  # (N, LARGEST_SIDE, LARGEST_SIDE, 3) uint8 some training pictures
+    largest: int = LARGEST_SIDE,  # side at which they may be seen, pixels
 ) -> Preset:  # with pictures large enough to show the detail
     "A preset at twice its size, once or twice, where the training pictures lose too much of their detail."
     limit = chosen.generator.max_detail_lost
-    while limit < 1 and 2 * chosen.generator.size <= LARGEST_SIDE:
+    while limit < 1 and 2 * chosen.generator.size <= largest:
         size = chosen.generator.size
         lost = detail_lost(pictures, size)
         if lost <= limit:

@@ -253,7 +253,7 @@ def table_1(
         ]
     pooled = [cell(values(found, dataset, chosen, "image_auroc")) for dataset, chosen in groups.values()]
     table.insert(table.columns.get_loc(HERE["GRAD"]) + 1, f"{HERE['GRAD']}, pooled", pooled)
-    assumed = "figures are means of the logical and the structural AUROC; that the published ones are, is assumed"
+    assumed = "figures are means of the logical and the structural AUROC; we assume so of the published ones"
     table.attrs["notes"] = [assumed, *_notes(found[found.own], "mvtec_loco", names)]
     return table.rename_axis(index="category", columns=None)
 

@@ -55,17 +55,19 @@ def grad_fit(
     from grad_nb.grad import GRAD
     from grad_nb.runs.stages import parse_overrides
 
-    settings = config.override(settings, parse_overrides(overrides))
+    asked = parse_overrides(overrides)
+    settings = config.override(settings, asked)
     card = _before_fit(model, category)
     augmentation = config.augmentation(category)
     shares = (validation, false_alarm_rate)
     with _kept_until_done(work_dir, model) as folder:
         _check_room_of_fit(Path(folder), settings, layout)
         made = GRAD(settings, layout, augmentation, *shares, seed, device, not quiet, folder, white=white)
+        made._asked = tuple(asked)
         fitted = made.set_params(one_network=one_network, tile=tile).fit(pictures)
-    fitted.save(model)
-    with atomic_path(card) as temporary:
-        temporary.write_text(fitted.card(), encoding="utf-8")
+        fitted.save(model)  # a full disk costs no training: the stages are gone only after it
+        with atomic_path(card) as temporary:
+            temporary.write_text(fitted.card(), encoding="utf-8")
     _print_threshold(fitted, model)
 
 # %% ../../nbs/use/05_daily.ipynb #daily007
@@ -100,6 +102,8 @@ def _writable(path: str | Path) -> None:
     try:
         if Path(path).is_dir():
             raise IsADirectoryError(21, "it is a folder")
+        if Path(path).exists() and not os.access(path, os.W_OK):
+            raise PermissionError(13, "it is write-protected")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=Path(path).parent):
             pass
@@ -215,6 +219,8 @@ def grad_predict(
     Example: grad_predict part.grad my_parts/incoming --maps maps > verdicts.csv
     """
     _before_predict(pictures, format, watch, maps, tile)
+    if not watch and (journal is not None or every != 1):
+        raise ValueError("--journal and --every belong to --watch; give a folder to --watch, or leave them out")
     from grad_nb.datasets.readers import DataError
     from grad_nb.grad import GRAD
     from grad_nb.use.verdicts import RowWriter, expand, judge, map_drawer
@@ -276,8 +282,9 @@ def grad_export(
         raise ValueError(f"format must be {' or '.join(FORMATS)}, not {format!r}")
     suffix, write, reader = FORMATS[format]
     path = Path(output or Path(model).with_suffix(suffix))
-    if path.exists() and path.samefile(model):
-        raise ValueError(f"{path} is the model itself; give another file to --output")
+    written = [path, path.with_suffix(".bin")] if "openvino" in format else [path]  # its weights stand beside it
+    if any(file.exists() and file.samefile(model) for file in written):
+        raise ValueError(f"{model} would be overwritten; give another file to --output")
     fitted = GRAD.load(model, "cpu")
     size = fitted.preset_.generator.size
     more = [read_normals(normals, None if fitted.tile_ else size, white=fitted.white_)] if normals else []

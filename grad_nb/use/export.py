@@ -554,7 +554,7 @@ def _openvino_graph(model: GRAD) -> Any:
 
 
 def _save_openvino(graph: Any, model: GRAD, path: Path) -> None:
-    "Write a graph, and what it says about itself, atomically."
+    "Write a graph, and what it says about itself: two files, each whole or not at all, the weights first."
     import openvino as ov
 
     for name, value in metadata(model).items():

@@ -491,11 +491,34 @@ def test_names_that_cannot_be_paths(model, parts, capsys):
 def test_fit_says_at_once_where_it_cannot_write(trays, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(GRAD, "fit", lambda *_: pytest.fail("it was trained first"))
     (tmp_path / "file").touch()
-    for target in (tmp_path, tmp_path / "file/m.grad"):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "kept.grad")  # root may write anything
+    (tmp_path / "kept.grad").touch(0o444)
+    for target in (tmp_path, tmp_path / "file/m.grad", tmp_path / "kept.grad"):
         with pytest.raises(SystemExit) as stop:
             grad_fit(str(trays / "train/good"), str(target), quiet=True)
         err = capsys.readouterr().err
         assert stop.value.code == 2 and f"{target} cannot be written" in err and len(err.splitlines()) == 1
+
+
+def test_a_model_that_cannot_be_saved_costs_no_training(trays, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    target = tmp_path / "m.grad"
+    with monkeypatch.context() as patch:
+        patch.setattr(GRAD, "save", full)
+        with pytest.raises(SystemExit):
+            grad_fit(str(trays / "train/good"), str(target), "demo", overrides=TINY, device="cpu", quiet=True)
+    assert (tmp_path / "m.grad.work").is_dir() and not target.exists()
+    monkeypatch.setattr("grad_nb.grad.make_detector", lambda *_: pytest.fail("trained again"))
+    grad_fit(str(trays / "train/good"), str(target), "demo", overrides=TINY, device="cpu", quiet=True)
+    assert target.exists() and not (tmp_path / "m.grad.work").exists()
+
+
+def test_options_of_watch_are_refused_without_it(model, parts, tmp_path, capsys):
+    for options in ({"journal": str(tmp_path / "j.jsonl")}, {"every": 2.0}):
+        status, rows, err = called(capsys, model, parts, **options)
+        assert status == 2 and not rows and "belong to --watch" in err
 
 
 def test_fit_refuses_a_misspelt_category_and_a_card_that_is_none(trays, tmp_path, capsys, monkeypatch):

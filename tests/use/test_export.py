@@ -302,6 +302,14 @@ def test_the_command(tmp_path, capsys):
         assert (tmp_path / "m.grad").read_bytes() == before
 
 
+def test_weights_beside_a_file_do_not_replace_the_model(tmp_path, capsys):
+    fitted("mvtec_ad").save(tmp_path / "m.bin")
+    before = (tmp_path / "m.bin").read_bytes()
+    with pytest.raises(SystemExit):
+        grad_export(str(tmp_path / "m.bin"), format="openvino")
+    assert "would be overwritten" in capsys.readouterr().err and (tmp_path / "m.bin").read_bytes() == before
+
+
 def test_eight_bits_are_small_and_keep_the_order(tmp_path):
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name)

@@ -12,6 +12,7 @@ from PIL import Image
 from scipy.stats import beta
 from shared import TINY_FIT
 
+from grad_nb import verdicts
 from grad_nb.config import override, preset
 from grad_nb.datasets.readers import DataError
 from grad_nb.datasets.trays import make_trays
@@ -22,6 +23,7 @@ from grad_nb.use.evaluate import grad_evaluate
 from grad_nb.verdicts import (
     MOST_KEPT,
     Calibration,
+    MapSummary,
     NormalScores,
     best_f1_threshold,
     calibration_of_quantile,
@@ -140,7 +142,7 @@ def test_labels_and_calibrations_that_cannot_be_are_refused():
 
 
 def test_scores_in_a_file_that_cannot_be_are_refused():
-    kept = NormalScores.of(np.array([0.5, 0.25]), np.arange(8, dtype=np.float32).reshape(2, 2, 2))
+    kept = NormalScores.of(np.array([0.5, 0.25]), summary_of(np.arange(8, dtype=np.float32).reshape(2, 2, 2)))
     plain = json.loads(json.dumps(kept.as_plain()))
     back = checked_scores(plain, 2)
     assert (back.scores == kept.scores).all() and (back.peaks == [3, 7]).all() and back.median == 3.5
@@ -152,7 +154,27 @@ def test_scores_in_a_file_that_cannot_be_are_refused():
     with pytest.raises(LookupError):
         checked_scores({"scores": [1.0, 2.0]}, 2)
     many = np.zeros(MOST_KEPT + 1)
-    assert NormalScores.of(many, many[:, None, None]) is None
+    assert NormalScores.of(many, summary_of(many[:, None, None])) is None
+
+
+def summary_of(maps: np.ndarray) -> MapSummary:
+    "All maps at once."
+    found = MapSummary()
+    found.add(maps)
+    return found
+
+
+def test_a_colour_scale_of_many_maps_takes_little_memory(monkeypatch):
+    maps = np.random.default_rng(0).normal(size=(40, 64, 64)).astype(np.float32)
+    whole = summary_of(maps)
+    assert whole.peaks == list(maps.max((1, 2))) and whole.median() == np.median(maps) and whole.finite
+    monkeypatch.setattr(verdicts, "MOST_VALUES", 9_000)
+    thin = MapSummary()
+    for one in maps:
+        thin.add(one[None])
+    assert sum(map(len, thin._values)) <= 9_000 and thin.peaks == whole.peaks
+    assert abs(thin.median() - whole.median()) < 0.05
+    assert not summary_of(np.full((1, 2, 2), np.inf)).finite
 
 
 @pytest.fixture(scope="module")
