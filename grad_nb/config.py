@@ -143,6 +143,7 @@ class DetectorConfig:
     min_position: float = 0.0  # no coordinates, right or wrong, where `position_auroc` is lower; 0 = the paper
     coordinates: bool = True  # False: the detector does not see where a patch lies (our choice)
     tries: int = 1  # crops of a contrastive picture of which the one that differs most from the real one is taken
+    optimizer: str = "adamw"  # the paper's, or "muon", which learns matrices of weights in fewer steps (our choice)
 
     def __post_init__(self) -> None:
         _check_detector(self)
@@ -156,6 +157,7 @@ def _check_detector(config: DetectorConfig) -> None:
     _shares(config, "warm_up", "min_position")
     _one_of(config, "penalise", "logit", "probability")
     _one_of(config, "init", "he", "torch")
+    _one_of(config, "optimizer", "adamw", "muon")
     for name in ("width", "beta_density"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name} must be positive, not {getattr(config, name)}")
@@ -503,7 +505,9 @@ _FAST_ANYWHERE = {
     "generator.start_below": PLACED,
     "generator.redraw": 0.3,
     "generator.blobs": 6,
-    "detector.steps": 12_000,
+    "detector.optimizer": "muon",
+    "detector.lr": 3e-3,
+    "detector.steps": 6000,
     "detector.min_position": PLACED,
     "detector.tries": 4,
     "levels_ad": TABLE_7["mvtec_loco"],
