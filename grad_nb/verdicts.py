@@ -179,7 +179,7 @@ def threshold_of_labelled(
     rank = int((normal > threshold).sum()) + 1
     return threshold, Calibration(len(normal), rank, rate, "new", int(labels.sum()))
 
-# %% ../nbs/17_verdicts.ipynb #verdkept2
+# %% ../nbs/17_verdicts.ipynb #verdmaps2
 MOST_VALUES = 2**24  # values of maps that are kept for their median (our choice): 64 MB
 THINNED = 3  # one value of so many stays where there would be more; odd, so that no column of a map is left out
 
@@ -210,7 +210,7 @@ class MapSummary:
         "The median of all values of all maps."
         return float(np.median(np.concatenate(self._values)))
 
-
+# %% ../nbs/17_verdicts.ipynb #verdkept2
 MOST_KEPT = 10_000  # normal pictures whose scores a model keeps (our choice): 400 kB in its file
 
 

@@ -16,9 +16,11 @@ import pytest
 import torch
 from shared import PLAIN, pictures, seeded
 from shared import same_weights as same
+from torch import nn
 
 from grad_nb import contrastive, training
 from grad_nb.accel import fast
+from grad_nb.beyond import Muon
 from grad_nb.config import Augmentation, DetectorConfig, GeneratorConfig
 from grad_nb.contrastive import draw_pictures, generate, train_patchdiff
 from grad_nb.coords import coord_map
@@ -212,11 +214,37 @@ def detector_run(monkeypatch, checkpoint=None, stop=None, config=SMALL, seed=0, 
     return *result, len(made)
 
 
-def test_a_resumed_detector_is_bit_equal(monkeypatch, tmp_path):
-    whole, history, _ = detector_run(monkeypatch)
-    assert detector_run(monkeypatch, tmp_path / "c", stop=5)[0] is None
-    resumed, again, steps = detector_run(monkeypatch, tmp_path / "c")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_detector_is_bit_equal(monkeypatch, tmp_path, optimizer):
+    config = replace(SMALL, optimizer=optimizer)
+    whole, history, _ = detector_run(monkeypatch, config=config)
+    assert detector_run(monkeypatch, tmp_path / "c", stop=5, config=config)[0] is None
+    resumed, again, steps = detector_run(monkeypatch, tmp_path / "c", config=config)
     assert steps == 5 and same(whole, resumed) and history.equals(again)
+
+
+def test_muon_moves_matrices_by_their_directions_and_the_rest_as_adamw_does():
+    torch.manual_seed(0)
+    muon, adamw = (nn.Linear(6, 1) for _ in range(2))
+    adamw.load_state_dict(muon.state_dict())
+    optimisers = (
+        Muon(muon.parameters(), lr=0.01, weight_decay=0.1),
+        torch.optim.AdamW(adamw.parameters(), 0.01, betas=(0.95, 0.999), weight_decay=0.1),
+    )
+    for net, optimiser in zip((muon, adamw), optimisers):
+        for i in range(5):
+            optimiser.zero_grad()
+            (net(torch.full((3, 6), float(i))) ** 2).sum().backward()
+            optimiser.step()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(muon.parameters(), adamw.parameters())), "one output"
+    matrix = nn.Parameter(torch.zeros(4, 3, 2, 2))
+    optimiser = Muon([matrix], lr=1.0, weight_decay=0.0)
+    matrix.grad = 1e-6 * torch.randn(4, 3, 2, 2)
+    optimiser.step()
+    values = torch.linalg.svdvals(matrix.detach().reshape(4, 12)) / (0.2 * 12**0.5)
+    assert values.min() > 0.5 and values.max() < 1.3, "every direction as far, however small the gradient"
+    with pytest.raises(ValueError, match="adamw"):
+        replace(SMALL, optimizer="sgd")
 
 
 @pytest.mark.parametrize("stop", [2, 3, 5, 7])
