@@ -507,7 +507,7 @@ _FAST_ANYWHERE = {
     "generator.blobs": 6,
     "detector.optimizer": "muon",
     "detector.lr": 3e-3,
-    "detector.steps": 6000,
+    "detector.steps": 1500,
     "detector.min_position": PLACED,
     "detector.tries": 4,
     "levels_ad": TABLE_7["mvtec_loco"],
