@@ -569,6 +569,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'grad_nb.core.files.fingerprint': ('core/files.html#fingerprint', 'grad_nb/core/files.py'),
                                     'grad_nb.core.files.folder_variable': ('core/files.html#folder_variable', 'grad_nb/core/files.py'),
                                     'grad_nb.core.files.is_left': ('core/files.html#is_left', 'grad_nb/core/files.py'),
+                                    'grad_nb.core.files.is_protected': ('core/files.html#is_protected', 'grad_nb/core/files.py'),
                                     'grad_nb.core.files.lock': ('core/files.html#lock', 'grad_nb/core/files.py'),
                                     'grad_nb.core.files.lock_file': ('core/files.html#lock_file', 'grad_nb/core/files.py'),
                                     'grad_nb.core.files.open_plain': ('core/files.html#open_plain', 'grad_nb/core/files.py'),

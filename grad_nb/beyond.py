@@ -146,7 +146,10 @@ def orthogonal(
 
 # %% ../nbs/14_beyond.ipynb #bey00017
 class Muon(torch.optim.Optimizer):
-    "Matrices of weights move by the orthogonal part of their momentum, other numbers as with AdamW (our choice)."
+    """Matrices of weights move by the orthogonal part of their momentum, other numbers as with AdamW (our choice).
+
+    `one_cycle` moves the momentum between 0.95 and 0.85, as it does for AdamW.
+    """
 
     def __init__(
         self,

@@ -278,11 +278,10 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         _flags(self)
-        limits = {"rotation": 180, "jitter_p": 1, "jitter_normal": 1, "jitter_generated": 1}
-        for name, most in limits.items():
+        for name in ("rotation", "jitter_p", "jitter_normal", "jitter_generated"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value <= most:
-                raise ValueError(f"{name} is a number from 0 to {most}, not {value!r}")
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
+                raise ValueError(f"{name} is a Python number from 0 on, not {value!r}")
 
 
 _BOTH = "bottle carpet grid hazelnut leather screw tile wood zipper".split()  # Table 5

@@ -36,9 +36,12 @@ def with_coords(
 def forget_coordinates(
     detector: nn.Module,  # its first layer sees RGB first, then coordinates; changed in place
 ) -> None:
-    "Set the weights that see the coordinates to zero."
+    "Set the weights that see the coordinates to zero, and their gradient if there is one."
+    weight = next(detector.parameters())
     with torch.no_grad():
-        next(detector.parameters())[:, 3:] = 0
+        weight[:, 3:] = 0
+        if weight.grad is not None:
+            weight.grad[:, 3:] = 0
 
 
 def sees_coordinates(

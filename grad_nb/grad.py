@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'Report', 'Look', 'LEAST_COLOURS', 'EstimatorT', 'FittedModelT', 'CalibratingT', 'ChangingT', 'STAGE_SHARES',
-           'FittingT', 'LICENCE', 'CARD', 'FORMAT', 'FittedT', 'MOST_PIXELS_OF_A_SIDE', 'KeepingT', 'picture_batches',
-           'Prediction', 'colour_limits', 'Estimator', 'check_is_fitted', 'calibration', 'tiling_of', 'Explained',
-           'stage_costs', 'save_grad', 'GRAD', 'load_grad']
+           'HELD_TOGETHER', 'FittingT', 'LICENCE', 'CARD', 'FORMAT', 'FittedT', 'MOST_PIXELS_OF_A_SIDE', 'KeepingT',
+           'picture_batches', 'Prediction', 'colour_limits', 'Estimator', 'check_is_fitted', 'calibration', 'tiling_of',
+           'Explained', 'stage_costs', 'save_grad', 'GRAD', 'load_grad']
 
 # %% ../nbs/15_grad.ipynb #bd24f55a
 import contextlib
@@ -519,8 +519,8 @@ class _Calibrating(_Predicting):
     ) -> CalibratingT:  # self
         """Set the threshold and the colour scale again, without training.
 
-        From good pictures the threshold follows the false-alarm rate; with `y` it has the best F1. `DataError` for
-        pictures that cannot be read, `ValueError` for a wrong rate or wrong labels.
+        From good pictures the threshold follows the false-alarm rate; with `y`, read first, it has the best F1.
+        `DataError` for pictures that cannot be read, `ValueError` for a wrong rate or wrong labels.
         """
         check_is_fitted(self)
         rate = self.false_alarm_rate if false_alarm_rate is None else false_alarm_rate
@@ -528,15 +528,16 @@ class _Calibrating(_Predicting):
         given = None if y is None else list(y)
         anomalous = np.zeros(0, bool) if given is None else checked_labels(given, len(given))
         judged: list[float] = []
-        maps = MapSummary()
+        maps, finite = MapSummary(), True
         for part in self.stream(X):
             assert part.maps is not None  # they are asked for
+            finite &= bool(np.isfinite(part.maps).all() and np.isfinite(part.scores).all())
             here = anomalous[len(judged) : len(judged) + len(part.maps)]
             maps.add(part.maps if given is None else part.maps[: len(here)][~here])
             judged.extend(part.scores)
         scores = np.array(judged)
         labels = np.zeros(len(scores), bool) if given is None else checked_labels(given, len(scores))
-        if not (np.isfinite(scores).all() and maps.finite):
+        if not finite:
             raise ValueError("scores of these pictures are not finite; the model is damaged: fit again")
         if given is None:
             chosen = threshold_of_normals(scores, rate, "new")
@@ -929,6 +930,9 @@ class _Reading(_Banking, _Changing):
         return pictures, numbers, kept
 
 # %% ../nbs/15_grad.ipynb #gradtil3
+HELD_TOGETHER = 256  # held-out pictures that are judged together (our choice): their maps take 64 MB
+
+
 class _Cutting(_Reading):
     "What is learnt from, and what the threshold is set with: whole pictures, or tiles of them."
 
@@ -962,9 +966,13 @@ class _Cutting(_Reading):
         self.stats_ = [MapStats.of(m) for m in self._maps_of_even(parts)]
         maps = MapSummary()
         if not self.tile_:
-            scores, heat_maps = self._score(pictures[held])
-            assert heat_maps is not None  # they are asked for
-            maps.add(heat_maps)
+            judged = []
+            for i in range(0, len(held), HELD_TOGETHER):
+                some, heat_maps = self._score(pictures[held[i : i + HELD_TOGETHER]])
+                assert heat_maps is not None  # they are asked for
+                judged.append(some)
+                maps.add(heat_maps)
+            scores = np.concatenate(judged)
         else:
             shown = tqdm(held, "judging held-out pictures", disable=not self.progress, leave=False)
             scores = np.zeros(len(held))

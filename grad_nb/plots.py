@@ -385,7 +385,7 @@ def history_curves(
     ylabel: str = "",  # of the first panel
 ) -> Figure:
     "Figures of a training by step, smoothed by a running mean, one panel each."
-    columns = columns or list(history.columns)
+    columns = columns if len(columns) else list(history.columns)
     titles = columns if isinstance(columns, Mapping) else {name: name for name in columns}
     window = window or max(1, len(history) // 50)
     size = (2.6 * len(titles), 1.9)

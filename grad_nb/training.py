@@ -78,7 +78,7 @@ class Learner:
         self.optimizer, self.schedule = one_cycle(parameters, steps, *rates, OPTIMISERS[config.optimizer])
 
     def forget_places(self) -> None:
-        "Without coordinates: hold the weights that see them at zero."
+        "Without coordinates: hold the weights that see them at zero, and what would move them."
         if not self.config.coordinates:
             forget_coordinates(self.detector)
 
@@ -261,6 +261,7 @@ def train_detector(
     def step(i: int) -> Tensor:
         supply.prepare(i)
         figures = learn()
+        learner.forget_places()  # in the gradient, which Muon looks at as a whole
         learner.optimizer.step()
         learner.forget_places()
         learner.schedule.step()

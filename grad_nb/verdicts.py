@@ -181,7 +181,7 @@ def threshold_of_labelled(
 
 # %% ../nbs/17_verdicts.ipynb #verdmaps2
 MOST_VALUES = 2**24  # values of maps that are kept for their median (our choice): 64 MB
-THINNED = 3  # one value of so many stays where there would be more; odd, so that no column of a map is left out
+THINNED = 11  # one value of so many stays where there would be more: no divisor of the side of a usual map
 
 
 class MapSummary:
@@ -191,7 +191,7 @@ class MapSummary:
         self.peaks: list[float] = []
         self.finite = True
         self._values: list[np.ndarray] = []
-        self._step = 1
+        self._step, self._kept = 1, 0
 
     def add(
         self,
@@ -202,9 +202,11 @@ class MapSummary:
         for one in maps:
             self.peaks.append(one.max())
             self._values.append(one.ravel()[:: self._step].copy())
-        while sum(map(len, self._values)) > MOST_VALUES and self._step < MOST_VALUES:
-            self._step *= THINNED
-            self._values = [values[::THINNED].copy() for values in self._values]
+            self._kept += len(self._values[-1])
+            if self._kept > MOST_VALUES and self._step < MOST_VALUES:
+                self._step *= THINNED
+                self._values = [values[::THINNED].copy() for values in self._values]
+                self._kept = sum(map(len, self._values))
 
     def median(self) -> float:  # exact for as many maps as have `MOST_VALUES` values, else of an even share of them
         "The median of all values of all maps."

@@ -64,10 +64,10 @@ def growth_chart(
 def _titles(rows: Sequence[dict]) -> list[str]:
     "What stands beside a row: its name, and its median in milliseconds."
     name = next(key for key in ("method", "detectors", "stage", "terms", "way") if key in rows[0])
-    several = name == "detectors" and len({row["precision"] for row in rows}) > 1
-    names = [f"{row[name]}, {row['precision']}" if several else row[name] for row in rows]
-    if name == "method" and "way" in rows[0]:
-        names = [f"{row['method']}, {row['way']}, {row['precision']}" for row in rows]
+    forms = [name, "way"] if name == "method" and "way" in rows[0] else [name]
+    if name in ("method", "detectors") and len({row.get("precision") for row in rows}) > 1:
+        forms.append("precision")
+    names = [", ".join(row[form] for form in forms) for row in rows]
     return [f"{n}  {row['median_ms']:,.{0 if row['median_ms'] >= 100 else 1}f}" for n, row in zip(names, rows)]
 
 
@@ -77,14 +77,15 @@ def latency_chart(
     "Latencies beside each other, the first row at the top."
     rows = [row for row in rows if "error" not in row]
     titles, at = _titles(rows), range(len(rows))
-    figure, ax = plt.subplots(figsize=(5.5, 0.7 + 0.24 * len(rows)), dpi=90, layout="constrained")
+    width = max(5.5, 3 + 0.07 * max(map(len, titles)))
+    figure, ax = plt.subplots(figsize=(width, 0.7 + 0.24 * len(rows)), dpi=90, layout="constrained")
     middle, low, high = (np.array([row[key] for row in rows]) for key in ("median_ms", "p10_ms", "p90_ms"))
     colours = ["tab:orange" if "here" in title or title.startswith("library") else "tab:blue" for title in titles]
     spread, far = np.maximum(0, [middle - low, high - middle]), middle.max() > 20 * middle.min()
     if far:
         ax.scatter(middle, at, c=colours, zorder=3)
         ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if middle.max() < 100 * middle.min() else (1,)))
         ax.xaxis.set_minor_formatter("")
     else:
         ax.barh(at, middle, height=0.6, color=colours)

@@ -168,10 +168,13 @@ def one_cycle(
     steps: int,  # of the whole training
     lr: float,  # peak of the learning rate
     warm_up: float = 0.3,  # share of the steps until the peak (our choice: torch's default)
-    weight_decay: float = 1e-4,  # of AdamW
+    weight_decay: float = 1e-4,  # of the optimiser
     optimiser: Callable[..., torch.optim.Optimizer] = ADAMW,  # or another one
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    "AdamW and the one-cycle schedule (appendix): up from lr / 25 for `warm_up` of the steps, down to lr / 250,000."
+    """AdamW and the one-cycle schedule (appendix): up from lr / 25 for `warm_up` of the steps, down to lr / 250,000.
+
+    The schedule turns the momentum the other way: from 0.95 to 0.85 at the peak, and back.
+    """
     steps = max(steps, 2)
     rise = float(warm_up) if warm_up * steps > 1 else 0.0  # torch cannot rise in a single step
     optimizer = optimiser(parameters, lr, weight_decay=weight_decay)

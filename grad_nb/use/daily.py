@@ -99,10 +99,12 @@ def card_path(
 
 def _writable(path: str | Path) -> None:
     "`ValueError` if a file cannot be written."
+    from grad_nb.core.files import is_protected
+
     try:
         if Path(path).is_dir():
             raise IsADirectoryError(21, "it is a folder")
-        if Path(path).exists() and not os.access(path, os.W_OK):
+        if is_protected(Path(path)):
             raise PermissionError(13, "it is write-protected")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=Path(path).parent):

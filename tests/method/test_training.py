@@ -247,6 +247,26 @@ def test_muon_moves_matrices_by_their_directions_and_the_rest_as_adamw_does():
         replace(SMALL, optimizer="sgd")
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_detector_without_coordinates_learns_nothing_from_them(monkeypatch, optimizer):
+    config = replace(SMALL, optimizer=optimizer, coordinates=False, wrong_coordinates=False)
+    one, _, _ = detector_run(monkeypatch, config=config)
+    weight = next(one.parameters()).detach()
+    assert not weight[:, 3:].any() and weight[:, :3].any()
+    learner = Learner(config, 4)
+    moves = []
+    for scale in (1.0, 100.0):
+        again = Learner(config, 4)
+        again.detector.load_state_dict(learner.detector.state_dict())
+        weight = next(again.detector.parameters())
+        weight.grad = torch.ones_like(weight)
+        weight.grad[:, 3:] *= scale
+        again.forget_places()
+        again.optimizer.step()
+        moves.append(weight.detach() - next(learner.detector.parameters()).detach())
+    assert torch.equal(*moves) and moves[0][:, :3].any(), "whatever the gradient of the places is"
+
+
 @pytest.mark.parametrize("stop", [2, 3, 5, 7])
 def test_a_detector_whose_batches_are_drawn_together_resumes_bit_for_bit(monkeypatch, tmp_path, stop):
     alone, _, _ = detector_run(monkeypatch)
