@@ -137,7 +137,7 @@ def picture_batches(
     if not found:
         raise DataError("there are no pictures; the list, array or stream is empty")
 
-
+# %% ../nbs/15_grad.ipynb #gradofal
 def _of_all(paths: list[Path], n: int) -> list[Path]:
     "The files of n pictures; none if some of them come from no file, so that no picture has another one's name."
     return paths if len(paths) == n else []
@@ -277,14 +277,14 @@ def _settings(model: _Parameters) -> dict[str, Any]:
     return known | {"preset": _preset_of(model)}
 
 # %% ../nbs/15_grad.ipynb #grad0009
-def _is_number(value: object) -> bool:
+def _is_a_number(value: object) -> bool:
     "Whether it is a number, and not a word, a list or a truth value."
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
 def _check_rate(rate: Any) -> None:
     "`ValueError` for what is no false-alarm rate."
-    if not (_is_number(rate) and 0 < rate < 1):
+    if not (_is_a_number(rate) and 0 < rate < 1):
         raise ValueError(f"false_alarm_rate must lie between 0 and 1, not {rate!r}")
 
 
@@ -298,14 +298,14 @@ def _check_parameters(model: _Parameters) -> None:
     if not isinstance(model.augmentation, Augmentation):
         raise ValueError(f"augmentation is an Augmentation, not {model.augmentation!r}")
     _check_rate(model.false_alarm_rate)
-    if model.validation is not None and not (_is_number(model.validation) and 0 <= model.validation < 1):
+    if model.validation is not None and not (_is_a_number(model.validation) and 0 <= model.validation < 1):
         raise ValueError(f"validation is a share of the pictures, from 0 to below 1, not {model.validation!r}")
     if not isinstance(model.one_network, bool):
         raise ValueError(f"one_network is true or false, not {model.one_network!r}")
     check_tile(model.tile, chosen.generator.size)
     if chosen.one_network:
         branches(chosen.levels(model.layout))  # sizes that no network can serve are an error before any work
-    if model.white is not None and not (_is_number(model.white) and model.white > 0):
+    if model.white is not None and not (_is_a_number(model.white) and model.white > 0):
         raise ValueError(f"white must be a number above 0, not {model.white!r}")
     for name in ("random_state", "explain_patches"):
         value = getattr(model, name)
@@ -504,11 +504,23 @@ class _Predicting(_Streaming):
         "Image scores relative to the threshold."
         return self.score_samples(X) - self.offset_
 
+# %% ../nbs/15_grad.ipynb #calibr22
+class _Thresholding(_Predicting):
+    "A threshold, and the colour scale that goes with it."
+
+    def _set_threshold(self, scores: np.ndarray, maps: MapSummary, threshold: float, known: Calibration) -> None:
+        "A threshold, and the colour scale of these normal pictures, whose scores are kept."
+        self.offset_, self.calibration_ = threshold, known
+        rate = self.settings_["false_alarm_rate"]
+        self.map_limits_ = _colour_limits(np.array(maps.peaks), maps.median(), rate)
+        self.normals_ = NormalScores.of(scores, maps)
+        log.info("threshold %.6g at %s", threshold, known)
+
 # %% ../nbs/15_grad.ipynb #calibr02
 CalibratingT = TypeVar("CalibratingT", bound="_Calibrating")
 
 
-class _Calibrating(_Predicting):
+class _Calibrating(_Thresholding):
     "A threshold and a colour scale from new pictures, or from the scores of those that set them before."
 
     def calibrate(
@@ -547,14 +559,6 @@ class _Calibrating(_Predicting):
         self.false_alarm_rate = rate
         self._set_threshold(scores[~labels], maps, *chosen)
         return self
-
-    def _set_threshold(self, scores: np.ndarray, maps: MapSummary, threshold: float, known: Calibration) -> None:
-        "A threshold, and the colour scale of these normal pictures, whose scores are kept."
-        self.offset_, self.calibration_ = threshold, known
-        rate = self.settings_["false_alarm_rate"]
-        self.map_limits_ = _colour_limits(np.array(maps.peaks), maps.median(), rate)
-        self.normals_ = NormalScores.of(scores, maps)
-        log.info("threshold %.6g at %s", threshold, known)
 
 # %% ../nbs/15_grad.ipynb #calibr06
 ChangingT = TypeVar("ChangingT", bound="_Changing")
@@ -930,9 +934,6 @@ class _Reading(_Banking, _Changing):
         return pictures, numbers, kept
 
 # %% ../nbs/15_grad.ipynb #gradtil3
-HELD_TOGETHER = 256  # held-out pictures that are judged together (our choice): their maps take 64 MB
-
-
 class _Cutting(_Reading):
     "What is learnt from, and what the threshold is set with: whole pictures, or tiles of them."
 
@@ -957,6 +958,13 @@ class _Cutting(_Reading):
             tiles, windows = random_tiles(picture_pixels(sources[i], self.white_), *cut)
             found.append(even_tiles(tiles, pictures[i : i + 1], windows, self.light_))
         return np.concatenate(found), np.repeat(numbers, n)
+
+# %% ../nbs/15_grad.ipynb #gradtil4
+HELD_TOGETHER = 256  # held-out pictures that are judged together (our choice): their maps take 64 MB
+
+
+class _Holding(_Cutting):
+    "What held-out pictures say."
 
     def _judge_held(
         self, pictures: np.ndarray, sources: list[Source], held: np.ndarray
@@ -986,7 +994,7 @@ class _Cutting(_Reading):
         return scores, maps
 
 # %% ../nbs/15_grad.ipynb #grlearn1
-class _Learning(_Cutting):
+class _Learning(_Holding):
     "The work of `fit`, on a model that is not fitted yet."
 
     def _learn(self, X: Input, y: Iterable[int] | None) -> None:

@@ -50,7 +50,7 @@ def training_steps(
 # %% ../nbs/10_training.ipynb #2e53a3c3
 OPTIMISERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = MappingProxyType({"adamw": ADAMW, "muon": Muon})
 
-
+# %% ../nbs/10_training.ipynb #trainlrn
 class Learner:
     "A detector in training, with everything that its training changes."
 

@@ -101,7 +101,7 @@ def cut_tiles(
     return np.stack(tiles), np.array(windows, np.float32)
 
 
-def _check_sides(shape: Sequence[int], tile: int) -> None:
+def _check_room(shape: Sequence[int], tile: int) -> None:
     "`ValueError` for a picture that has no room for a tile."
     if min(shape[:2]) < tile:
         raise ValueError(f"a picture of {shape[1]}x{shape[0]} pixels is smaller than a tile of {tile}")
@@ -115,7 +115,7 @@ def random_tiles(
     generator: torch.Generator,  # source of randomness
 ) -> tuple[np.ndarray, np.ndarray]:  # as `cut_tiles`
     "Tiles from anywhere in a picture, to learn from. `ValueError` if it is smaller than a tile."
-    _check_sides(pixels.shape, tile)
+    _check_room(pixels.shape, tile)
     limits = [side - tile + 1 for side in pixels.shape[:2]]
     rows, columns = (torch.randint(limit, (n,), generator=generator).tolist() for limit in limits)
     return cut_tiles(pixels, list(zip(rows, columns)), tile, size)
@@ -192,7 +192,7 @@ def judge_in_tiles(
 ) -> Joined:
     "Judge a picture, a row of tiles at a time. `ValueError` if it is smaller than a tile."
     shape = pixels.shape[:2]
-    _check_sides(shape, tiling.tile)
+    _check_room(shape, tiling.tile)
     several = len(tiling.sides) > 1
     raw = Canvas(tiling, shape, "geometry" if tiling.placement == "patch" else tiling.placement) if several else None
     shown = Canvas(tiling, shape, tiling.placement) if with_maps else None

@@ -120,7 +120,7 @@ def _is_card(path: Path) -> bool:
     with open_plain(path) as f:
         return f.read(6) == b"# GRAD"
 
-
+# %% ../../nbs/use/05_daily.ipynb #fitbefor2
 def _before_fit(model: str, category: str) -> Path:
     "Where the card goes; `ValueError` for a category that is none, and for files that cannot be written."
     from grad_nb.datasets.readers import OFFICIAL
@@ -221,8 +221,7 @@ def grad_predict(
     Example: grad_predict part.grad my_parts/incoming --maps maps > verdicts.csv
     """
     _before_predict(pictures, format, watch, maps, tile)
-    if not watch and (journal is not None or every != 1):
-        raise ValueError("--journal and --every belong to --watch; give a folder to --watch, or leave them out")
+    _check_watching(watch, journal, every)
     from grad_nb.datasets.readers import DataError
     from grad_nb.grad import GRAD
     from grad_nb.use.verdicts import RowWriter, expand, judge, map_drawer
@@ -260,6 +259,12 @@ def _before_predict(
     if watch and maps and os.path.realpath(maps) == os.path.realpath(watch):
         why = "maps there would overwrite pictures, or be judged as some"
         raise ValueError(f"--maps must be another folder than the one to --watch: {why}")
+
+
+def _check_watching(watch: str | None, journal: str | None, every: float) -> None:
+    "`ValueError` for options that do nothing without --watch."
+    if not watch and (journal is not None or every != 1):
+        raise ValueError("--journal and --every belong to --watch; give a folder to --watch, or leave them out")
 
 # %% ../../nbs/use/05_daily.ipynb #3c98d629
 @call_parse
