@@ -261,9 +261,8 @@ def train_detector(
     def step(i: int) -> Tensor:
         supply.prepare(i)
         figures = learn()
-        learner.forget_places()  # in the gradient, which Muon looks at as a whole
+        learner.forget_places()  # also in the gradient, so that no optimiser moves what is forgotten
         learner.optimizer.step()
-        learner.forget_places()
         learner.schedule.step()
         return figures
 
