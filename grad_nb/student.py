@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .accel import ops
+from .beyond import OPTIMISERS
 from .config import Augmentation, Level, StudentConfig, to_dict
 from .coords import coord_map
 from .core.devices import device_kind
@@ -299,7 +300,8 @@ def train_student(
     with seeded_weights(seed, "student-init"):
         student = ops.place(Student(levels, normal.shape[1], config), device)
     generator = stage_generator(seed, "student-train", device)
-    optimizer, schedule = one_cycle(student.parameters(), config.steps, config.lr, config.warm_up, config.weight_decay)
+    rates = (config.lr, config.warm_up, config.weight_decay)
+    optimizer, schedule = one_cycle(student.parameters(), config.steps, *rates, OPTIMISERS[config.optimizer])
 
     def step(i: int) -> Tensor:
         pictures, told = lessons(generator)
