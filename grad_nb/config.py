@@ -201,7 +201,7 @@ class StudentConfig:
     stem_width: int = 16  # channels of the first layer, where two of stride 2 lead to the cells (our choice)
     coarse_width: int = 64  # channels of the layers that only coarser levels have (our choice)
     steps: int = 3000  # training steps (our choice)
-    batch: int = 4  # pictures per step, half of them contrastive (our choice)
+    batch: int = 4  # pictures per step, at least 2, half of them contrastive (our choice)
     lr: float = 3e-3  # peak of the one-cycle schedule (our choice)
     weight_decay: float = 1e-4  # of the optimiser (our choice: as for PatchDiff)
     warm_up: float = 0.3  # share of the steps until the peak of the rate (our choice: torch's default)
@@ -213,7 +213,8 @@ class StudentConfig:
     def __post_init__(self) -> None:
         _flags(self)
         _one_of(self, "optimizer", "adamw", "muon")
-        _at_least(self, 1, "width", "stem_width", "coarse_width", "steps", "batch")
+        _at_least(self, 1, "width", "stem_width", "coarse_width", "steps")
+        _at_least(self, 2, "batch")
         _at_least(self, 0, "lr", "weight_decay", "linear_from")
         _shares(self, "warm_up")
         if not 0 <= self.paste <= 1:

@@ -214,7 +214,7 @@ def measured_points(
     bench: str | Path,  # file of `grad_bench --json-file`
     preset: str = "",  # which preset; may be left out if there is one only
 ) -> pd.DataFrame:  # as `speed_figure` takes them, and the column device
-    """What was measured here: a row for each precision of the detectors of the runs, else of the paper's together.
+    """What was measured here: a row for each precision of the detectors of the runs, by their preset's name, else of the paper's.
 
     `Missing` if there is no such file, or it holds no detectors at batch 1.
     """
@@ -223,12 +223,13 @@ def measured_points(
     same = [rows for rows in groups if _same_detectors(found, _sizes(rows[0]), rows[0].get("width", 1.0))]
     rows = (same or groups)[0]
     sizes, width = _sizes(rows[0]), rows[0].get("width", 1.0)
-    auroc = np.nan
+    auroc, name = np.nan, "GRAD here"
     if same:
+        name = f"GRAD here, {found.preset.iat[0]}"
         auroc = values(found, "mvtec_loco", published_categories(1), "image_auroc_mean").mean()
     points = [
         {
-            "method": f"GRAD here, {row['precision']}",
+            "method": f"{name}, {row['precision']}",
             "latency_ms": row["median_ms"],
             "auroc": auroc,
             "parameters": parameters(len(sizes), width),

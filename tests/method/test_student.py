@@ -148,7 +148,7 @@ def test_the_maps_of_a_picture_depend_on_it_alone():
 
 
 def test_settings_that_cannot_be_meant_are_refused():
-    for wrong in ({"width": 0}, {"paste": 1.5}, {"batch": 0}, {"lr": -1.0}, {"optimizer": "sgd"}):
+    for wrong in ({"width": 0}, {"paste": 1.5}, {"batch": 1}, {"lr": -1.0}, {"optimizer": "sgd"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             StudentConfig(**wrong)
     chosen = override(preset("fast"), {"student.steps": "7", "one_network": "true"})
