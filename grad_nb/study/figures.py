@@ -214,7 +214,9 @@ def measured_points(
     bench: str | Path,  # file of `grad_bench --json-file`
     preset: str = "",  # which preset; may be left out if there is one only
 ) -> pd.DataFrame:  # as `speed_figure` takes them, and the column device
-    """What was measured here: a row for each precision of the detectors of the runs, by their preset's name, else of the paper's.
+    """What was measured here: a row for each precision of the detectors of the runs, else of the paper's together.
+
+    The runs' detectors are named by their preset.
 
     `Missing` if there is no such file, or it holds no detectors at batch 1.
     """
