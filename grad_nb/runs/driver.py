@@ -26,6 +26,7 @@ from joblib import cpu_count
 from tqdm import tqdm
 
 from ..core.files import read_json
+from ..core.loop import UNIT
 from ..core.processes import PARENT
 from ..core.progress import BARS, Plan, counted
 from ..core.stages import stage_done
@@ -234,9 +235,9 @@ GRACE = 10.0  # seconds that a notebook has to end itself (our choice)
 
 def share_shown(
     text: str,  # a progress line, see `last_progress`
-) -> float | None:  # 0..1; None if it says no share
-    "How far a notebook says it is."
-    found = re.search(r"(\d+)%\|", text)
+) -> float | None:  # 0..1; None if it says no share of the steps, as while pictures are read
+    "How far a notebook says that it is with the steps of a loop."
+    found = re.search(rf"(\d+)%\|.*{UNIT}", text)
     return int(found[1]) / 100 if found else None
 
 

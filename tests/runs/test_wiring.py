@@ -9,6 +9,7 @@ import pytest
 import torch
 from shared import TINY
 
+import grad_nb.core.progress
 import grad_nb.grad
 import grad_nb.regularizers
 import grad_nb.runs.driver
@@ -30,7 +31,8 @@ from grad_nb.config import (
 from grad_nb.contrastive import generate, loss_gradients
 from grad_nb.coords import coord_map
 from grad_nb.core.files import write_array
-from grad_nb.core.loop import one_cycle
+from grad_nb.core.loop import one_cycle, run_steps
+from grad_nb.core.progress import BARS
 from grad_nb.datasets.light import even_light
 from grad_nb.datasets.readers import load_images
 from grad_nb.detector import map_side
@@ -247,6 +249,17 @@ def test_a_plan_knows_what_the_stages_of_a_run_cost_beside_each_other(run):
     detector = next(name for name in usual if name.startswith("detect"))
     assert longer[detector] == pytest.approx(5 * usual[detector]) and usual["table"] < 0.2 * usual[detector]
     assert all(longer[name] == usual[name] for name in usual if name.startswith("generate"))
+
+
+def test_only_the_steps_of_a_loop_say_how_far_a_stage_is(monkeypatch, capsys):
+    "Other bars, as that of pictures being read, ran to their end before: the time that was left became hours."
+    monkeypatch.setenv(BARS, "1")
+    driver = grad_nb.runs.driver
+    assert driver.share_shown("reading pictures:  70%|#######   | 236/335 [00:01<00:00, 213.25it/s]") is None
+    monkeypatch.setattr(grad_nb.core.progress, "DELAY", 0.0)
+    run_steps(lambda i: torch.zeros(1), 4, ["loss"], {}, label="detector-34")
+    shown = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "%|" in line]
+    assert shown and driver.share_shown(shown[0]) == 0.0 and driver.share_shown(shown[-1]) == 1.0
 
 
 # ---- the detector's training ----------------------------------------------------------------------------------------

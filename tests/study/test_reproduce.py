@@ -328,7 +328,7 @@ def test_a_batch_tells_in_a_line_how_far_it_is(data, tmp_path, monkeypatch, caps
     jobs = {job["stage"]: job for job in batch["jobs"]}
     log = log_of(folder, jobs["generate-05"])
     log.parent.mkdir(parents=True)
-    log.write_text("PatchDiff 5:  50%|##### | 1/2")
+    log.write_text("PatchDiff 5:  50%|##### | 1/2 [00:01<00:01,  1.00step/s]")
     leave(batch, jobs["check"])
     capsys.readouterr()
     left = reproduce_module._without_done(folder, batch["jobs"], (plan, names))
@@ -336,7 +336,7 @@ def test_a_batch_tells_in_a_line_how_far_it_is(data, tmp_path, monkeypatch, caps
     reproduce_module._tell(folder, left, (plan, names))
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and said[0].startswith("1 of 9 stages done · ") and "min left · " in said[0]
-    assert said[0].endswith("trays/trays/seed0/generate-05: PatchDiff 5:  50%|##### | 1/2")
+    assert said[0].endswith("trays/trays/seed0/generate-05: PatchDiff 5:  50%|##### | 1/2 [00:01<00:01,  1.00step/s]")
     tell_plan(plan, "something else")
     assert not capsys.readouterr().err, "a line a minute"
     log_of(folder, jobs["generate-03"]).write_text("")
