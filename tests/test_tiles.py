@@ -446,7 +446,7 @@ def test_large_trays_are_whole_seeded_and_marked(tmp_path):
 
 @pytest.mark.slow
 def test_small_defects_of_large_pictures_are_found_with_tiles_alone(tmp_path):
-    "Trays of 2,048 px with defects of 16 to 24 px, `demo` with fewer steps. The aim, 0.90, is not reached yet."
+    "Trays of 2,048 px with defects of 16 to 24 px, `demo` with fewer steps; `fast` finds more of them (any part)."
     made = make_large(tmp_path, seed=0, progress=False)
     category = read_category(made)
     files, truth = [s.path for s in category.test], [s.label for s in category.test]
