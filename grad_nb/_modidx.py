@@ -2073,6 +2073,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'grad_nb/study/tables.py'),
                                       'grad_nb.study.tables.cell': ('study/tables.html#cell', 'grad_nb/study/tables.py'),
                                       'grad_nb.study.tables.collect': ('study/tables.html#collect', 'grad_nb/study/tables.py'),
+                                      'grad_nb.study.tables.noted_figures': ('study/tables.html#noted_figures', 'grad_nb/study/tables.py'),
                                       'grad_nb.study.tables.of_preset': ('study/tables.html#of_preset', 'grad_nb/study/tables.py'),
                                       'grad_nb.study.tables.published': ('study/tables.html#published', 'grad_nb/study/tables.py'),
                                       'grad_nb.study.tables.published_categories': ( 'study/tables.html#published_categories',

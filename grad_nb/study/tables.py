@@ -6,7 +6,7 @@
 __all__ = ['VARIANTS', 'WHOLE', 'HERE', 'RUN', 'COLUMNS', 'FORMS', 'TABLE_4_SETS', 'published', 'published_grid',
            'published_categories', 'variant', 'collect', 'cell', 'of_preset', 'values', 'table_1', 'table_2',
            'table_10', 'table_3', 'averaged_data_set', 'table_4', 'to_markdown', 'to_latex', 'write_tables',
-           'all_tables']
+           'all_tables', 'noted_figures']
 
 # %% ../../nbs/study/01_tables.ipynb #3cab6b1b
 import re
@@ -495,3 +495,17 @@ def all_tables(
         "table_4": table_4(found, preset),
         "table_10": table_10(found, preset),
     }
+
+# %% ../../nbs/study/01_tables.ipynb #noted01c
+def noted_figures(
+    file: str | Path,  # CSV with columns question, setting, figure and value
+    question: str,  # the lines of one question
+) -> str:  # Markdown: a row for each setting, a column for each figure, in the file's order; – where nothing was noted
+    "Figures that were noted during development, as a table. `ValueError` names a question that the file does not have."
+    noted = pd.read_csv(file, dtype=str)
+    rows = noted[noted.question == question]
+    if rows.empty:
+        raise ValueError(f"{file} has nothing on {question!r}; it has {', '.join(map(repr, noted.question.unique()))}")
+    table = rows.pivot(index="setting", columns="figure", values="value").fillna("–")
+    table = table.reindex(index=rows.setting.unique(), columns=rows.figure.unique())
+    return to_markdown(table.rename_axis(""), ours=True)

@@ -21,6 +21,7 @@ from grad_nb.study.tables import (
     all_tables,
     cell,
     collect,
+    noted_figures,
     published,
     published_grid,
     table_1,
@@ -445,3 +446,13 @@ def test_a_name_that_others_chose_is_only_shown(name):
     for special in "$~^%_":
         assert all(before in "\\{" for before in re.findall(rf"(.)\{special}", tex)), tex
     assert "\\frac" not in tex and "\\x" not in tex
+
+
+def test_noted_figures_stand_in_the_order_of_the_file(tmp_path):
+    file = tmp_path / "notes.csv"
+    lines = ["question,setting,figure,value", "a,later,z,1.50", "a,earlier,z,2", "a,earlier,b,x", "other,s,f,3"]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    rows = noted_figures(file, "a").split("\n\n")[0].splitlines()
+    assert rows == ["|  | z | b |", "| --- | --- | --- |", "| later | 1.50 | – |", "| earlier | 2 | x |"]
+    with pytest.raises(ValueError, match="nothing on 'b'; it has 'a', 'other'"):
+        noted_figures(file, "b")
