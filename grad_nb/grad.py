@@ -1419,8 +1419,8 @@ class GRAD(_Fitting, _Changing, _Evaluating, _Predicting, _Explaining, _Keeping)
     `load` keep it in one file, and `card` describes it. Names that end in an underscore, such as the threshold
     `offset_`, exist after `fit`.
 
-    A `layout` of "mvtec_loco" trains three detectors at decreasing resolution, which also find logical anomalies
-    and take three times as long.
+    With `fast` and `paper` a `layout` of "mvtec_loco" trains three detectors at decreasing resolution, which also find
+    logical anomalies.
 
     Pictures are a folder, files, encoded bytes, arrays (H, W, 3) of uint8, tensors or pictures of Pillow, also grey or
     with transparency. Arrays are RGB; OpenCV's are BGR: `cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)`.

@@ -480,7 +480,7 @@ def _weights_of(run: Run, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 def weight_arrays(
     runs: Sequence[Run],  # finished runs, one of each category
-    categories: int = 3,  # shown at most
+    categories: int = 2,  # shown at most
     side: int = 256,  # at which the pictures are shown, pixels
 ) -> dict[str, Any]:  # the arguments of `weight_figure`
     """A generated picture of each level with its weights, category by category (Figure 5).

@@ -311,7 +311,7 @@ def sheet_figure(
     masks = np.stack([load_mask(s, size) if s.masks else np.zeros((size, size), bool) for s in chosen])
     titles = []
     for i, s in zip(numbers, chosen):
-        titles.append(f"{s.type[:13]}\n{s.path.stem[-8:]}: {gallery.scores[i]:.2f}")
+        titles.append(f"{s.type[:18]}\n{s.path.stem[-8:]}: {gallery.scores[i]:.2f}")
     return map_overlays(load_images(chosen, size), maps, gallery.model.map_limits_, masks, titles)
 
 # %% ../../nbs/use/07_gallery.ipynb #show0023
