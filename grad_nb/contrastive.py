@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'START_TOGETHER', 'CPU_BATCH', 'TOLD_AT_A_GLANCE', 'WAIT', 'stratified_times', 'denoising_losses',
            'denoising_loss', 'draw_pictures', 'loss_gradients', 'train_patchdiff', 'train_shared', 'DrawnPictures',
-           'draw_from_real', 'generate', 'told_apart', 'beginning', 'make_contrastive', 'read_changes',
-           'noise_pictures']
+           'draw_from_real', 'generate', 'told_apart', 'beginning', 'drop_checkpoints', 'make_contrastive',
+           'read_changes', 'noise_pictures']
 
 # %% ../nbs/05_contrastive.ipynb #astivei
 import logging
@@ -415,6 +415,20 @@ def beginning(
     return from_noise, {"position_auroc": found, "start": 1.0}
 
 # %% ../nbs/05_contrastive.ipynb #cont0013
+def _checkpoints(folder: Path, level: int) -> tuple[Path, Path]:
+    "Where the training of a PatchDiff and the drawing of its pictures are kept meanwhile."
+    return folder / f"generator-{level:02d}.checkpoint", folder / f"contrastive-{level:02d}.checkpoint"
+
+
+def drop_checkpoints(
+    folder: Path,  # of a generate stage whose record is written
+    level: int,  # of its PatchDiff
+) -> None:
+    "Remove what an interrupted generate stage would go on from."
+    for file in _checkpoints(folder, level):
+        file.unlink(missing_ok=True)
+
+
 def make_contrastive(
     folder: Path,  # where the files go
     normals: np.ndarray,  # (N, size, size, 3) uint8 training pictures, at the generator's size
@@ -425,13 +439,15 @@ def make_contrastive(
     progress: bool = True,  # show progress bars
     levels: Sequence[int] = (),  # all levels of the run, which share a trunk where the settings say so
 ) -> tuple[dict, list[str]]:  # figures; the files: generator, contrastive set (for `read_array`), history, change
-    "Train a PatchDiff and make its contrastive set: the work of a generate stage. Of level 0 there is but the set."
+    """Train a PatchDiff and make its contrastive set: the work of a generate stage. Of level 0 there is but the set.
+
+    Its checkpoints stay until the caller has written everything else, see `drop_checkpoints`.
+    """
     if not level:
         return _make_noise(folder, config, seed)
     tag = f"{level:02d}"
     files = [f"generator-{tag}.safetensors", f"contrastive/level-{tag}.npy", f"history/generate-{tag}.csv"]
-    trained = folder / f"generator-{tag}.checkpoint"
-    drawn = folder / f"contrastive-{tag}.checkpoint"
+    trained, drawn = _checkpoints(folder, level)
     start = time.perf_counter()
     config, begun = beginning(config, normals, seed)
     if config.shared:
@@ -449,8 +465,6 @@ def make_contrastive(
         pictures = np.ascontiguousarray(pictures[..., :3])
     write_array(folder / files[1], pictures)
     write_table(folder / files[2], history)
-    for file in (trained, drawn):
-        file.unlink(missing_ok=True)
     seconds = {"train": round(middle - start, 2), "sample": round(time.perf_counter() - middle, 2)}
     told = told_apart(normals, pictures, level, seed)
     figures = {"level": level, "loss": history.loss.tail(100).mean(), "two_sample_auroc": told, "parts": seconds}

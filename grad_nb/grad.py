@@ -28,7 +28,7 @@ import torch
 import grad_nb.inference.levels  # noqa: F401  offers the fast way to score batches
 from .accel.backends import choice
 from .config import LARGEST_SIDE, Augmentation, Level, Preset, from_dict, preset, to_dict, trained_levels
-from .contrastive import make_contrastive, read_changes
+from .contrastive import drop_checkpoints, make_contrastive, read_changes
 from .coords import sees_coordinates
 from .core.devices import pick_device
 from .core.docstrings import with_parameters
@@ -273,8 +273,13 @@ def _preset_of(model: _Parameters) -> Any:
 def _settings(model: _Parameters) -> dict[str, Any]:
     "The parameters that make a model what it is; later changes of them take a new `fit`."
     elsewhere = ("device", "progress", "work_dir")
-    known = {name: value for name, value in model.get_params().items() if name not in elsewhere}
+    known = {name: _plain(value) for name, value in model.get_params().items() if name not in elsewhere}
     return known | {"preset": _preset_of(model)}
+
+
+def _plain(value: Any) -> Any:
+    "A number of NumPy as one of Python, which a file can hold; anything else as it is."
+    return value.item() if isinstance(value, np.generic) else value
 
 # %% ../nbs/15_grad.ipynb #grad0009
 def _is_a_number(value: object) -> bool:
@@ -330,6 +335,7 @@ class _Fitted(_Parameters):
     n_pictures_: tuple[int, int] | None  # normal pictures learnt from and held out
     versions_: dict[str, Any]  # of Python and of the packages that made it
     made_with_: dict[str, Any]  # see `settings_`
+    asked_: tuple[Preset | str, tuple[str, ...], float | None]  # preset, paths of a command, and white as given
 
     @property
     def settings_(self) -> dict[str, Any]:
@@ -535,7 +541,7 @@ class _Calibrating(_Thresholding):
         `DataError` for pictures that cannot be read, `ValueError` for a wrong rate or wrong labels.
         """
         check_is_fitted(self)
-        rate = self.false_alarm_rate if false_alarm_rate is None else false_alarm_rate
+        rate = _plain(self.false_alarm_rate if false_alarm_rate is None else false_alarm_rate)
         _check_rate(rate)
         given = None if y is None else list(y)
         anomalous = np.zeros(0, bool) if given is None else checked_labels(given, len(given))
@@ -591,7 +597,7 @@ class _Changing(_Calibrating):
         kept, before = self.normals_, calibration(self)
         if kept is None or before is None:
             return False
-        rate = self.false_alarm_rate
+        rate = _plain(self.false_alarm_rate)
         self.offset_, self.calibration_ = threshold_of_normals(kept.scores, rate, before.source)
         self.map_limits_ = _colour_limits(kept.peaks, kept.median, rate)
         self.made_with_ = self.settings_ | {"false_alarm_rate": rate}
@@ -796,6 +802,7 @@ class _Training(_InTiles):
             name = f"generate-{n:02d}"
             with plan.stage(name):
                 run_stage(folder, name, keys[name], draw, device)
+            drop_checkpoints(folder, n)
         detectors = []
         for row in self.levels_:
             name = f"detector-{row.level:03d}"
@@ -907,7 +914,7 @@ class _Reading(_Banking, _Changing):
         sources = picture_sources(X)
         if self.tile_:
             sources = list(sources)  # they are read again, to be cut
-        white = self.white
+        white = self.settings_["white"]
         if white is None and isinstance(sources, Sized):
             white = find_white(source for source in sources if isinstance(source, (str, Path)))
         if white is not None:
@@ -999,6 +1006,7 @@ class _Learning(_Holding):
 
     def _learn(self, X: Input, y: Iterable[int] | None) -> None:
         self.made_with_ = _settings(self)
+        self.asked_ = self.preset, self._asked, self.settings_["white"]
         device = pick_device(self.device)
         pictures, given, sources = self._normal_pictures(X, y)
         share = held_out_share(len(pictures), self.validation, MIN_NORMALS)
@@ -1017,7 +1025,8 @@ class _Learning(_Holding):
         self.n_pictures_ = (len(train), len(held))
         self.versions_ = versions()
         scores, maps = self._judge_held(pictures, sources, held)
-        self._set_threshold(scores, maps, *threshold_of_normals(scores, self.false_alarm_rate))
+        rate = self.settings_["false_alarm_rate"]
+        self._set_threshold(scores, maps, *threshold_of_normals(scores, rate))
 
 # %% ../nbs/15_grad.ipynb #grad0002
 FittingT = TypeVar("FittingT", bound="_Fitting")
@@ -1153,6 +1162,16 @@ own before anything depends on it.
 FORMAT = 4  # of the file; raised when what it holds changes, see `checked_format`; 4 has tiles or a level 1
 
 
+def _asked_for(
+    model: _Fitted,  # fitted
+) -> dict[str, Any] | None:  # plain data; None for a model that was put together by hand
+    "The preset and the white that were asked for; those of the model were made to suit its pictures."
+    if not hasattr(model, "asked_"):
+        return None
+    chosen, paths, white = model.asked_
+    return {"preset": chosen if isinstance(chosen, str) else to_dict(chosen), "paths": list(paths), "white": white}
+
+
 def _contents(
     model: _Describing,  # fitted
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:  # tensors and plain data
@@ -1181,10 +1200,11 @@ def _contents(
         "format": FORMAT if later else 3,  # who knows no tiles is not to read a file that has them
         **model.settings_,
         "preset": settings,
+        "asked": _asked_for(model),
         "augmentation": to_dict(model.settings_["augmentation"]),
-        "offset": model.offset_,
-        "map_limits": model.map_limits_,
-        "stats": [[s.mean, s.std] for s in model.stats_],
+        "offset": _plain(model.offset_),
+        "map_limits": [_plain(limit) for limit in model.map_limits_],
+        "stats": [[_plain(s.mean), _plain(s.std)] for s in model.stats_],
         "pictures": model.n_pictures_,
         "calibration": known and asdict(known),
         "normals": kept and kept.as_plain(),
@@ -1332,6 +1352,22 @@ def _check_sides(chosen: Preset) -> None:
         raise ValueError(f"evaluation.batch is {chosen.evaluation.batch}")
 
 # %% ../nbs/15_grad.ipynb #grad0022p1
+def _ask_again(model: _Fitted, asked: dict[str, Any] | None) -> None:
+    "Another `fit` begins with what was asked for; older files say nothing of it."
+    if asked is None:
+        return
+    chosen, paths = asked["preset"], asked["paths"]
+    if not all(type(path) is str for path in paths):
+        raise ValueError("paths are text")
+    if type(chosen) is not str:
+        _check_kinds(chosen, to_dict(preset("fast")), "preset")
+    model.preset = chosen if type(chosen) is str else from_dict(Preset, chosen)
+    model.white = asked["white"]
+    model._asked = tuple(paths)
+    model.asked_ = model.preset, model._asked, model.white
+    _check_parameters(model)
+
+
 def _rebuild(cls: type[FittedT], tensors: dict[str, torch.Tensor], meta: dict[str, Any], device: str) -> FittedT:
     "A model from the contents of its file; any error means that they do not fit together."
     _check_kinds(meta["preset"], to_dict(preset("fast")), "preset")
@@ -1353,6 +1389,7 @@ def _rebuild(cls: type[FittedT], tensors: dict[str, torch.Tensor], meta: dict[st
     _check_parameters(model)
     _check_sides(_preset_of(model))
     model.made_with_ = _settings(model)
+    _ask_again(model, meta.get("asked"))
     model.levels_ = model.preset_.levels(model.layout)
     model.stats_ = [MapStats(*s) for s in meta["stats"]]
     if len(model.stats_) != len(model.levels_):

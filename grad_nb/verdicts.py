@@ -298,8 +298,8 @@ def labelled_folder(
     folder = Path(folder)
     if folder.name == "test" and (folder.parent / "train" / "good").is_dir():
         folder = folder.parent
-    if (folder / "train").is_dir():
-        found = read_category(folder)
+    if (folder / "train" / "good").is_dir():
+        found = read_category(folder, least=0)
     else:
         test = folder / "test" if (folder / "test").is_dir() else folder
         truth = (test.parent if test.name == "test" else folder) / "ground_truth"

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from grad_nb.datasets.pictures import picture_pixels
 from grad_nb.datasets.readers import (
     OFFICIAL,
     Category,
@@ -25,15 +26,19 @@ from grad_nb.datasets.readers import (
     category_folders,
     check_category,
     data_sha256,
+    find_white,
     load_defects,
     load_images,
     load_mask,
     load_masks,
+    mask_files,
     passed_over,
+    picture_files,
     read_category,
     read_image,
     shrink_mask,
     survey,
+    upright_shape,
 )
 
 
@@ -1143,3 +1148,35 @@ def test_a_name_that_no_result_can_hold_is_refused_before_the_training(tmp_path)
     good = next((root / "train/good").iterdir())
     good.rename(os.fsdecode(os.fsencode(good.parent) + b"/\xff.png"))
     assert "not UTF-8" in refused(read_category, root)
+
+
+def test_two_masks_for_one_picture_are_an_error_that_names_both(tmp_path):
+    for name in ("000_mask.png", "001_mask.png", "001.png", "002_mask.png"):
+        save(noise(), tmp_path / name)
+    found = mask_files(tmp_path)
+    assert {stem: [p.name for p in paths] for stem, paths in found.items()} == {
+        "000": ["000_mask.png"],
+        "001": ["001_mask.png"],
+        "002": ["002_mask.png"],
+    }
+    save(noise(), tmp_path / "000_mask.bmp")
+    with pytest.raises(DataError, match="000_mask.bmp and 000_mask.png may both be the mask of one picture"):
+        mask_files(tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs pipes")
+def test_a_pipe_among_pictures_keeps_nobody_waiting(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    save(noise(), tmp_path / "b.png")
+    assert find_white(picture_files(tmp_path)) is None
+    with pytest.raises(ValueError, match="a.png is a pipe"):
+        upright_shape(tmp_path / "a.png")
+
+
+def test_a_damaged_picture_of_pillow_is_named_like_a_damaged_file(tmp_path):
+    noise = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:6000])
+    with Image.open(tmp_path / "a.png") as damaged:
+        with pytest.raises(DataError, match="a.png cannot be decoded .*; copy it again or leave it out"):
+            picture_pixels(damaged)

@@ -15,6 +15,7 @@ import tempfile
 import time
 import weakref
 import zlib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +36,7 @@ import grad_nb.training
 from grad_nb.accel.ops import halving
 from grad_nb.config import ON_LOCO, Augmentation, DetectorConfig, override, preset
 from grad_nb.core.files import exclusive_lock, lock, read_array, read_json, write_array, write_json
-from grad_nb.core.loop import run_steps
+from grad_nb.core.loop import run_steps, time_limit
 from grad_nb.core.stages import run_stage
 from grad_nb.core.tensors import read_tensors, write_tensors
 from grad_nb.datasets.readers import DataError, hold_out
@@ -1001,3 +1002,26 @@ def test_only_normal_or_only_anomalous_test_pictures(trays, tmp_path, only):
     assert table.loc["GRAD", "pooled"] != table.loc["GRAD", "pooled"] and read_array(run.folder / "maps.npy").shape[
         0
     ] == len(run.category.test)
+
+
+def test_a_kill_after_the_pictures_are_drawn_costs_no_training(tmp_path, monkeypatch):
+    normals = np.random.default_rng(0).integers(256, size=(16, 16, 16, 3), dtype=np.uint8)
+    config = replace(preset("demo").generator, size=16, width=4, batch=2, steps=5, n_samples=4, sample_steps=2)
+    work = partial(grad_nb.contrastive.make_contrastive, tmp_path, normals, 3, config, progress=False)
+    told = grad_nb.contrastive.told_apart
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grad_nb.contrastive, "told_apart", killed)
+    with time_limit(3600), pytest.raises(KeyboardInterrupt):  # so that a short training has a checkpoint
+        run_stage(tmp_path, "generate-03", "key", work)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*.npy")}
+    monkeypatch.setattr(grad_nb.contrastive, "told_apart", told)
+    trained = []
+    monkeypatch.setattr(grad_nb.contrastive, "loss_gradients", lambda *_: trained.append(1))
+    run_stage(tmp_path, "generate-03", "key", work)
+    assert files and not trained and all(path.read_bytes() == data for path, data in files.items())
+    assert len(list(tmp_path.glob("*.checkpoint"))) == 2
+    grad_nb.contrastive.drop_checkpoints(tmp_path, 3)
+    assert not list(tmp_path.glob("*.checkpoint"))

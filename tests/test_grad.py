@@ -16,14 +16,14 @@ from PIL import Image
 from shared import TINY_FIT, tiny
 from sklearn.base import clone
 
-from grad_nb.config import override
+from grad_nb.config import override, preset
 from grad_nb.core import stages
 from grad_nb.core.files import read_json
 from grad_nb.core.tensors import checked_format, read_tensors
 from grad_nb.datasets.readers import DataError, hold_out
 from grad_nb.datasets.trays import make_trays
 from grad_nb.detector import load_detector
-from grad_nb.grad import GRAD, calibration, colour_limits
+from grad_nb.grad import GRAD, _preset_of, calibration, colour_limits
 from grad_nb.patchdiff import load_patchdiff
 from grad_nb.verdicts import Calibration, f1_at, percent
 
@@ -546,3 +546,37 @@ sys.exit("the child hangs")
     model.save(tmp_path / "m.grad")
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "m.grad", trays / "test/good"], timeout=120)
     assert done.returncode == 0
+
+
+def test_numbers_of_numpy_are_numbers(model, trays, tmp_path):
+    given = {"white": np.uint16(4095), "validation": np.float32(0.25), "random_state": np.int64(3)}
+    made = tiny().set_params(**given, tile=np.int64(64), false_alarm_rate=np.float32(0.1)).fit(trays / "train/good")
+    made.offset_ = np.quantile(made.score_samples(trays / "test/good"), 0.9)
+    made.save(tmp_path / "m.grad")
+    made.set_params(false_alarm_rate=np.float32(0.2)).save(tmp_path / "m.grad")
+    made.calibrate(trays / "test/good", false_alarm_rate=np.float32(0.3)).save(tmp_path / "m.grad")
+    again = GRAD.load(tmp_path / "m.grad", "cpu")
+    assert again.get_params()["white"] == 4095.0 and again.offset_ == made.offset_ and again.tile_ == 64
+    copy = copy_of(model)
+    copy.offset_ = np.float64("nan")
+    with pytest.raises(ValueError, match="must be finite"):
+        copy.save(tmp_path / "n.grad")
+
+
+@pytest.mark.parametrize("chosen", ["demo", override(preset("demo"), TINY_FIT | {"generator.steps": 7})])
+def test_a_model_from_a_file_is_fitted_again_as_it_was(tmp_path, chosen):
+    "Its preset and its white were made to suit its pictures: in tiles it has no coordinates. That was not asked for."
+    for i, values in enumerate(np.random.default_rng(0).integers(4096, size=(12, 64, 64))):
+        Image.fromarray(values.astype(np.uint16)).save(tmp_path / f"{i:02d}.png")
+    made = tiny().set_params(tile=64) if isinstance(chosen, str) else tiny().set_params(preset=chosen, tile=64)
+    made._asked = ("generator.steps",)
+    made.fit(sorted(tmp_path.glob("*.png")))
+    assert not made.preset_.detector.coordinates and made.white_ == 4095
+    made.asked_ = chosen, made._asked, None
+    made.save(tmp_path / "m.grad")
+    again = GRAD.load(tmp_path / "m.grad", "cpu")
+    assert again.preset == chosen and again._asked == ("generator.steps",) and again.white is None
+    assert again.white_ == 4095 and again.settings_["preset"] == made.settings_["preset"]
+    assert _preset_of(clone(again)).detector.coordinates
+    again.save(tmp_path / "again.grad")
+    assert (tmp_path / "again.grad").read_bytes() == (tmp_path / "m.grad").read_bytes()

@@ -833,3 +833,20 @@ def test_a_compiler_without_openmp_makes_the_loops_for_one_core(monkeypatch, tmp
 
     monkeypatch.setattr(native, "_run", run)
     assert scorer_loops() is not None and calls == [True, False]
+
+
+def test_a_recording_serves_every_batch_that_it_holds(monkeypatch):
+    made = []
+
+    class Recorded:
+        def __init__(self, detectors, sizes, batch, side, device, bf16=False):
+            self.pictures = torch.zeros(batch, 1)
+            made.append(batch)
+
+    monkeypatch.setattr(recording, "Captured", Recorded)
+    monkeypatch.setattr(recording, "_free", lambda device: 10**12)
+    monkeypatch.setattr(recording, "allowed", lambda name: True)
+    one = Detector(0.1)
+    for n in range(1, 257):
+        captured_detectors([one], (48,), n, 48)
+    assert made == sorted(set(made)) and len(made) <= 9 and made[-1] == 256

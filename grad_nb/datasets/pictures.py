@@ -94,7 +94,7 @@ def picture_pixels(
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _decoded(bytes(source), white)
     if isinstance(source, Image.Image):
-        return picture_array(ImageOps.exif_transpose(source), "a picture", white)
+        return picture_array(_upright(source), source_name(source), white)
     if isinstance(source, torch.Tensor):
         source = _pixels_last(source)
     if not isinstance(source, np.ndarray):
@@ -114,12 +114,23 @@ def _decoded(data: bytes, white: float | None) -> np.ndarray:
             raise DataError(str(e).replace(str(path), source_name(data))) from None
 
 # %% ../../nbs/datasets/07_pictures.ipynb #pict003n
+def _upright(picture: Image.Image) -> Image.Image:
+    "A picture of Pillow, decoded and turned upright; `DataError` for one that is damaged."
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception as e:  # whatever a decoder raises
+        problem = f"cannot be decoded ({type(e).__name__}: {e})"
+        raise DataError(f"{source_name(picture)} {problem}; copy it again or leave it out") from None
+
+
 def source_name(
     source: Source,  # one picture
 ) -> str:  # a file's name, or what else tells it
     "What a picture is called in an error."
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"a picture of {memoryview(source).nbytes} bytes"
+    if isinstance(source, Image.Image):
+        return str(getattr(source, "filename", "") or "a picture")
     return str(source) if isinstance(source, (str, Path)) else "a picture"
 
 

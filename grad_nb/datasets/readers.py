@@ -67,14 +67,13 @@ def max_pixels() -> int:
     return int(text)
 
 
-def _check_cost(path: Path, im: Image.Image) -> None:
+def _check_cost(path: Path, im: Image.Image, most: int) -> None:
     "`DataError` for a picture that would take too much memory, by its head: nothing is decoded yet."
-    most = max_pixels()
     tile = getattr(im, "tag_v2", {})  # of a TIFF, one tile of which may be larger than the picture
     width = max(im.width, _whole(tile.get(322)))
     height = max(im.height, _whole(tile.get(323)))
     if width * height > most:
-        raise DataError(
+        raise UnavailableError(
             f"{path} has {width}x{height} pixels and at most {most:,} are read; make the picture smaller, "
             "or set GRAD_NB_MAX_PIXELS"
         )
@@ -90,6 +89,7 @@ def _whole(value: object) -> int:
 def _open(path: str | Path) -> Image.Image:
     "The first picture of a file, decoded whole and turned upright; `DataError` for all that can go wrong."
     path = Path(path)
+    most = max_pixels()
     try:
         if not path.exists():
             raise UnavailableError(f"{path} does not exist, or is a link to nothing; check the path")
@@ -98,7 +98,7 @@ def _open(path: str | Path) -> Image.Image:
         if not path.stat().st_size:
             raise DataError(f"{path} is empty (0 bytes); copy it again or leave it out")
         with Image.open(path, formats=_FORMATS) as im:
-            _check_cost(path, im)
+            _check_cost(path, im, most)
             upright = ImageOps.exif_transpose(im)
             upright.format = im.format  # a copy has none
             return upright
@@ -197,7 +197,7 @@ def find_white(
 def _is_deep(path: Path) -> bool:
     "Whether a file is a picture of more than 8 bits, by its head."
     try:
-        with Image.open(path, formats=_FORMATS) as im:
+        with open_plain(path) as file, Image.open(file, formats=_FORMATS) as im:
             return im.mode == "F" or im.mode.startswith("I")
     except Exception:  # see `_open`, which says what is wrong
         return False
@@ -244,7 +244,7 @@ def upright_shape(
     path: str | Path,  # of a picture
 ) -> tuple[int, int]:  # height and width
     "The shape of a picture, upright, from the head of its file."
-    with Image.open(path, formats=_FORMATS) as im:
+    with open_plain(path) as file, Image.open(file, formats=_FORMATS) as im:
         turned = im.getexif().get(0x0112, 1) in (5, 6, 7, 8)
         return im.size if turned else im.size[::-1]
 
@@ -454,20 +454,22 @@ def _read_defects(path: Path) -> tuple[Defect, ...]:
 def mask_files(
     folder: str | Path,  # the masks of one kind of anomaly: ground_truth/<type>
 ) -> dict[str, tuple[Path, ...]]:  # stem of a picture, in lower case → its masks
-    "The masks in a folder: <stem>/*, <stem>_mask.* or <stem>.*, with any ending that is read."
+    """The masks in a folder: <stem>/*, <stem>_mask.* or <stem>.*, with any ending that is read.
+
+    `DataError` for two files of one name.
+    """
     folder = Path(folder)
-    found: dict[str, tuple[Path, ...]] = {}
+    files: dict[str, Path] = {}
     for path in picture_files(folder):
-        found.setdefault(path.stem.lower(), (path,))
-    for path in picture_files(folder):
-        if path.stem.lower().endswith("_mask"):
-            del found[path.stem.lower()]
-    for path in picture_files(folder):
-        if path.stem.lower().endswith("_mask"):
-            found[path.stem.lower().removesuffix("_mask")] = (path,)
+        if other := files.get(path.stem.lower()):
+            raise DataError(f"{other} and {path.name} may both be the mask of one picture; leave one of them out")
+        files[path.stem.lower()] = path
+    masks = {stem: path for stem, path in files.items() if stem.endswith("_mask")}
+    found: dict[str, tuple[Path, ...]] = {stem: (path,) for stem, path in files.items() if stem not in masks}
+    found |= {stem.removesuffix("_mask"): (path,) for stem, path in masks.items()}
     for inside in _folders(folder):
-        if files := picture_files(inside):
-            found[inside.name.lower()] = tuple(files)
+        if several := picture_files(inside):
+            found[inside.name.lower()] = tuple(several)
     return found
 
 
@@ -501,6 +503,7 @@ def _test_samples(root: Path, layout: str) -> tuple[Sample, ...]:
 def read_category(
     root: str | Path,  # the folder of the data set, or of the category itself if `name` is empty
     name: str = "",  # the category's folder inside `root`
+    least: int = MIN_NORMALS,  # normal pictures that there must be to learn from
 ) -> Category:
     """Find the pictures and masks of a category, without opening them.
 
@@ -510,10 +513,10 @@ def read_category(
     layout = _find(root)
     folder = root if layout == "folder" else root / "train" / "good"
     normals = picture_files(folder)
-    if len(normals) < MIN_NORMALS:
+    if len(normals) < least:
         raise DataError(
             f"{folder} holds {counted(len(normals), 'normal picture')}; "
-            f"at least {MIN_NORMALS} are needed, a batch takes {MIN_NORMALS}"
+            f"at least {least} are needed, a batch takes {MIN_NORMALS}"
         )
     category = Category(Path(os.path.abspath(root)).name, layout, root, tuple(Sample(p, 0, "good") for p in normals))
     if layout == "folder":

@@ -317,5 +317,5 @@ def captured_detectors(
         judge, _ = halving(lambda batch: Captured(detectors, sizes, batch, side, device, bf16=bf16), size)
     except (RuntimeError, MemoryError) as e:
         log.warning("the detectors could not be recorded (%s); they run plainly", str(e).split("\n")[0])
-    graphs[key] = state, min(n, LARGEST), judge
+    graphs[key] = state, max(min(n, LARGEST), len(judge.pictures) if judge else 0), judge
     return judge

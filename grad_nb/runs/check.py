@@ -100,7 +100,9 @@ def stage_bytes(
     maps = n_test * preset.evaluation.map_size**2 * 4
     detector = int(5e6 * preset.detector.width**2) * trained + maps // 16 + 1_000_000
     if stage == "generate":
-        return generator.n_samples * generator.size**2 * 3 + 250 * generator.width**2 * trained
+        channels = 3 if generator.start == 1 else 4  # how far a picture is from the real one that it began with
+        pictures = generator.n_samples * generator.size**2 * channels
+        return 2 * pictures + 250 * generator.width**2 * trained  # they are in a checkpoint while they are written
     if stage == "detect":
         return detector
     if stage == "variant":

@@ -37,7 +37,7 @@ from grad_nb.config import (
     to_dict,
     trained_levels,
 )
-from ..contrastive import make_contrastive, read_changes
+from ..contrastive import drop_checkpoints, make_contrastive, read_changes
 from ..core.devices import float32_name, pick_device
 from grad_nb.core.files import (
     read_array,
@@ -250,7 +250,9 @@ def generate_stage(
         rest = (run.seed, run.device, run.progress, run.generator_levels)
         return make_contrastive(run.folder, load_normals(run), level, config, *rest)
 
-    return run_stage(run.folder, f"generate-{level:02d}", generate_key(run, level), make, run.device)
+    record = run_stage(run.folder, f"generate-{level:02d}", generate_key(run, level), make, run.device)
+    drop_checkpoints(run.folder, level)
+    return record
 
 
 def contrastive_set(

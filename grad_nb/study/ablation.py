@@ -45,6 +45,7 @@ from grad_nb.runs.stages import (
     contrastive_set,
     dataset_name,
     detect_key,
+    drop_checkpoints,
     generate_key,
     generate_stage,
     load_normals,
@@ -507,6 +508,7 @@ def judge_generator(
     figures, files = make_contrastive(cell.folder, normals[train], cell.level, run.preset.generator, *rest)
     made = read_array(cell.folder / files[1])
     history = pd.read_csv(cell.folder / files[2])
+    drop_checkpoints(cell.folder, cell.level)
     report = generator_report(normals[train], normals[held], np.array(made), cell.level, run.seed)
     return figures | _about(cell, len(train), len(held)) | {
         "steps": len(history),

@@ -71,6 +71,20 @@ def grad_fit(
     _print_threshold(fitted, model)
 
 # %% ../../nbs/use/05_daily.ipynb #daily007
+def _removed_if_empty(folder: Path) -> bool:
+    "Remove a folder for stages in which nothing is but locks, unless another process trains in it."
+    from grad_nb.core.files import exclusive_lock
+
+    try:
+        with exclusive_lock(folder / ".lock"):
+            empty = all(path.name.endswith(".lock") for path in folder.rglob("*") if not path.is_dir())
+            if empty:
+                shutil.rmtree(folder, ignore_errors=True)
+            return empty
+    except ValueError:
+        return False
+
+
 @contextlib.contextmanager
 def _kept_until_done(work_dir: str | None, model: str) -> Iterator[str]:
     "The folder for the stages; one that nobody asked for is gone at the end. Tells how an interrupted fit goes on."
@@ -80,8 +94,7 @@ def _kept_until_done(work_dir: str | None, model: str) -> Iterator[str]:
     try:
         yield folder
     except KeyboardInterrupt:
-        if not work_dir and all(path.name.endswith(".lock") for path in Path(folder).rglob("*") if not path.is_dir()):
-            shutil.rmtree(folder, ignore_errors=True)  # nothing is done yet
+        if not work_dir and _removed_if_empty(Path(folder)):
             raise
         again = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         print(f"what is done is kept in {folder}; to go on: {again}", file=sys.stderr)
@@ -147,7 +160,10 @@ def _check_room_of_fit(folder: Path, settings: "config.Preset", layout: str) -> 
         left = [stage for name, stage in stages.items() if not (folder / f"{name}.json").is_file()]
         return sum(stage_bytes(stage, chosen, 0) for stage in left)
 
-    check_room(folder, max(room(settings), room(config.anywhere(settings))), "--work-dir")
+    may_be = [settings, config.anywhere(settings)]
+    while settings.generator.max_detail_lost < 1 and 2 * may_be[-1].generator.size <= config.LARGEST_SIDE:
+        may_be += [config.enlarged(may_be[-1])]
+    check_room(folder, max(map(room, may_be)), "--work-dir")
 
 # %% ../../nbs/use/05_daily.ipynb #calcmd00
 def _print_threshold(fitted: "GRAD", path: str) -> None:

@@ -72,6 +72,8 @@ def evaluation_page(
     most: int = 12,  # pictures of each sort
 ) -> str:  # HTML
     "An evaluation as one HTML page: the table, and the pictures that were judged wrongly."
+    from grad_nb.verdicts import evaluation_lines
+
     truth = [kind != "good" for kind in found.types]
     above = [i for i in found.scores.argsort()[::-1] if truth[i] and found.scores[i] > found.figures["threshold"]]
     sorts: dict[str, Any] = {
@@ -84,7 +86,7 @@ def evaluation_page(
         if len(numbers):
             shown = "".join(_figure_of(found, model, int(i)) for i in numbers[:most])
             sections.append(f"<h2>{name}: {len(numbers)}</h2>{shown}")
-    table = html.escape("\n".join([*found.figures.get("notes", []), str(found)]))
+    table = html.escape("\n".join([*found.figures.get("notes", []), *evaluation_lines(found, most)]))
     return PAGE.format(title=html.escape(title), table=table, sections="".join(sections))
 
 # %% ../../nbs/use/10_evaluate.ipynb #evalcmd4

@@ -313,7 +313,7 @@ def metadata(
         "kind": "grad_nb.Scorer",
         "size": str(model.preset_.generator.size),
         "map_size": str(model.preset_.evaluation.map_size),
-        "threshold": repr(model.offset_),
+        "threshold": repr(float(model.offset_)),
         "white": json.dumps(model.white_),  # of pictures of more than 8 bits, which become bytes by 255 / white
         "levels": json.dumps([[row.level, row.size] for row in model.levels_]),
         "versions": json.dumps(versions(), sort_keys=True),

@@ -58,12 +58,14 @@ def model_of_run(
     normals = load_images([category.train[i] for i in chosen], model.preset_.generator.size)
     held = [read_array(folder / f"scores/held-{row.level:03d}.npy") for row in model.levels_]
     source = "held-out normal pictures"
-    if len(held[0]) and result["counts"]["held_out"]:
+    were_held_out = bool(len(held[0]) and result["counts"]["held_out"])
+    if not len(held[0]):
+        held = model._maps(normals)
+    if were_held_out:
         known = calibration_of_quantile(len(held[0]), false_alarm_rate)
         rates = f"{percent(known.expected)} false alarms expected, at most {percent(known.bound)}"
         source += f"; {rates} with 90 % confidence"
     else:
-        held = model._maps(normals)
         source = "training pictures, since none were held out: new normal pictures may score higher"
     model.stats_ = [MapStats.of(m) for m in held]
     scores, maps = model._fused(held)

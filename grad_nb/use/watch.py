@@ -179,11 +179,11 @@ class Journal(JournalFile):
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.progress.close()
+        self.progress.close(self.size())
         self.file.close()
 
     def untold(self) -> list[dict]:
-        "The lines that a killed process wrote and may not have told any more; one at most."
+        "The lines that were written and perhaps not told, as the process was killed or its reader broke off."
         self.file.seek(self.progress.told)
         return [json.loads(line) for line in self.file.read().splitlines()]
 
@@ -309,10 +309,13 @@ class Progress(Left):
         self.told = told
         self._write(None)
 
-    def close(self) -> None:
-        "Everything has been told and nothing is read: the file goes."
+    def close(
+        self,
+        size: int,  # bytes of the journal
+    ) -> None:
+        "Nothing is read any more; if everything has been told, the file goes."
         os.close(self.file)
-        if not self.deaths:
+        if self.told >= size and not self.deaths:
             self.path.unlink(missing_ok=True)
 
 # %% ../../nbs/use/03_watch.ipynb #7736104c
@@ -393,9 +396,9 @@ def watch(
 ) -> Iterator[dict]:  # path, and score and anomalous, or error
     """Judge pictures as they arrive in a folder, each once.
 
-    A picture that cannot be opened is reported once and tried again at every look. A folder that disappears is
-    reported, and watched again when it is back. `DataError` if there is no such folder at the start, `ValueError` for
-    a journal that cannot be used.
+    A row at which the caller breaks off, or is killed, comes again from the next process. A picture that cannot be
+    opened is reported once and tried again at every look. A folder that disappears is reported, and watched again when
+    it is back. `DataError` if there is no such folder at the start, `ValueError` for a journal that cannot be used.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -406,6 +409,7 @@ def watch(
     with Journal(journal or where.with_name(f"{where.name}.journal.jsonl"), model_key(model)) as kept:
         for row in kept.untold():
             yield _row_of(folder, row)
+        kept.progress.tell(kept.size())
         for i, seen in enumerate(_looks(folder, kept.done, looks)):
             if isinstance(seen, str):
                 yield {"path": str(folder), "error": seen}
@@ -463,10 +467,8 @@ def _record(
         if error is not None:
             figures = {"error": str(error)}
         kept.add(path, stamp, **figures)
-        try:
-            yield {"path": str(path), **figures}
-        finally:
-            kept.progress.tell(kept.size())
+        yield {"path": str(path), **figures}
+        kept.progress.tell(kept.size())  # not if whoever asked for the row breaks off: it is told again by the next
 
 
 def _row_of(folder: Path, line: dict) -> dict:

@@ -13,7 +13,7 @@ from grad_nb.core.files import read_array, read_json
 from grad_nb.core.loop import TimeUp
 from grad_nb.core.tensors import read_tensors
 from grad_nb.detector import Detector, load_detector, map_side, save_detector
-from grad_nb.evaluation import score_levels, score_maps
+from grad_nb.evaluation import MapStats, score_levels, score_maps
 from grad_nb.grad import GRAD
 from grad_nb.level_1 import PixelDetector, draw_pixels, train_pixel_detector
 from grad_nb.patches import PATCH, STRIDE
@@ -380,6 +380,8 @@ def test_a_finished_run_gets_level_1_and_keeps_everything_else(tmp_path, kind):
     model, where = model_of_run(run.folder, run.category, read_json(run.folder / "result.json"), "cpu")
     assert isinstance(model.detectors_[1], PixelDetector)
     assert ("held-out" in where) == (kind == "trays") != ("training pictures" in where)
+    held = [read_array(run.folder / f"scores/held-{row.level:03d}.npy") for row in run.levels]
+    assert model.stats_ == [MapStats.of(maps) for maps in held], "the page judges as the run did"
     again = do_all(plain)
     assert again["image_auroc"] == before["image_auroc"], "and back"
 

@@ -41,6 +41,8 @@ from grad_nb.evaluation import MapStats, fuse
 from grad_nb.patchdiff import new_patchdiff
 from grad_nb.patches import Batch, allowed_flips, draw_batch, draw_crops, draw_group
 from grad_nb.reweighting import noisy_weight, tail_weight
+from grad_nb.runs.check import stage_bytes
+from grad_nb.runs.driver import last_progress
 
 LEVELS = (Level(34, 64, (3, 5)), Level(64, 34, (5, 9)))
 
@@ -445,3 +447,22 @@ def test_the_values_that_the_paper_gives():
         1.0,
         1,
     ) and EvalConfig().blur_kernel == 16
+
+
+def test_the_last_line_of_a_long_log_is_found_at_its_end(tmp_path):
+    log = tmp_path / "log"
+    assert last_progress(log) == ""
+    log.write_bytes(
+        "é".encode()[1:] + b"stage:   1%|  | 1/100 [00:01]\r" * 100_000 + b"stage:  99%|##| 99/100 [01:00]\r"
+    )
+    assert last_progress(log) == "stage:  99%|##| 99/100 [01:00]"
+    log.write_bytes(b"\n")
+    assert last_progress(log) == ""
+
+
+def test_room_for_pictures_is_that_of_their_checkpoint_too():
+    for name, channels in (("paper", 3), ("demo", 4)):
+        generator = preset(name).generator
+        assert (generator.start == 1) == (channels == 3)
+        written = generator.n_samples * generator.size**2 * channels
+        assert 2 * written < stage_bytes("generate", preset(name), 0) < 2 * written + 50_000_000

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from shared import ROOT
 
 import grad_nb
+from grad_nb.core.files import exclusive_lock
 from grad_nb.core.tensors import write_tensors
 from grad_nb.datasets.readers import IMAGE_SUFFIXES, read_image
 from grad_nb.datasets.trays import make_trays
@@ -639,3 +640,10 @@ def test_a_model_of_a_newer_version_and_no_model_at_all(model, parts, tmp_path, 
     ):
         status, _, err = called(capsys, path, parts)
         assert status == 2 and said in err and len(err.splitlines()) == 1
+
+
+def test_an_interrupted_fit_leaves_the_folder_of_another_that_trains(tmp_path):
+    with exclusive_lock(tmp_path / "m.grad.work/.lock"):
+        with pytest.raises(KeyboardInterrupt), _kept_until_done(None, str(tmp_path / "m.grad")):
+            raise KeyboardInterrupt
+        assert (tmp_path / "m.grad.work/.lock").exists()

@@ -360,3 +360,24 @@ def test_five_small_trainings_flag_no_more_of_200_new_normal_pictures_than_promi
     spread = beta.std(known.k, known.n + 1 - known.k) / np.sqrt(5)
     assert np.mean(real) <= np.mean(promised) + spread, (real, promised)
     assert np.mean(np.array(real) <= bounds) >= 0.6 and np.mean(real) <= np.mean(bounds)
+
+
+def test_what_is_evaluated_needs_no_pictures_to_learn_from(trays, tmp_path):
+    whole = Path(shutil.copytree(trays, tmp_path / "whole"))
+    for path in sorted((whole / "train/good").iterdir())[1:]:
+        path.unlink()
+    for folder in (whole, whole / "test"):
+        assert labelled_folder(folder).counts["anomalous"] == 6
+    (whole / "train/good").rename(whole / "train/ok")
+    assert labelled_folder(whole).counts["anomalous"] == labelled_folder(whole / "test").counts["anomalous"] == 6
+
+
+def test_the_page_names_as_many_wrong_verdicts_as_the_command(model, parts, tmp_path, capsys):
+    fitted = GRAD.load(model, "cpu").set_params(progress=False)
+    fitted.offset_ = float(fitted.evaluate(parts).scores.max())
+    fitted.save(model)
+    grad_evaluate(str(model), str(parts), page=str(tmp_path / "p.html"), most=6, device="cpu", quiet=True)
+    said = capsys.readouterr().out
+    table = html.unescape((tmp_path / "p.html").read_text().split("<pre>")[1].split("</pre>")[0])
+    missed = fitted.evaluate(parts).missed
+    assert len(missed) == 6 and said.strip() == table.strip()

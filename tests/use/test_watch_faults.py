@@ -90,10 +90,10 @@ def test_the_mark_of_a_reader_at_every_cut(tmp_path):
         again = Progress(path, 9)
         assert again.deaths == ({("a.png", 1, 2): 1} if cut >= len(whole) - 1 else {})
         again.deaths.clear()
-        again.close()
+        again.close(9)
     for other in (b"[]", b"{}\n", b"null", b'{"deaths": 3}', b'{"deaths": [[1]], "told": 0, "reading": 0}', b"\xff"):
         path.write_bytes(other)
-        Progress(path, 9).close()
+        Progress(path, 9).close(9)
     assert not path.exists()
 
 
@@ -214,3 +214,29 @@ def test_a_long_watch_is_cheap(inbox):
     for _ in range(10):
         look(inbox, {}, done, known)
     assert (time.process_time() - start) / 10 < 20_000 * 3.5e-6, DataError
+
+
+def test_a_row_at_which_its_reader_breaks_off_comes_again(model, inbox):
+    "As in `grad_predict --watch | head -1`, and where a disk is full behind what is written."
+    for i, name in enumerate("abc"):
+        put(inbox / f"{name}.png", i)
+    rows = watch(model, inbox, every=0.001, looks=3)
+    first, second = next(rows), next(rows)
+    rows.close()
+    again = list(watch(model, inbox, every=0.001, looks=3))
+    assert again[0] == second and [Path(row["path"]).name for row in again] == ["b.png", "c.png"]
+    assert "a.png" in first["path"] and list(watch(model, inbox, every=0.001, looks=1)) == []
+    assert len(rows_of(inbox)) == 3 and not list(inbox.parent.glob("*.reading"))
+
+
+def test_a_wrong_limit_of_pixels_ends_a_watch_and_a_low_one_is_tried_again(model, inbox, monkeypatch):
+    put(inbox / "a.png")
+    monkeypatch.setenv("GRAD_NB_MAX_PIXELS", "64e6")
+    with pytest.raises(ValueError, match="GRAD_NB_MAX_PIXELS must be a whole number"):
+        list(watch(model, inbox, every=0.001, looks=9, patience=1))
+    monkeypatch.setenv("GRAD_NB_MAX_PIXELS", "100")
+    (row,) = watch(model, inbox, every=0.001, looks=9, patience=1)
+    assert "at most 100 are read" in row["error"] and "tried again" in row["error"]
+    monkeypatch.delenv("GRAD_NB_MAX_PIXELS")
+    (row,) = watch(model, inbox, every=0.001, looks=3)
+    assert "score" in row
