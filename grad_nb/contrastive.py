@@ -414,7 +414,7 @@ def beginning(
     from_noise = replace(config, start=1.0, start_to=1.0, redraw=1.0)
     return from_noise, {"position_auroc": found, "start": 1.0}
 
-# %% ../nbs/05_contrastive.ipynb #cont0013
+# %% ../nbs/05_contrastive.ipynb #contdrop
 def _checkpoints(folder: Path, level: int) -> tuple[Path, Path]:
     "Where the training of a PatchDiff and the drawing of its pictures are kept meanwhile."
     return folder / f"generator-{level:02d}.checkpoint", folder / f"contrastive-{level:02d}.checkpoint"
@@ -428,7 +428,7 @@ def drop_checkpoints(
     for file in _checkpoints(folder, level):
         file.unlink(missing_ok=True)
 
-
+# %% ../nbs/05_contrastive.ipynb #cont0013
 def make_contrastive(
     folder: Path,  # where the files go
     normals: np.ndarray,  # (N, size, size, 3) uint8 training pictures, at the generator's size

@@ -273,11 +273,11 @@ def _preset_of(model: _Parameters) -> Any:
 def _settings(model: _Parameters) -> dict[str, Any]:
     "The parameters that make a model what it is; later changes of them take a new `fit`."
     elsewhere = ("device", "progress", "work_dir")
-    known = {name: _plain(value) for name, value in model.get_params().items() if name not in elsewhere}
+    known = {name: _of_python(value) for name, value in model.get_params().items() if name not in elsewhere}
     return known | {"preset": _preset_of(model)}
 
 
-def _plain(value: Any) -> Any:
+def _of_python(value: Any) -> Any:
     "A number of NumPy as one of Python, which a file can hold; anything else as it is."
     return value.item() if isinstance(value, np.generic) else value
 
@@ -541,7 +541,7 @@ class _Calibrating(_Thresholding):
         `DataError` for pictures that cannot be read, `ValueError` for a wrong rate or wrong labels.
         """
         check_is_fitted(self)
-        rate = _plain(self.false_alarm_rate if false_alarm_rate is None else false_alarm_rate)
+        rate = _of_python(self.false_alarm_rate if false_alarm_rate is None else false_alarm_rate)
         _check_rate(rate)
         given = None if y is None else list(y)
         anomalous = np.zeros(0, bool) if given is None else checked_labels(given, len(given))
@@ -597,7 +597,7 @@ class _Changing(_Calibrating):
         kept, before = self.normals_, calibration(self)
         if kept is None or before is None:
             return False
-        rate = _plain(self.false_alarm_rate)
+        rate = _of_python(self.false_alarm_rate)
         self.offset_, self.calibration_ = threshold_of_normals(kept.scores, rate, before.source)
         self.map_limits_ = _colour_limits(kept.peaks, kept.median, rate)
         self.made_with_ = self.settings_ | {"false_alarm_rate": rate}
@@ -1158,10 +1158,10 @@ own before anything depends on it.
 ```
 """
 
-# %% ../nbs/15_grad.ipynb #dc287f0f
+# %% ../nbs/15_grad.ipynb #gradform
 FORMAT = 4  # of the file; raised when what it holds changes, see `checked_format`; 4 has tiles or a level 1
 
-
+# %% ../nbs/15_grad.ipynb #gradaskd
 def _asked_for(
     model: _Fitted,  # fitted
 ) -> dict[str, Any] | None:  # plain data; None for a model that was put together by hand
@@ -1171,7 +1171,7 @@ def _asked_for(
     chosen, paths, white = model.asked_
     return {"preset": chosen if isinstance(chosen, str) else to_dict(chosen), "paths": list(paths), "white": white}
 
-
+# %% ../nbs/15_grad.ipynb #dc287f0f
 def _contents(
     model: _Describing,  # fitted
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:  # tensors and plain data
@@ -1202,9 +1202,9 @@ def _contents(
         "preset": settings,
         "asked": _asked_for(model),
         "augmentation": to_dict(model.settings_["augmentation"]),
-        "offset": _plain(model.offset_),
-        "map_limits": [_plain(limit) for limit in model.map_limits_],
-        "stats": [[_plain(s.mean), _plain(s.std)] for s in model.stats_],
+        "offset": _of_python(model.offset_),
+        "map_limits": [_of_python(limit) for limit in model.map_limits_],
+        "stats": [[_of_python(s.mean), _of_python(s.std)] for s in model.stats_],
         "pictures": model.n_pictures_,
         "calibration": known and asdict(known),
         "normals": kept and kept.as_plain(),
@@ -1351,9 +1351,10 @@ def _check_sides(chosen: Preset) -> None:
     if type(chosen.evaluation.batch) is not int or not 1 <= chosen.evaluation.batch <= 1 << 16:
         raise ValueError(f"evaluation.batch is {chosen.evaluation.batch}")
 
-# %% ../nbs/15_grad.ipynb #grad0022p1
-def _ask_again(model: _Fitted, asked: dict[str, Any] | None) -> None:
-    "Another `fit` begins with what was asked for; older files say nothing of it."
+# %% ../nbs/15_grad.ipynb #gradaska
+def _remember(model: _Fitted, asked: dict[str, Any] | None) -> None:
+    "The model was made with its parameters; another `fit` begins with what was asked for, if the file says that."
+    model.made_with_ = _settings(model)
     if asked is None:
         return
     chosen, paths = asked["preset"], asked["paths"]
@@ -1367,7 +1368,7 @@ def _ask_again(model: _Fitted, asked: dict[str, Any] | None) -> None:
     model.asked_ = model.preset, model._asked, model.white
     _check_parameters(model)
 
-
+# %% ../nbs/15_grad.ipynb #grad0022p1
 def _rebuild(cls: type[FittedT], tensors: dict[str, torch.Tensor], meta: dict[str, Any], device: str) -> FittedT:
     "A model from the contents of its file; any error means that they do not fit together."
     _check_kinds(meta["preset"], to_dict(preset("fast")), "preset")
@@ -1388,8 +1389,7 @@ def _rebuild(cls: type[FittedT], tensors: dict[str, torch.Tensor], meta: dict[st
     )
     _check_parameters(model)
     _check_sides(_preset_of(model))
-    model.made_with_ = _settings(model)
-    _ask_again(model, meta.get("asked"))
+    _remember(model, meta.get("asked"))
     model.levels_ = model.preset_.levels(model.layout)
     model.stats_ = [MapStats(*s) for s in meta["stats"]]
     if len(model.stats_) != len(model.levels_):

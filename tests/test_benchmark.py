@@ -617,3 +617,9 @@ def test_one_graph_for_all_levels():
             assert np.abs(maps.numpy() - expected).max() < 0.05 * expected.std() and torch.equal(
                 scores, maps.amax((1, 2))
             )
+
+
+def test_a_row_that_quick_leaves_out_is_not_asked_for_with_it(capsys):
+    with pytest.raises(SystemExit):
+        grad_bench(quick=True, compiled=True)
+    assert "--compiled is a row of what --quick leaves out" in capsys.readouterr().err

@@ -24,6 +24,7 @@ from grad_nb.datasets.trays import (
     STRUCTURAL,
     defects_config,
     draw_tray,
+    drawn_once,
     find_defects,
     make_trays,
     render,
@@ -395,3 +396,16 @@ def test_impossible_numbers_are_refused(tmp_path, wrong):
 
 def test_the_whole_folder_is_readable_by_others(made):
     assert made.stat().st_mode & 0o777 == 0o755 and "progress" not in (made / "trays.json").read_text()
+
+
+def test_what_a_killed_process_has_drawn_goes_with_the_next_drawing(tmp_path):
+    left = tmp_path / ".large.a1b2c3d4"
+    left.mkdir()
+    (left / "x.png").write_bytes(b"x")
+
+    def draw(folder):
+        assert drawn_once(tmp_path / "large", lambda other: (other / "b").touch(), Path) == tmp_path / "large"
+        (folder / "a").touch()
+
+    drawn_once(tmp_path / "large", draw, Path)
+    assert [path.name for path in tmp_path.iterdir()] == ["large"] and (tmp_path / "large/b").exists()

@@ -21,6 +21,14 @@ def _with_accel_help(command: Callable) -> Callable:
     command.__doc__ = f"{command.__doc__}\n\n{accel_help()}"
     return command
 
+# %% ../../nbs/bench/10_command.ipynb #bcomchk1
+def _check_together(model: str, data: str, quick: bool, compiled: bool) -> None:
+    "`ValueError` for options that cannot both be meant, or one that wants another."
+    if bool(model) != bool(data):
+        raise ValueError("--model and --data belong together: a trained model and the part's own pictures")
+    if compiled and quick:
+        raise ValueError("--compiled is a row of what --quick leaves out; give one of them")
+
 # %% ../../nbs/bench/10_command.ipynb #bce7ad8f
 @call_parse
 @_with_accel_help
@@ -36,7 +44,7 @@ def grad_bench(
     model: str = "",  # file that grad_fit wrote: what fewer bits cost in AUROC on the test pictures of --data
     data: str = "",  # folder of its part, with training and test pictures
     protocol: store_true = False,  # also 2,000 runs of all levels, and pictures a second in large batches
-    compiled: store_true = False,  # also the detectors compiled by torch.compile, whose first call takes a minute
+    compiled: store_true = False,  # also the detectors compiled by torch.compile, on a CPU: its first call is long
     backends: store_true = False,  # also what each backend gains against plain torch and torch.compile: half an hour
     plots: str = "",  # also draw the tables as PNG files in this folder
     json_file: str = "",  # also write the rows, with their protocol, here
@@ -50,8 +58,7 @@ def grad_bench(
     for name, value, least in (("batch", batch, 1), ("runs", runs, 1), ("threads", threads, 0)):
         if value < least:
             raise ValueError(f"--{name} must be at least {least}, not {value}")
-    if bool(model) != bool(data):
-        raise ValueError("--model and --data belong together: a trained model and the part's own pictures")
+    _check_together(model, data, quick, compiled)
     if peers and importlib.util.find_spec("anomalib") is None:
         raise RuntimeError("peers need the package anomalib; install it with: pip install 'grad_nb[compare]'")
     from grad_nb.bench import whole

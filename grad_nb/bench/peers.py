@@ -11,6 +11,7 @@ __all__ = ['BANK', 'PEERS', 'GRAD_HERE', 'PATIENCE', 'LONGEST', 'build_peer', 'C
 import contextlib
 import importlib
 import multiprocessing
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from .operations import best_ms, threads_of, time_in_turns
 from .ways import Exported, export_all, model_precision, open_exported, predicted, random_model
 from ..core.devices import device_name, float32_name
 from ..core.latency import Latency
+from ..core.processes import end_with_parent
 from ..core.progress import tqdm
 from ..grad import GRAD
 from ..use.export import _quiet, _unlogged, random_pictures
@@ -296,7 +298,8 @@ def keep_judging(
     ready: Event,  # is set after the first picture
     stop: Event,  # ends it
 ) -> None:
-    "Judge pictures until told to stop: what another process does while this one is timed."
+    "Judge pictures until told to stop, or as long as its parent lives: what another process does meanwhile."
+    end_with_parent(signal.SIGKILL)
     torch.set_num_threads(threads)
     judge, picture = opened(contender, terms), random_pictures(1, terms.size)
     judge(picture)

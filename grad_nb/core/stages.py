@@ -74,8 +74,6 @@ def run_stage(
     with exclusive_lock(folder / f".{name}.lock", f"{folder} ({name})", patience=LOCK_PATIENCE):
         if record := stage_done(folder, name, key):
             return record | {"skipped": True}
-        for part in folder.rglob(f".*-{name.rsplit('-', 1)[-1]}.*.part"):
-            part.unlink(missing_ok=True)  # of a process that was killed while it wrote
         (figures, files), seconds = _timed(folder / f".{name}.pieces.json", key, make)
         record = {
             "stage": name,

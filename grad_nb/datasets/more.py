@@ -76,12 +76,11 @@ def draw_cloth(
 
 # %% ../../nbs/datasets/08_more.ipynb #morept06p1
 def _weave(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    "Grey levels of two crossing threads and their fibres."
+    "Grey levels of a weave, whose weft lies above, and its fibres."
     begin = rng.uniform(0, 6.28, 2)
     warp = np.sin(2 * np.pi * u / THREAD + begin[0])
     weft = np.sin(2 * np.pi * v / THREAD + begin[1])
-    crossing = np.floor(u / THREAD + begin[0]) + np.floor(v / THREAD + begin[1])
-    grey = 120 + 28 * np.where(np.sin(np.pi * crossing) ** 2 > 0.5, warp, weft) + 14 * warp * weft
+    grey = 120 + 28 * weft + 14 * warp * weft
     grey += 14 * gaussian_filter(rng.standard_normal(u.shape), 0.8)
     return grey + 40 * gaussian_filter(rng.standard_normal(u.shape), 6)
 

@@ -10,8 +10,6 @@ __all__ = ['COLOURS', 'PARTS', 'TRAY', 'COMPARTMENT', 'OFFSET', 'RADIUS', 'SHADO
 # %% ../../nbs/datasets/03_trays.ipynb #ae7eea92
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -22,7 +20,7 @@ from types import MappingProxyType
 import numpy as np
 from PIL import Image
 
-from ..core.files import read_json, write_json
+from ..core.files import hidden_folder, read_json, write_json
 from ..core.progress import tqdm
 
 # %% ../../nbs/datasets/03_trays.ipynb #b552e419
@@ -445,17 +443,15 @@ def drawn_once(
     if target.exists():
         return recognise(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        draw(temporary)
-        temporary.chmod(0o755)
-        os.rename(temporary, target)
-    except OSError:
-        if not target.exists():
-            raise
-        return recognise(target)  # another process was faster
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with hidden_folder(target) as temporary:
+        try:
+            draw(temporary)
+            temporary.chmod(0o755)
+            os.rename(temporary, target)
+        except OSError:
+            if not target.exists():
+                raise
+            return recognise(target)  # another process was faster
     return target
 
 

@@ -113,7 +113,10 @@ def stage_bytes(
 def run_bytes(
     run: Run,  # one category and seed
 ) -> int:
-    "Room that the stages of a run need at most, those that have left a record not counted."
+    "Room that the stages of a run, or a row of Table 4, need at most; those that have left a record not counted."
+    if run.made is not None:
+        done = (run.folder / "evaluate.json").is_file()
+        return 0 if done else stage_bytes("variant", run.preset, len(run.category.test))
     names = {f"generate-{level:02d}": "generate" for level in run.generator_levels}
     names |= {f"detect-{row.level:03d}": "detect" for row in run.levels} | {"evaluate": "table"}
     left = [stage for name, stage in names.items() if not (run.folder / f"{name}.json").is_file()]

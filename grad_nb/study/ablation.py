@@ -955,7 +955,7 @@ def _panel(
 # %% ../../nbs/study/06_ablation.ipynb #abl00044
 def _table_4_line(about: Sequence[Any], level: int, metric: str, value: float, device: str, notes: str) -> list[Any]:
     "One line of the columns `tables.COLUMNS`; it comes from no file, and counts for its preset."
-    return [*about, level, metric, value, device, notes, "", True]
+    return [*about, level, metric, value, device, notes, "", True, False]
 
 
 def table_4_figures(
@@ -1000,9 +1000,9 @@ def _mean_and_deviation(values: pd.Series, digits: int) -> str:
 
 def compare_generators(
     found: pd.DataFrame,  # what `read_results` gave for the kind "generator"
-) -> pd.DataFrame:  # a line for each category, level and variant: mean ± standard deviation over seeds, as text
+) -> pd.DataFrame:  # a line for each preset, its changes, category, level and variant: mean ± deviation over seeds
     "The figures of generators."
-    names = ["category", "level", "variant"]
+    names = [*SHARED, "variant"]
     rows = []
     for _, part in found.assign(loss=[record["loss"] for record in found.record]).groupby(names, sort=False):
         row = {name: part[name].iloc[0] for name in names} | {"seeds": len(part)}
@@ -1014,16 +1014,23 @@ def compare_generators(
 def curve_chart(
     found: pd.DataFrame,  # what `read_results` gave, of either kind
     figure: str = "loss",  # which figure of the curves: "loss" of generators, "rbce" of detectors
-) -> Figure:  # a panel for each level, a line for each variant (mean over seeds)
-    "Losses by step."
+) -> Figure:  # a panel for each level, a line for each variant, and preset and category if there are several
+    "Losses by step, mean over seeds."
     levels = sorted(found.level.unique())
+    names = [name for name in SHARED if name != "level" and found[name].nunique() > 1] + ["variant"]
     size = (1.8 + 3 * len(levels), 2.6)
     drawn, axes = plt.subplots(1, len(levels), figsize=size, dpi=90, squeeze=False, sharey=True, layout="constrained")
     for ax, level in zip(axes[0], levels):
-        for k, (name, part) in enumerate(found[found.level == level].groupby("variant", sort=False)):
+        for k, (name, part) in enumerate(found[found.level == level].groupby(names, sort=False)):
             curves = [record["curve"] for record in part.record]
             mean = np.mean([curve[figure] for curve in curves], 0)
-            ax.plot(curves[0]["step"], mean, lw=1.2, label=name, color=plt.colormaps["tab20"](k % 20))
+            ax.plot(
+                curves[0]["step"],
+                mean,
+                lw=1.2,
+                label=", ".join(filter(None, name)),
+                color=plt.colormaps["tab20"](k % 20),
+            )
         ax.set_title(f"level {level}", fontsize=9)
         ax.set_xlabel("step", fontsize=8)
         ax.tick_params(labelsize=7)

@@ -203,10 +203,12 @@ def _sizes(row: dict[str, Any]) -> list[int]:
 
 def _same_detectors(found: pd.DataFrame, sizes: Sequence[int], width: float) -> bool:
     "Whether the results are of detectors of these sizes and this width."
-    files = found[(found.dataset == "mvtec_loco") & found.own].file.unique()
+    on_loco = bool((found.dataset == "mvtec_loco").any())
+    dataset, layout = ("mvtec_loco", "levels_loco") if on_loco else ("mvtec_ad", "levels_ad")
+    files = found[(found.dataset == dataset) & found.own].file.unique()
     configs = [read_json(file)["config"] for file in files]
-    same_sizes = all([row["size"] for row in config["levels_loco"]] == list(sizes) for config in configs)
-    return same_sizes and all(config["detector"]["width"] == width for config in configs)
+    same_sizes = all([row["size"] for row in config[layout]] == list(sizes) for config in configs)
+    return bool(configs) and same_sizes and all(config["detector"]["width"] == width for config in configs)
 
 # %% ../../nbs/study/02_figures.ipynb #fa7000d2
 def measured_points(

@@ -280,13 +280,14 @@ def move_fixture(
     made: Path,  # folder of whole files
     folder: Path,  # where they go
 ) -> None:
-    "Put the files of a fixture where they belong, the record last; files of an older one are removed."
+    "Put the files of a fixture where they belong, the record last; then files that only an older one had are removed."
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.iterdir():
-        old.unlink()
     for path in sorted(made.iterdir(), key=lambda path: path.name == "record.json"):
         with atomic_path(folder / path.name) as temporary:
             temporary.write_bytes(path.read_bytes())
+    for old in folder.iterdir():
+        if old.is_file() and not (made / old.name).exists():
+            old.unlink()
 
 # %% ../../nbs/study/14_fixture.ipynb #fixt0015
 NOTHING: Mapping[str, Any] = MappingProxyType({})

@@ -121,7 +121,7 @@ def gallery_pages(
     "The pages of a finished batch. `ValueError` if it has no executed tables, or no results."
     batch = Path(batch)
     tables = batch / "notebooks" / "tables.ipynb"
-    found = {path.parent: result for path, result in results(batch, preset).items() if "table4" not in path.parts}
+    found = {path.parent: result for path, result in results(batch, preset).items()}
     if not (found and tables.is_file()):
         raise ValueError(f"{batch} holds no finished batch of {preset}; run grad_reproduce first")
     everything = list(found.values())

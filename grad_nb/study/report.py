@@ -21,6 +21,7 @@ from fastcore.xml import Safe, ft, to_xml
 from ..core.files import atomic_path, read_json
 from ..core.progress import counted
 from ..datasets.unpack import ARCHIVES
+from .records import is_beside_a_run
 from .tables import HERE, all_tables, collect
 
 # %% ../../nbs/study/03_report.ipynb #rep00005
@@ -103,8 +104,9 @@ def results(
     folder: str | Path,  # of the batch
     preset: str,  # of the runs
 ) -> dict[Path, dict]:  # result.json → what it holds
-    "The results of a batch."
-    read = {path: read_json(path) for path in sorted(Path(folder).rglob("result.json"))}
+    "The results of the runs of a batch; rows of Table 4, which are trained beside a run, are in that table alone."
+    paths = [path for path in sorted(Path(folder).rglob("result.json")) if not is_beside_a_run(path, folder)]
+    read = {path: read_json(path) for path in paths}
     return {path: found for path, found in read.items() if isinstance(found, dict) and found.get("preset") == preset}
 
 

@@ -53,6 +53,7 @@ from grad_nb.runs.stages import (
     suited_settings,
 )
 from .calibration import detect_seconds, generate_seconds, pixel_seconds
+from .records import is_beside_a_run
 from .report import write_report
 from .speed import SPEED_FILE, speed_key
 from .tables import averaged_data_set, published_categories, table_3
@@ -481,10 +482,11 @@ def known_times(
     known: dict[str, list[float]] = {}
     of_variant: dict[Path, float] = {}
     for path in sorted(Path(folder).glob("*/*/**/*.json")):
-        seconds = _seconds(path, name) if "-" in path.stem or path.stem in ("check", "evaluate") else None
+        of_stage = "-" in path.stem or path.stem in ("check", "student", "evaluate")
+        seconds = _seconds(path, name) if of_stage else None
         if seconds is None:
             continue
-        if "table4" in path.parts:  # a variant's notebook trains all of its detectors and evaluates them
+        if is_beside_a_run(path, folder):  # a variant's notebook trains all of its detectors and evaluates them
             of_variant[path.parent] = of_variant.get(path.parent, 0) + seconds
         else:
             known.setdefault(path.stem, []).append(seconds)
@@ -871,6 +873,8 @@ def announce(
     stages = Counter(job["notebook"] for job in left)
     counts = ", ".join(f"{count} {stage}" for stage, count in stages.items()) or "none"
     yield f"{len(left)} of {len(batch['jobs'])} notebooks to run: {counts}"
+    if executor and not batch["gpu"]:
+        yield f"no job asks {executor} for a GPU, because this machine has none; plan the batch where there is one"
     if left:
         yield from _cost(batch, expected or forecast(batch))
     if Path(batch["batch"]).is_file():

@@ -21,7 +21,7 @@ from ..config import PRESETS, to_dict
 from ..core.files import atomic_path, fingerprint, read_json
 from ..core.stages import table_csv
 from ..runs.driver import package_file
-from .records import recorded_preset
+from .records import is_beside_a_run, recorded_preset
 
 # %% ../../nbs/study/01_tables.ipynb #ba2b7533
 def published(
@@ -102,13 +102,14 @@ def _figures(
 
 # %% ../../nbs/study/01_tables.ipynb #9275fa59
 RUN = ["preset", "dataset", "category", "seed", "variant"]  # what a run is known by
-COLUMNS = [*RUN, "method", "level", "metric", "value", "device", "notes", "file", "own"]
+COLUMNS = [*RUN, "method", "level", "metric", "value", "device", "notes", "file", "own", "beside"]
 
 
-def _result_lines(result: Mapping[str, Any], path: Path) -> list[list[Any]]:
-    "The figures of one result, one a line."
+def _result_lines(result: Mapping[str, Any], path: Path, beside: bool) -> list[list[Any]]:
+    "The figures of one result, one a line; `beside` says that it is a row of Table 4, trained beside its run."
     run = [result[key] for key in RUN[:4]] + [variant(result["config"]["detector"])]
-    about = [result["device"], "; ".join(result.get("notes", [])), str(path), _has_own_parts(result)]
+    own = _has_own_parts(result) and not beside
+    about = [result["device"], "; ".join(result.get("notes", [])), str(path), own, beside]
     return [[*run, *figure, *about] for figure in _figures(result)]
 
 
@@ -123,12 +124,12 @@ def collect(
     for path in sorted(Path(runs).rglob("result.json")):
         result = read_json(path)
         try:
-            rows += _result_lines(result, path)
+            rows += _result_lines(result, path, is_beside_a_run(path, runs))
         except (KeyError, TypeError, IndexError) as e:
             problem = f"{path} is not a result of the evaluate stage (no {e})"
             raise ValueError(f"{problem}; move it away and run the table again") from None
-    found = pd.DataFrame(rows, columns=COLUMNS).astype({"own": bool})
-    for _, part in found.groupby(RUN):
+    found = pd.DataFrame(rows, columns=COLUMNS).astype({"own": bool, "beside": bool})
+    for _, part in found.groupby([*RUN, "beside"]):
         first, *others = part.file.unique()
         if others:
             run = " ".join(str(part[name].iloc[0]) for name in RUN)
@@ -176,7 +177,7 @@ def values(
     level: int = 0,  # of a detector, 0 = all of them fused
     variant: str = "",  # row of Table 4; empty = the runs that have the parts which their preset has
 ) -> pd.Series:  # seed → percent
-    "One figure of every seed."
+    "One figure of every seed. A row of Table 4 that was trained beside its run counts before the run itself."
     chosen = found[
         (found.dataset == dataset)
         & found.category.isin(categories)
@@ -185,6 +186,8 @@ def values(
         & (found.level == level)
         & (found.variant == variant if variant else found.own)
     ]
+    if variant:
+        chosen = chosen.sort_values("beside", ascending=False).drop_duplicates(["seed", "category"])
     grid = chosen.pivot(index="seed", columns="category", values="value")
     whole = chosen.groupby("seed").category.nunique().reindex(grid.index) == len(categories)
     return grid[whole].mean(axis=1, skipna=False)

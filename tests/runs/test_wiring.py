@@ -30,9 +30,10 @@ from grad_nb.config import (
 )
 from grad_nb.contrastive import generate, loss_gradients
 from grad_nb.coords import coord_map
-from grad_nb.core.files import write_array
+from grad_nb.core.files import atomic_path, write_array
 from grad_nb.core.loop import one_cycle, run_steps
 from grad_nb.core.progress import BARS
+from grad_nb.core.stages import run_stage
 from grad_nb.datasets.light import even_light
 from grad_nb.datasets.readers import load_images
 from grad_nb.detector import map_side
@@ -41,7 +42,7 @@ from grad_nb.evaluation import MapStats, fuse
 from grad_nb.patchdiff import new_patchdiff
 from grad_nb.patches import Batch, allowed_flips, draw_batch, draw_crops, draw_group
 from grad_nb.reweighting import noisy_weight, tail_weight
-from grad_nb.runs.check import stage_bytes
+from grad_nb.runs.check import run_bytes, stage_bytes
 from grad_nb.runs.driver import last_progress
 
 LEVELS = (Level(34, 64, (3, 5)), Level(64, 34, (5, 9)))
@@ -466,3 +467,18 @@ def test_room_for_pictures_is_that_of_their_checkpoint_too():
         assert (generator.start == 1) == (channels == 3)
         written = generator.n_samples * generator.size**2 * channels
         assert 2 * written < stage_bytes("generate", preset(name), 0) < 2 * written + 50_000_000
+
+
+def test_a_row_of_table_4_needs_no_room_for_the_pictures_of_its_run(run, tmp_path):
+    row = replace(run, folder=tmp_path / "row", made=run.folder)
+    assert run_bytes(row) == stage_bytes("variant", run.preset, len(run.category.test))
+    row.folder.mkdir()
+    (row.folder / "evaluate.json").write_text("{}")
+    assert run_bytes(row) == 0
+
+
+def test_a_stage_leaves_files_that_another_process_writes(tmp_path):
+    with atomic_path(tmp_path / "table4/row/.detector-034.checkpoint") as temporary:
+        temporary.write_bytes(b"half")
+        run_stage(tmp_path, "detect-034", "key", lambda: ({}, []))
+    assert (tmp_path / "table4/row/.detector-034.checkpoint").read_bytes() == b"half"

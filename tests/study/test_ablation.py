@@ -682,6 +682,15 @@ def test_generators_are_judged_without_a_test_picture(data, tmp_path, monkeypatc
         "real pictures and two variants, of the level that is done"
     )
     curve_chart(found)
+    shorter = [{name: values[:1] for name, values in record["curve"].items()} for record in found.record]
+    short = [record | {"curve": curve} for record, curve in zip(found.record, shorter)]
+    both = pd.concat([found, found.assign(preset="fast", record=short)])
+    assert compare_generators(both).groupby("preset", sort=False).seeds.apply(list).to_dict() == {
+        found.preset[0]: [1, 1],
+        "fast": [1, 1],
+    }, "presets are not seeds of each other"
+    labels = [text.get_text() for text in curve_chart(both).axes[-1].get_legend().get_texts()]
+    assert labels == [f"{name}, sigma_g {k}" for name in (found.preset[0], "fast") for k in (0, 1)]
     plt.close("all")
 
 

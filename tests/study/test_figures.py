@@ -463,3 +463,12 @@ def test_no_text_of_a_figure_lies_on_another(run):
         picture_table({"trays": figures.by_level(run, 2)}),
     ):
         assert not overlapping(figure)
+
+
+def test_detectors_without_a_run_of_theirs_have_no_preset(batch, tmp_path):
+    row = {"detectors": "256 + 128 + 64", "precision": "float32", "batch": 1, "median_ms": 3.0, "device": "x"}
+    write_json(tmp_path / "bench.json", {"detectors": [row]})
+    (tmp_path / "nothing").mkdir()
+    assert measured_points(tmp_path / "nothing", tmp_path / "bench.json").method.tolist() == ["GRAD here, float32"]
+    found = pd.DataFrame({"dataset": ["trays"], "own": [True], "file": ["a"]})
+    assert not figures._same_detectors(found, [256], 1.0), "there is neither a run of LOCO nor one of AD"

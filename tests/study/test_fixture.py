@@ -14,7 +14,7 @@ from shared import ROOT
 from grad_nb.config import override, preset
 from grad_nb.core.files import file_sha256
 from grad_nb.study.figures import field_arrays, localised, patch_arrays, weight_arrays
-from grad_nb.study.fixture import LIMIT, REGULARISED, as_run, fixture, make_fixture
+from grad_nb.study.fixture import LIMIT, REGULARISED, as_run, fixture, make_fixture, move_fixture
 
 FEW = dict(size=64, train=20, validation=10, good=4, logical=4, structural=4)
 TINY = {
@@ -130,3 +130,13 @@ def test_pictures_fit_on_a_page():
         if picture.width > 900
     }
     assert not wide, wide
+
+
+def test_an_older_fixture_goes_when_the_new_one_is_there(tmp_path):
+    made, folder = tmp_path / "made", tmp_path / "fixture"
+    for path in (made / "a", made / "record.json", folder / "a", folder / "old", folder / ".ipynb_checkpoints/x"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(path.parent.name))
+    move_fixture(made, folder)
+    assert sorted(path.name for path in folder.iterdir()) == [".ipynb_checkpoints", "a", "record.json"]
+    assert (folder / "a").read_text() == "made"

@@ -95,3 +95,13 @@ def test_a_busy_machine_is_said_below_the_table(monkeypatch, tmp_path):
     found = speed.measure_speed(preset("demo"))
     write_json(tmp_path / "bench.json", found | {"protocol": []})
     assert "the machine was busy" in table_3(tmp_path / "bench.json").attrs["notes"][1]
+
+
+def test_an_error_that_only_speaks_of_memory_is_no_small_memory():
+    def fails():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    missing = []
+    with pytest.raises(RuntimeError, match="illegal"):
+        speed._if_it_fits(fails, "detectors", torch.device("cpu"), missing)
+    assert not missing

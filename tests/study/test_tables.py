@@ -14,6 +14,7 @@ from shared import ROOT
 
 from grad_nb.config import PRESETS, to_dict
 from grad_nb.core.files import read_json, write_json
+from grad_nb.study.report import results
 from grad_nb.study.tables import (
     HERE,
     VARIANTS,
@@ -456,3 +457,22 @@ def test_noted_figures_stand_in_the_order_of_the_file(tmp_path):
     assert rows == ["|  | z | b |", "| --- | --- | --- |", "| later | 1.50 | – |", "| earlier | 2 | x |"]
     with pytest.raises(ValueError, match="nothing on 'b'; it has 'a', 'other'"):
         noted_figures(file, "b")
+
+
+def test_rows_beside_a_run_are_no_runs_also_where_a_row_has_its_very_settings(tmp_path):
+    "As with `paper` on MVTec AD, whose one detector has the losses of the last row."
+    by_level = {34: 0.7, 68: 0.8, 136: 0.6}
+    run = result(tmp_path / "x", "mvtec_ad", "bottle", 0, 0.95, 0.9, by_level={34: 0.9})
+    row = result(tmp_path / "y", "mvtec_ad", "bottle", 0, 0.5, 0.1, by_level=by_level)
+    whole = tmp_path / "runs" / run.relative_to(tmp_path / "x")
+    write_json(whole, read_json(run))
+    write_json(whole.parent / "table4/long-tail/result.json", read_json(row))
+    found = collect(tmp_path / "runs")
+    assert table_10(found).loc["bottle", "GRAD here"] == "90.0 / 95.0"
+    four = table_4(found, dataset="mvtec_ad")
+    shown = [four.loc[WHOLE, f"level {n} here"] for n in (34, 68, 136)]
+    assert shown == ["70.0", "80.0", "60.0"], "the detectors of the row, and not the one of the run"
+    assert list(results(tmp_path / "runs", "paper")) == [whole]
+    (tmp_path / "table4").mkdir()
+    elsewhere = (tmp_path / "runs").rename(tmp_path / "table4/runs")
+    assert len(results(elsewhere, "paper")) == 1, "whatever the folders above are called"
