@@ -196,13 +196,16 @@ def values(
 def _settings_of(file: str) -> str:
     """Fingerprint of what a result was made with, its seed left out.
 
-    Settings that an older version did not have count as their defaults; those that are gone count if they acted.
+    Settings that an older version did not have count as their defaults; those that are gone count if they acted, and
+    so do those of a student and of a detector of level 1.
     """
     result = read_json(file)
     try:
         config = to_dict(recorded_preset(result["config"]))
     except (KeyError, TypeError, ValueError):
         config = result["config"]
+    for part, acts in (("student", "one_network"), ("pixel", "level_1")):
+        config = {name: value for name, value in config.items() if name != part or config.get(acts)}
     return fingerprint(config, result.get("data_sha256"))
 
 
