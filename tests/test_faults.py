@@ -742,12 +742,12 @@ def test_parts_of_a_killed_process_are_cleared_away_by_the_next_fit(normal, tmp_
     litter = [
         tmp_path / name
         for name in (
-            ".generator-05.safetensors.x1.part",
-            ".detector-034.checkpoint.x2.part",
-            "contrastive/.level-05.npy.x3.part",
-            ".contrastive-05.checkpoint.x4.part",
-            ".normal-05.checkpoint.x5.part",
-            "history/.detect-034.csv.x6.part",
+            ".generator-05.safetensors.0a1b2c31.part",
+            ".detector-034.checkpoint.0a1b2c32.part",
+            "contrastive/.level-05.npy.0a1b2c33.part",
+            ".contrastive-05.checkpoint.0a1b2c34.part",
+            ".normal-05.checkpoint.0a1b2c35.part",
+            "history/.detect-034.csv.0a1b2c36.part",
         )
     ]
     mine = [tmp_path / ".mine.part", tmp_path / "notes.part"]

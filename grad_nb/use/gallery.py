@@ -58,8 +58,9 @@ def model_of_run(
     normals = load_images([category.train[i] for i in chosen], model.preset_.generator.size)
     held = [read_array(folder / f"scores/held-{row.level:03d}.npy") for row in model.levels_]
     source = "held-out normal pictures"
-    were_held_out = bool(len(held[0]) and result["counts"]["held_out"])
-    if not len(held[0]):
+    kept = all(map(len, held))
+    were_held_out = bool(kept and result["counts"]["held_out"])
+    if not kept:
         held = model._maps(normals)
     if were_held_out:
         known = calibration_of_quantile(len(held[0]), false_alarm_rate)

@@ -380,10 +380,20 @@ def test_a_finished_run_gets_level_1_and_keeps_everything_else(tmp_path, kind):
     model, where = model_of_run(run.folder, run.category, read_json(run.folder / "result.json"), "cpu")
     assert isinstance(model.detectors_[1], PixelDetector)
     assert ("held-out" in where) == (kind == "trays") != ("training pictures" in where)
-    held = [read_array(run.folder / f"scores/held-{row.level:03d}.npy") for row in run.levels]
-    assert model.stats_ == [MapStats.of(maps) for maps in held], "the page judges as the run did"
     again = do_all(plain)
     assert again["image_auroc"] == before["image_auroc"], "and back"
+
+
+def test_the_page_of_a_run_without_held_out_pictures_judges_as_the_run_did(tmp_path):
+    from grad_nb.runs.stages import open_run
+    from grad_nb.use.gallery import model_of_run
+
+    run = open_run(str(folder_of(tmp_path, "alone")), "trays", "demo", 0, tmp_path / "runs", SETTINGS, "cpu", False)
+    result = do_all(run)
+    model, where = model_of_run(run.folder, run.category, result, "cpu")
+    kept = [read_array(run.folder / f"scores/held-{row.level:03d}.npy") for row in run.levels]
+    assert len(kept) == 2 and model.stats_ == [MapStats.of(maps) for maps in kept]
+    assert "training pictures, since none were held out" in where
 
 
 def test_threads_of_the_other_stages_stay(monkeypatch, tmp_path):
