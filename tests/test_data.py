@@ -1180,3 +1180,14 @@ def test_a_damaged_picture_of_pillow_is_named_like_a_damaged_file(tmp_path):
     with Image.open(tmp_path / "a.png") as damaged:
         with pytest.raises(DataError, match="a.png cannot be decoded .*; copy it again or leave it out"):
             picture_pixels(damaged)
+
+
+def test_a_survey_goes_on_after_masks_that_cannot_be_told_apart(tmp_path):
+    for i in range(5):
+        save(noise(), tmp_path / f"train/good/{i}.png")
+    for kind in ("hole", "scratch"):
+        save(noise(), tmp_path / f"test/{kind}/000.png")
+    for name in ("hole/000_mask.png", "hole/000_mask.bmp", "scratch/001_mask.png"):
+        save(noise(channels=1), tmp_path / "ground_truth" / name)
+    problems = " ".join(survey(tmp_path).problems)
+    assert "may both be the mask of one picture" in problems and "ground_truth/scratch: 1 of 1 pictures" in problems

@@ -399,7 +399,7 @@ def test_the_whole_folder_is_readable_by_others(made):
 
 
 def test_what_a_killed_process_has_drawn_goes_with_the_next_drawing(tmp_path):
-    left = tmp_path / ".large.a1b2c3d4"
+    left = tmp_path / ".large.a1b2c3d4.part"
     left.mkdir()
     (left / "x.png").write_bytes(b"x")
 

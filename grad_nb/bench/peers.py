@@ -11,7 +11,6 @@ __all__ = ['BANK', 'PEERS', 'GRAD_HERE', 'PATIENCE', 'LONGEST', 'build_peer', 'C
 import contextlib
 import importlib
 import multiprocessing
-import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -299,7 +298,7 @@ def keep_judging(
     stop: Event,  # ends it
 ) -> None:
     "Judge pictures until told to stop, or as long as its parent lives: what another process does meanwhile."
-    end_with_parent(signal.SIGKILL)
+    end_with_parent()
     torch.set_num_threads(threads)
     judge, picture = opened(contender, terms), random_pictures(1, terms.size)
     judge(picture)

@@ -168,24 +168,38 @@ def is_left(
         return time.time() - os.fstat(handle).st_mtime > DAY
     return True
 
-# %% ../../nbs/core/01_files.ipynb #hidfold2
+# %% ../../nbs/core/01_files.ipynb #hidfold4
 @contextmanager
 def hidden_folder(
     target: Path,  # where it is to be moved; the folder that will hold it is there
 ) -> Iterator[Path]:  # a new folder beside it
     "A folder in which something is made before it has its name; at the end it goes, with those of dead processes."
-    for old in target.parent.glob(f".{glob.escape(target.name)}.????????"):
+    for old in target.parent.glob(f".{glob.escape(target.name)}.????????.part"):
         if old.is_dir() and not old.is_symlink():
             _remove_dead(old)
-    made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    handle = os.open(made, os.O_RDONLY) if os.name == "posix" else None
+    made, handle = _new_folder(target)
     try:
-        lock_file(handle)
         yield made
     finally:
         shutil.rmtree(made, ignore_errors=True)
         if handle is not None:
             os.close(handle)
+
+# %% ../../nbs/core/01_files.ipynb #hidfold2
+def _new_folder(target: Path) -> tuple[Path, int | None]:
+    "A new folder beside a target; open, and locked as long as this process lives, where folders can be opened."
+    while True:
+        made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part"))
+        if os.name != "posix":
+            return made, None
+        try:
+            handle = os.open(made, os.O_RDONLY)
+        except FileNotFoundError:  # somebody took it for a dead one's before it was locked
+            continue
+        lock_file(handle)
+        if made.exists():
+            return made, handle
+        os.close(handle)
 
 
 def _remove_dead(folder: Path) -> None:

@@ -68,7 +68,7 @@ def max_pixels() -> int:
 
 
 def _check_cost(path: Path, im: Image.Image, most: int) -> None:
-    "`DataError` for a picture that would take too much memory, by its head: nothing is decoded yet."
+    "`UnavailableError` for a picture that would take too much memory, by its head: nothing is decoded yet."
     tile = getattr(im, "tag_v2", {})  # of a TIFF, one tile of which may be larger than the picture
     width = max(im.width, _whole(tile.get(322)))
     height = max(im.height, _whole(tile.get(323)))
@@ -78,7 +78,10 @@ def _check_cost(path: Path, im: Image.Image, most: int) -> None:
             "or set GRAD_NB_MAX_PIXELS"
         )
     if path.stat().st_size > 8 * most + 2**24:  # 16 bits in four channels, and what is said of the picture
-        raise DataError(f"{path} is too large a file for a picture of at most {most:,} pixels; convert it to PNG")
+        raise UnavailableError(
+            f"{path} is too large a file for a picture of at most {most:,} pixels; convert it to PNG, "
+            "or set GRAD_NB_MAX_PIXELS"
+        )
 
 
 def _whole(value: object) -> int:
@@ -950,7 +953,11 @@ def _survey_masks(
 ) -> None:
     "Compare the masks of one kind of anomaly with its pictures; where nothing is official, their pixels too."
     folder = found.root / "ground_truth" / kind
-    truth = mask_files(folder)
+    try:
+        truth = mask_files(folder)
+    except DataError as e:
+        found.problems.append(str(e))
+        return
     found.masks[kind] = len(set(truth) & set(sizes))
     if not found.official and not (found.root / "ground_truth").is_dir():
         return  # the reader takes it: pixel figures are n/a

@@ -30,7 +30,7 @@ from scipy.stats import t as student
 
 # %% ../../nbs/study/06_ablation.ipynb #abl0004b
 from ..config import PRESETS, Preset, augmentation, override, to_dict
-from ..contrastive import read_changes
+from ..contrastive import drop_checkpoints, read_changes
 from ..core.files import fingerprint, lock, read_array, read_json, write_json
 from ..core.stages import run_stage, stage_done
 from ..datasets.light import Light, even_light
@@ -45,7 +45,6 @@ from grad_nb.runs.stages import (
     contrastive_set,
     dataset_name,
     detect_key,
-    drop_checkpoints,
     generate_key,
     generate_stage,
     load_normals,
@@ -508,7 +507,6 @@ def judge_generator(
     figures, files = make_contrastive(cell.folder, normals[train], cell.level, run.preset.generator, *rest)
     made = read_array(cell.folder / files[1])
     history = pd.read_csv(cell.folder / files[2])
-    drop_checkpoints(cell.folder, cell.level)
     report = generator_report(normals[train], normals[held], np.array(made), cell.level, run.seed)
     return figures | _about(cell, len(train), len(held)) | {
         "steps": len(history),
@@ -543,7 +541,13 @@ def _training_piece(cell: Cell, needs: tuple[str, ...]) -> Piece:
     "The training of a cell."
     judge = train_cell if cell.ablation.part == "detector" else judge_generator
     name = f"seed {cell.run.seed}, level {cell.level}, {cell.name}"
-    work = partial(run_stage, cell.folder, cell.stage, cell_key(cell), partial(judge, cell), cell.run.device)
+
+    def work() -> dict:
+        record = run_stage(cell.folder, cell.stage, cell_key(cell), partial(judge, cell), cell.run.device)
+        if judge is judge_generator:
+            drop_checkpoints(cell.folder, cell.level)
+        return record
+
     return Piece(name, cell.folder / f".{cell.stage}.taken", partial(cell_done, cell), work, needs)
 
 # %% ../../nbs/study/06_ablation.ipynb #abl0021b

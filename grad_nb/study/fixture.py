@@ -282,6 +282,7 @@ def move_fixture(
 ) -> None:
     "Put the files of a fixture where they belong, the record last; then files that only an older one had are removed."
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "record.json").unlink(missing_ok=True)  # without it a fixture is not whole
     for path in sorted(made.iterdir(), key=lambda path: path.name == "record.json"):
         with atomic_path(folder / path.name) as temporary:
             temporary.write_bytes(path.read_bytes())

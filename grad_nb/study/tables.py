@@ -229,7 +229,7 @@ def _notes(found: pd.DataFrame, dataset: str, categories: Sequence[str]) -> list
     missing = [name for name in categories if name not in set(mine.category)]
     if missing:
         notes.append(f"not run: {', '.join(missing)}; so there is no average")
-    for _, part in mine[mine.file != ""].groupby(["dataset", "category", "variant"]):
+    for _, part in mine[mine.file != ""].groupby(["dataset", "category", "variant", "beside"]):
         if len({_settings_of(file) for file in part.file.unique()}) > 1:
             run = f"{part.dataset.iloc[0]}/{part.category.iloc[0]}"
             notes.append(f"{run}: the seeds were not run with the same settings and data")

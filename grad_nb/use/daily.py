@@ -61,7 +61,7 @@ def grad_fit(
     augmentation = config.augmentation(category)
     shares = (validation, false_alarm_rate)
     with _kept_until_done(work_dir, model) as folder:
-        _check_room_of_fit(Path(folder), settings, layout)
+        _check_room_of_fit(Path(folder), settings, layout, tile)
         made = GRAD(settings, layout, augmentation, *shares, seed, device, not quiet, folder, white=white)
         made._asked = tuple(asked)
         fitted = made.set_params(one_network=one_network, tile=tile).fit(pictures)
@@ -150,8 +150,8 @@ def _before_fit(model: str, category: str) -> Path:
     return card
 
 # %% ../../nbs/use/05_daily.ipynb #fitroom1
-def _check_room_of_fit(folder: Path, settings: "config.Preset", layout: str) -> None:
-    "`DataError` if the disk has no room for the stages of a fit that are left."
+def _check_room_of_fit(folder: Path, settings: "config.Preset", layout: str, tile: int) -> None:
+    "`DataError` if the disk has no room for the stages of a fit that are left, at the largest size that it may take."
     from grad_nb.runs.check import check_room, stage_bytes
 
     def room(chosen: config.Preset) -> int:
@@ -161,7 +161,8 @@ def _check_room_of_fit(folder: Path, settings: "config.Preset", layout: str) -> 
         return sum(stage_bytes(stage, chosen, 0) for stage in left)
 
     may_be = [settings, config.anywhere(settings)]
-    while settings.generator.max_detail_lost < 1 and 2 * may_be[-1].generator.size <= config.LARGEST_SIDE:
+    largest = min(config.LARGEST_SIDE, 2 * tile) if tile else config.LARGEST_SIDE
+    while settings.generator.max_detail_lost < 1 and 2 * may_be[-1].generator.size <= largest:
         may_be += [config.enlarged(may_be[-1])]
     check_room(folder, max(map(room, may_be)), "--work-dir")
 

@@ -467,12 +467,15 @@ def test_rows_beside_a_run_are_no_runs_also_where_a_row_has_its_very_settings(tm
     row = result(tmp_path / "y", "mvtec_ad", "bottle", 0, 0.5, 0.1, by_level=by_level)
     whole = tmp_path / "runs" / run.relative_to(tmp_path / "x")
     write_json(whole, read_json(run))
-    write_json(whole.parent / "table4/long-tail/result.json", read_json(row))
+    of_row = read_json(row)
+    of_row["config"]["levels_ad"] = of_row["config"]["levels_loco"]
+    write_json(whole.parent / "table4/long-tail/result.json", of_row)
     found = collect(tmp_path / "runs")
     assert table_10(found).loc["bottle", "GRAD here"] == "90.0 / 95.0"
     four = table_4(found, dataset="mvtec_ad")
     shown = [four.loc[WHOLE, f"level {n} here"] for n in (34, 68, 136)]
     assert shown == ["70.0", "80.0", "60.0"], "the detectors of the row, and not the one of the run"
+    assert not any("same settings" in note for note in four.attrs["notes"]), "they are no seeds of each other"
     assert list(results(tmp_path / "runs", "paper")) == [whole]
     (tmp_path / "table4").mkdir()
     elsewhere = (tmp_path / "runs").rename(tmp_path / "table4/runs")
