@@ -566,7 +566,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'grad_nb.core.files': { 'grad_nb.core.files._new_folder': ('core/files.html#_new_folder', 'grad_nb/core/files.py'),
                                     'grad_nb.core.files._part_of': ('core/files.html#_part_of', 'grad_nb/core/files.py'),
                                     'grad_nb.core.files._plain': ('core/files.html#_plain', 'grad_nb/core/files.py'),
-                                    'grad_nb.core.files._remove_dead': ('core/files.html#_remove_dead', 'grad_nb/core/files.py'),
+                                    'grad_nb.core.files._remove_if_left': ('core/files.html#_remove_if_left', 'grad_nb/core/files.py'),
                                     'grad_nb.core.files._remove_left': ('core/files.html#_remove_left', 'grad_nb/core/files.py'),
                                     'grad_nb.core.files._sha256': ('core/files.html#_sha256', 'grad_nb/core/files.py'),
                                     'grad_nb.core.files.array_sha256': ('core/files.html#array_sha256', 'grad_nb/core/files.py'),

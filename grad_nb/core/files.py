@@ -19,9 +19,9 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -140,15 +140,21 @@ def _remove_left(folder: Path) -> None:
     for name in os.listdir(folder):
         if not re.fullmatch(r"\..{1,40}\.[0-9a-f]{8}\.part", name, re.DOTALL):
             continue
-        try:
-            handle = os.open(folder / name, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-        except OSError:
-            continue
-        try:
-            if is_left(handle):
-                (folder / name).unlink(missing_ok=True)
-        finally:
-            os.close(handle)
+        _remove_if_left(folder / name, os.O_RDWR | getattr(os, "O_NONBLOCK", 0), Path.unlink)
+
+
+def _remove_if_left(path: Path, flags: int, remove: Callable[[Path], object]) -> None:
+    "Remove a file or folder whose maker has died; one that cannot be opened, or is gone, is left alone."
+    try:
+        handle = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
+    except OSError:
+        return
+    try:
+        if is_left(handle):
+            with suppress(FileNotFoundError):
+                remove(path)
+    finally:
+        os.close(handle)
 
 
 DAY = 86_400  # seconds after which a file counts as left by a dead process, where there are no locks
@@ -175,8 +181,8 @@ def hidden_folder(
 ) -> Iterator[Path]:  # a new folder beside it
     "A folder in which something is made before it has its name; at the end it goes, with those of dead processes."
     for old in target.parent.glob(f".{glob.escape(target.name)}.????????.part"):
-        if old.is_dir() and not old.is_symlink():
-            _remove_dead(old)
+        if old.is_dir():
+            _remove_if_left(old, os.O_RDONLY, partial(shutil.rmtree, ignore_errors=True))
     made, handle = _new_folder(target)
     try:
         yield made
@@ -199,21 +205,6 @@ def _new_folder(target: Path) -> tuple[Path, int | None]:
         lock_file(handle)
         if made.exists():
             return made, handle
-        os.close(handle)
-
-
-def _remove_dead(folder: Path) -> None:
-    "Remove a hidden folder whose maker has died; nothing is known of it where folders cannot be opened."
-    if os.name != "posix":
-        return
-    try:
-        handle = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
-    except OSError:
-        return
-    try:
-        if is_left(handle):
-            shutil.rmtree(folder, ignore_errors=True)
-    finally:
         os.close(handle)
 
 # %% ../../nbs/core/01_files.ipynb #lock0004
