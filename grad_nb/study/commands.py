@@ -87,7 +87,7 @@ def grad_reproduce(
     categories: Annotated[Sequence[str], {"nargs": "+", "type": str, "metavar": "NAME"}] = (),  # only these, if given
     runs: str = "runs",  # folder of all runs
     overrides: str = "",  # settings to change, for instance "detector.steps=10"
-    device: str = "auto",  # "auto", "cpu" or "cuda"
+    device: str = "auto",  # "auto", "cpu" or "cuda"; with --executor "cuda" asks for GPUs that may not be here
     bench: str = "",  # file of grad_bench --json-file, for Table 3
     executor: str = "",  # "slurm" for a cluster
     options: str = "",  # more options of snakemake, in one line
@@ -113,9 +113,9 @@ def grad_reproduce(
         return print("report:", batches.report_of(runs, preset))
     where: dict[str, Any] = {"data": data, "dataset": dataset, "preset": preset, "seeds": seeds, "runs": runs}
     where |= {"categories": categories, "overrides": overrides, "device": device, "bench": bench}
-    where |= {"retries": retries, "table4": rows}
+    where |= {"retries": retries, "table4": rows, "executor": executor}
     if dry_run:
-        return batches.dry(where, executor, options)
+        return batches.dry(where, options)
     batch = batches.plan_batch(**where)
     if plan:
         return batches.write_plan(batch, plan, executor, options)

@@ -188,7 +188,7 @@ def category_jobs(
         read_category(data, name)
     except (OSError, ValueError):
         return [_check_job(data, name, Path(dataset) / name, batch, "")]
-    first = open_run(data, name, values["preset"], seeds[0], values["runs"], values["overrides"], values["device"])
+    first = open_run(data, name, values["preset"], seeds[0], values["runs"], values["overrides"], "cpu")
     whole = first.folder.parent
     several = [replace(first, seed=seed, folder=whole / f"seed{seed}") for seed in seeds]
     variants = list(table_4_presets(first.preset, first.category.layout)) if table4 else []
@@ -223,7 +223,7 @@ def _categories_of_batch(
         found += find_categories(data, dataset, rest)
     return found
 
-
+# %% ../../nbs/study/05_reproduce.ipynb #f0947450
 def _checked_bench(bench: str) -> str:
     "The whole path of a file of `grad_bench`: a wrong file is an error now, and not in the last notebook."
     if not bench:
@@ -232,6 +232,14 @@ def _checked_bench(bench: str) -> str:
         raise ValueError(f"{bench} is not there; write it with grad_bench --json-file {bench}")
     table_3(bench)
     return os.path.abspath(bench)
+
+
+def _gpus_for(device: str, executor: str) -> int:
+    "How many GPUs the jobs of a batch use side by side. `ValueError` if `device` is not there and no cluster has it."
+    elsewhere = bool(executor) and device.partition(":")[0] == "cuda"
+    if elsewhere or pick_device(device).type == "cuda":
+        return max(torch.cuda.device_count(), 1)
+    return 0
 
 
 def _threads(jobs: Sequence[Job], gpus: int) -> dict[str, int]:
@@ -293,11 +301,11 @@ def plan_batch(
     retries: int = 1,  # how often a failed job is tried again
     table4: bool | None = None,  # also the rows of Table 4, of the data set that it averages; None: for `paper` alone
     scratch: str | Path | None = None,  # where a plan that is not run may draw trays; None: it is run
+    executor: str = "",  # where jobs run: a plugin, for instance "slurm"; empty = this machine
 ) -> dict[str, Any]:  # what batch.json holds
     "The plan of a batch. `ValueError` for names and settings that cannot be."
     runs = Path(os.path.abspath(runs))
-    on_gpu = pick_device(device).type == "cuda"
-    gpus = torch.cuda.device_count() if on_gpu else 0
+    gpus = _gpus_for(device, executor)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"give at least one seed, and each once, not {list(seeds)}")
     found = _categories_of_batch(data, dataset, categories, runs, scratch)
@@ -315,7 +323,7 @@ def plan_batch(
         "batch": str(batch / "batch.json"),
         "folder": str(batch),
         "device": device,
-        "gpu": int(on_gpu),
+        "gpu": int(gpus > 0),
         "gpus": gpus,
         "retries": retries,
         "bench": [bench] if bench else [],
@@ -562,6 +570,8 @@ def forecast(
     batch: Mapping[str, Any],  # what batch.json holds
 ) -> tuple[dict[str, float], int]:  # marker of each job that is left → seconds, and how many of them are guessed
     "How long each notebook of the rest of a batch will take; infinite where it needs a GPU and there is none."
+    if _gpu_elsewhere(batch):
+        return {job["marker"]: math.inf for job in jobs_left(batch)}, 0
     known = known_times(batch["folder"], batch["device"]) | _measured_here(batch)
     guessed: dict[tuple, float] = {}
     times: dict[str, float] = {}
@@ -580,6 +590,11 @@ def forecast(
         times[job["marker"]] = NOTEBOOK + known.get(name, guessed.get(kind, USUAL.get(name, 0.0)))
         work += times[job["marker"]]
     return times, guesses
+
+
+def _gpu_elsewhere(batch: Mapping[str, Any]) -> bool:
+    "Whether the jobs of a batch ask a cluster for a GPU, which this machine does not have."
+    return bool(batch["gpu"]) and not torch.cuda.is_available()
 
 
 def _measured_here(batch: Mapping[str, Any]) -> dict[str, float]:
@@ -874,7 +889,7 @@ def announce(
     counts = ", ".join(f"{count} {stage}" for stage, count in stages.items()) or "none"
     yield f"{len(left)} of {len(batch['jobs'])} notebooks to run: {counts}"
     if executor and not batch["gpu"]:
-        yield f"no job asks {executor} for a GPU, because this machine has none; plan the batch where there is one"
+        yield f"no job asks {executor} for a GPU; with --device cuda each training does, also if this machine has none"
     if left:
         yield from _cost(batch, expected or forecast(batch))
     if Path(batch["batch"]).is_file():
@@ -887,7 +902,9 @@ def _cost(batch: Mapping[str, Any], expected: tuple[Mapping[str, float], int]) -
     "Time and room that the rest of a batch needs, and what the figures rest on."
     times, guessed = expected
     work, here = estimate(batch, times)
-    if math.isinf(work):
+    if _gpu_elsewhere(batch):
+        yield "how long it will take is not known: this machine has no GPU to time a few steps on"
+    elif math.isinf(work):
         yield f"this preset needs a GPU: on this CPU the batch would take more than {in_words(NEEDS_GPU)}"
     else:
         after = f"about {in_words(work)} of work, one notebook after the other"
@@ -907,12 +924,12 @@ def _say(lines: Iterable[str]) -> None:
 # %% ../../nbs/study/05_reproduce.ipynb #reprodry
 def dry(
     where: Mapping[str, Any],  # the arguments of `plan_batch`
-    executor: str = "",  # a plugin of Snakemake
     options: str = "",  # more options of snakemake
 ) -> None:
     "Say what a batch would do, how long that will take and what room it needs; nothing is written."
     with tempfile.TemporaryDirectory() as scratch:
-        _say(announce(plan_batch(**where, scratch=scratch), where["dataset"], executor, options))
+        batch = plan_batch(**where, scratch=scratch)
+        _say(announce(batch, where["dataset"], where.get("executor", ""), options))
 
 
 def write_plan(

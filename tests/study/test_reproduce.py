@@ -1,6 +1,7 @@
 """The batch as a user starts it: planned, run, broken into, and finished by the same command."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from conftest import TINY
 from shared import ROOT
 
@@ -430,6 +432,28 @@ def test_months_on_a_cpu_are_one_sentence(data, tmp_path, monkeypatch):
     said = list(announce(batch, "trays", "", ""))
     assert "this preset needs a GPU: on this CPU the batch would take more than 10.0 days" in said
     assert not any("of work" in line for line in said)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here the device is there")
+def test_a_node_without_a_gpu_plans_for_a_cluster_that_has_them(data, tmp_path):
+    where = {"data": data, "dataset": "trays", "preset": "demo", "seeds": (0,), "runs": tmp_path, "overrides": TINY}
+    with pytest.raises(ValueError, match="cuda"):
+        plan_batch(**where, device="cuda")
+    for device in ("auto", "cpu"):
+        batch = plan_batch(**where, device=device, executor="slurm")
+        assert (batch["gpu"], batch["gpus"]) == (0, 0)
+        assert any("with --device cuda each training does" in line for line in announce(batch, "trays", "slurm", ""))
+    batch = plan_batch(**where, device="cuda", executor="slurm")
+    assert (batch["gpu"], batch["gpus"]) == (1, 1)
+    assert {job["values"]["device"] for job in batch["jobs"] if "device" in job["values"]} == {"cuda"}
+    here = plan_batch(**where, device="cpu")
+    assert [job["key"] for job in batch["jobs"][1:-2]] == [job["key"] for job in here["jobs"][1:-2]]
+    times, guessed = forecast(batch)
+    assert len(times) == len(batch["jobs"]) and guessed == 0 and math.isinf(estimate(batch, times)[1])
+    said = list(announce(batch, "trays", "slurm", ""))
+    assert "how long it will take is not known: this machine has no GPU to time a few steps on" in said
+    assert not any("for a GPU" in line or "needs a GPU" in line for line in said)
+    assert plan_of(batch, times)[0].in_seconds is False
 
 
 def test_the_time_of_a_stage_is_that_of_its_steps(monkeypatch):
