@@ -121,7 +121,7 @@ class DetectorConfig:
     pictures: int = 4  # pictures per group: normal, wrong-coordinate and each contrastive level
     patches: int = 128  # patches per group
     lr: float = 1e-3  # the appendix's "initial" rate, taken as the peak of the one-cycle schedule (our reading)
-    bank_size: int = 512  # features kept in each memory bank (appendix)
+    bank_size: int = 512  # features kept of the normal patches (appendix), and as many of the negatives (our choice)
     noisy_reweighting: bool = True  # Eq. 1
     tail_reweighting: bool = True  # Eq. 2
     # what it leaves open: readings of it
