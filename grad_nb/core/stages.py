@@ -19,7 +19,6 @@ import torch
 
 from .devices import device_name
 from .files import atomic_path, csv_field, exclusive_lock, file_sha256, fingerprint, read_json, write_json
-from .loop import TimeUp
 from .provenance import versions
 
 log = logging.getLogger(__name__)
@@ -67,7 +66,7 @@ def run_stage(
 ) -> dict:  # the record; "skipped" tells whether anything was done
     """Run a stage, or take its record if nothing has changed.
 
-    One that is cut by a `time_limit` adds up its seconds. `ValueError` if another process is at it.
+    One that is interrupted adds up its seconds, except after kill -9. `ValueError` if another process is at it.
     """
     if record := stage_done(folder, name, key):
         return record | {"skipped": True}
@@ -90,7 +89,7 @@ def run_stage(
 
 # %% ../../nbs/core/07_stages.ipynb #stagtime
 def _timed(pieces: Path, key: str, make: Callable[[], Any]) -> tuple[Any, float]:
-    "What `make` gives, and its seconds with those of earlier pieces, which a file keeps between two `time_limit`s."
+    "What `make` gives, and its seconds with those of earlier pieces, which a file keeps after an interruption."
     start = time.perf_counter()
     try:
         known = read_json(pieces)
@@ -99,7 +98,7 @@ def _timed(pieces: Path, key: str, make: Callable[[], Any]) -> tuple[Any, float]
         before = 0.0
     try:
         made = make()
-    except TimeUp:
+    except BaseException:  # an interruption too: the work goes on where it ended
         write_json(pieces, {"fingerprint": key, "seconds": round(before + time.perf_counter() - start, 2)})
         raise
     pieces.unlink(missing_ok=True)

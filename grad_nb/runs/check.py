@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Preset
-from ..core.files import fingerprint
+from ..core.files import fingerprint, read_json
 from ..core.provenance import versions
 from ..core.stages import run_stage
 from ..datasets.readers import Category, DataError, Doubt, check_category, data_sha256
-from .stages import Run
+from .stages import Run, detect_key, evaluate_key, generate_key
 
 # %% ../../nbs/runs/04_check.ipynb #chkname
 def name_clashes(
@@ -110,16 +110,26 @@ def stage_bytes(
     return maps if stage == "table" else 0
 
 
+def _has_record(folder: Path, name: str, key: str) -> bool:
+    "Whether a stage has left a record of these settings and these data; its files are not looked at."
+    try:
+        return read_json(folder / f"{name}.json").get("fingerprint") == key
+    except (FileNotFoundError, ValueError):
+        return False
+
+
 def run_bytes(
     run: Run,  # one category and seed
 ) -> int:
-    "Room that the stages of a run, or a row of Table 4, need at most; those that have left a record not counted."
+    "Room that the stages of a run, or a row of Table 4, need at most; those with a record of its settings not counted."
+    evaluated = ("evaluate", evaluate_key(run))
     if run.made is not None:
-        done = (run.folder / "evaluate.json").is_file()
+        done = _has_record(run.folder, *evaluated)
         return 0 if done else stage_bytes("variant", run.preset, len(run.category.test))
-    names = {f"generate-{level:02d}": "generate" for level in run.generator_levels}
-    names |= {f"detect-{row.level:03d}": "detect" for row in run.levels} | {"evaluate": "table"}
-    left = [stage for name, stage in names.items() if not (run.folder / f"{name}.json").is_file()]
+    stages = {(f"generate-{level:02d}", generate_key(run, level)): "generate" for level in run.generator_levels}
+    stages |= {(f"detect-{row.level:03d}", detect_key(run, row.level)): "detect" for row in run.levels}
+    stages |= {evaluated: "table"}
+    left = [stage for stage_and_key, stage in stages.items() if not _has_record(run.folder, *stage_and_key)]
     return sum(stage_bytes(stage, run.preset, len(run.category.test)) for stage in left)
 
 # %% ../../nbs/runs/04_check.ipynb #chkfree

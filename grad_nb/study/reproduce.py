@@ -37,7 +37,7 @@ from ..core.devices import device_name, pick_device
 from ..core.files import fingerprint, lock, read_json, write_json
 from ..core.processes import end_with_parent
 from ..core.progress import Plan, plan_line, tell_plan, tqdm
-from ..datasets.readers import Category, read_category
+from ..datasets.readers import Category, DataError, read_category
 from ..datasets.trays import make_trays
 from ..grad import STAGE_SHARES
 from ..runs.check import check_key, room_left, run_bytes, stage_bytes
@@ -53,7 +53,6 @@ from grad_nb.runs.stages import (
     suited_settings,
 )
 from .calibration import detect_seconds, generate_seconds, pixel_seconds
-from .records import is_beside_a_run
 from .report import write_report
 from .speed import SPEED_FILE, speed_key
 from .tables import averaged_data_set, published_categories, table_3
@@ -184,11 +183,15 @@ def category_jobs(
     "The notebooks of one category. Only what is wrong with the category itself is left to its check."
     dataset, data, name = found
     batch = Path(values["runs"]) / values["preset"]
+    by_its_check = [_check_job(data, name, Path(dataset) / name, batch, "")]
     try:
         read_category(data, name)
     except (OSError, ValueError):
-        return [_check_job(data, name, Path(dataset) / name, batch, "")]
-    first = open_run(data, name, values["preset"], seeds[0], values["runs"], values["overrides"], "cpu")
+        return by_its_check
+    try:
+        first = open_run(data, name, values["preset"], seeds[0], values["runs"], values["overrides"], "cpu")
+    except (OSError, DataError):  # a picture that cannot be read; other settings that cannot be are refused
+        return by_its_check
     whole = first.folder.parent
     several = [replace(first, seed=seed, folder=whole / f"seed{seed}") for seed in seeds]
     variants = list(table_4_presets(first.preset, first.category.layout)) if table4 else []
@@ -236,10 +239,12 @@ def _checked_bench(bench: str) -> str:
 
 def _gpus_for(device: str, executor: str) -> int:
     "How many GPUs the jobs of a batch use side by side. `ValueError` if `device` is not there and no cluster has it."
-    elsewhere = bool(executor) and device.partition(":")[0] == "cuda"
-    if elsewhere or pick_device(device).type == "cuda":
+    kind, _, number = device.partition(":")
+    if executor and kind == "cuda":
         return max(torch.cuda.device_count(), 1)
-    return 0
+    if pick_device(device).type != "cuda":
+        return 0
+    return 1 if number else torch.cuda.device_count()
 
 
 def _threads(jobs: Sequence[Job], gpus: int) -> dict[str, int]:
@@ -441,9 +446,14 @@ def run_job(
 ON_GPU = ("generate", "detect", "student", "variant", "speed")  # notebooks that compute on a GPU, if there is one
 
 
+def _lock_of(folder: Path, job: Mapping[str, Any]) -> Path:
+    "The file whose lock says that a process works on a job."
+    return (folder / job["marker"]).parent / f".{job['stage']}.lock"
+
+
 def _job_lock(folder: Path, job: Mapping[str, Any]) -> IO:
     "The lock of a job, after waiting for it. `RuntimeError` if it cannot be taken."
-    held = lock((folder / job["marker"]).parent / f".{job['stage']}.lock")
+    held = lock(_lock_of(folder, job))
     if held is None:
         raise RuntimeError(f"{job['marker']} is held by another process; wait until it has ended")
     return held
@@ -456,7 +466,7 @@ def _free_gpu(batch: Mapping[str, Any], job: Mapping[str, Any]) -> IO:
     """
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = given.split(",") if given else [str(i) for i in range(batch["gpus"])]
-    if not batch["gpu"] or job["notebook"] not in ON_GPU or len(names) < 2:
+    if batch["gpus"] < 2 or job["notebook"] not in ON_GPU or len(names) < 2:
         return open(os.devnull)
     while True:
         for name in names:
@@ -482,24 +492,20 @@ def _seconds(path: Path, device: str) -> float | None:
 
 
 def known_times(
-    folder: str | Path,  # of the batch
-    device: str = "auto",  # where it runs
+    batch: Mapping[str, Any],  # what batch.json holds
 ) -> dict[str, float]:  # "generate-05", ... → seconds
-    "How long stages took that were run before on this device, on average; a variant of Table 4 as a whole."
-    name = device_name(pick_device(device))
+    "How long stages of this plan took that are done on its device, on average; a row of Table 4 as a whole."
+    here = device_name(pick_device(batch["device"]))
     known: dict[str, list[float]] = {}
-    of_variant: dict[Path, float] = {}
-    for path in sorted(Path(folder).glob("*/*/**/*.json")):
-        of_stage = "-" in path.stem or path.stem in ("check", "student", "evaluate")
-        seconds = _seconds(path, name) if of_stage else None
-        if seconds is None:
+    for job in batch["jobs"]:
+        if not job["record"] or job["notebook"] == "speed" or not job_done(batch["folder"], job):
             continue
-        if is_beside_a_run(path, folder):  # a variant's notebook trains all of its detectors and evaluates them
-            of_variant[path.parent] = of_variant.get(path.parent, 0) + seconds
-        else:
-            known.setdefault(path.stem, []).append(seconds)
-    whole = [seconds for place, seconds in of_variant.items() if (place / "evaluate.json").is_file()]
-    known |= {"variant": whole} if whole else {}
+        record = Path(batch["folder"]) / job["record"]
+        row = job["notebook"] == "variant"  # its notebook trains all of its detectors and evaluates them
+        times = [_seconds(path, here) for path in (sorted(record.parent.glob("*.json")) if row else [record])]
+        spent = [seconds for seconds in times if seconds is not None]
+        if spent:
+            known.setdefault("variant" if row else record.stem, []).append(sum(spent))
     return {stage: sum(times) / len(times) for stage, times in known.items()}
 
 # %% ../../nbs/study/05_reproduce.ipynb #repr0004
@@ -572,7 +578,7 @@ def forecast(
     "How long each notebook of the rest of a batch will take; infinite where it needs a GPU and there is none."
     if _gpu_elsewhere(batch):
         return {job["marker"]: math.inf for job in jobs_left(batch)}, 0
-    known = known_times(batch["folder"], batch["device"]) | _measured_here(batch)
+    known = known_times(batch) | _measured_here(batch)
     guessed: dict[tuple, float] = {}
     times: dict[str, float] = {}
     guesses = 0
@@ -648,10 +654,10 @@ def in_words(
     return f"{seconds:.0f} s"
 
 # %% ../../nbs/study/05_reproduce.ipynb #df4ffdc9
-def _where_it_runs(executor: str) -> list[str]:
+def _where_it_runs(executor: str, gpus: int) -> list[str]:
     "The options of Snakemake that say where jobs run: on this machine, or through a plugin."
     if not executor:
-        return ["--cores", str(cpu_count()), "--resources", f"gpu={torch.cuda.device_count()}"]
+        return ["--cores", str(cpu_count()), "--resources", f"gpu={gpus}"]
     profile = Path(package_file("Snakefile")).parent / executor
     if profile.is_dir():
         return ["--profile", str(profile)]
@@ -681,7 +687,7 @@ def snakemake_call(
         batch["folder"],
     ]
     call += ["--configfile", batch["batch"], *([str(ready)] if ready else [])]
-    call += _where_it_runs(executor)
+    call += _where_it_runs(executor, batch["gpus"])
     call += ["--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "input", "--nolock"]
     return [*call, *shlex.split(options), target]
 
@@ -770,14 +776,25 @@ def _time_of(path: Path) -> float:
         return 0.0
 
 # %% ../../nbs/study/05_reproduce.ipynb #9ec19e59
+def _is_running(folder: str | Path, job: Mapping[str, Any]) -> bool:
+    "Whether a process works on a job."
+    path = _lock_of(Path(folder), job)
+    if not path.is_file():
+        return False
+    held = lock(path, wait=False)
+    if held is not None:
+        held.close()
+    return held is None
+
+
 def failures(
     batch: Mapping[str, Any],  # what batch.json holds
 ) -> dict[str, tuple[str, Path]]:  # marker of a job that failed → why, and its executed notebook
-    "The jobs of a batch that failed when it ran last."
+    "The jobs of a batch that failed when it ran last; those that run now are none."
     found = {}
     for job in jobs_left(batch):
         log = log_of(batch["folder"], job)
-        if log.is_file():
+        if log.is_file() and not _is_running(batch["folder"], job):
             notebook = log.with_suffix(".ipynb")
             found[job["marker"]] = (why(notebook), notebook)
     return found
@@ -882,9 +899,14 @@ def announce(
     yield f"{len(names)} categories: {', '.join(names)}; everything goes to {batch['folder']}"
     planned = {Path(name).name for name in names}
     datasets = ["mvtec_ad", "mvtec_loco"] if dataset == "all" else [dataset]
-    absent = [category for name in datasets for category in official(name) if category not in planned]
-    if absent:
-        yield f"not in this batch, their cells stay a dash: {', '.join(absent)}"
+    absent = [(name, category) for name in datasets for category in official(name) if category not in planned]
+    there = [one for one in absent if any(Path(batch["folder"], *one).rglob("result.json"))]
+    dash = ", ".join(category for one in absent if one not in there for category in one[1:])
+    if dash:
+        yield f"not in this batch, their cells stay a dash: {dash}"
+    if there:
+        names = ", ".join(category for _, category in there)
+        yield f"not in this batch, their cells show the runs that are in {batch['folder']}: {names}"
     stages = Counter(job["notebook"] for job in left)
     counts = ", ".join(f"{count} {stage}" for stage, count in stages.items()) or "none"
     yield f"{len(left)} of {len(batch['jobs'])} notebooks to run: {counts}"

@@ -205,9 +205,13 @@ def test_a_run_that_does_not_fit_on_the_disk_is_refused(data, tmp_path, monkeypa
     monkeypatch.setattr(check, "room_left", lambda folder: needed - 1)
     with pytest.raises(DataError, match="No space left for this: up to .* MB are needed"):
         check.check_run(run, print)
-    for name in ("generate-03", "generate-05", "generate-17", "detect-034"):
-        (run.folder).mkdir(parents=True, exist_ok=True)
-        (run.folder / f"{name}.json").write_text("{}")
+    keys = {f"generate-{level:02d}": generate_key(run, level) for level in (3, 5, 17)}
+    keys["detect-034"] = detect_key(run, 34)
+    for name in keys:
+        write_json(run.folder / f"{name}.json", {"fingerprint": "of other settings"})
+    assert check.run_bytes(run) == needed, "they will all be made again"
+    for name, key in keys.items():
+        write_json(run.folder / f"{name}.json", {"fingerprint": key})
     assert 0 < check.run_bytes(run) < needed
     check.check_run(run, print)
 

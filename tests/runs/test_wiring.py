@@ -472,8 +472,9 @@ def test_room_for_pictures_is_that_of_their_checkpoint_too():
 def test_a_row_of_table_4_needs_no_room_for_the_pictures_of_its_run(run, tmp_path):
     row = replace(run, folder=tmp_path / "row", made=run.folder)
     assert run_bytes(row) == stage_bytes("variant", run.preset, len(run.category.test))
-    row.folder.mkdir()
-    (row.folder / "evaluate.json").write_text("{}")
+    write_json(row.folder / "evaluate.json", {"fingerprint": "of other settings"})
+    assert run_bytes(row) > 0
+    write_json(row.folder / "evaluate.json", {"fingerprint": evaluate_key(row)})
     assert run_bytes(row) == 0
 
 

@@ -205,6 +205,43 @@ def test_a_category_that_cannot_be_read_leaves_only_its_check(data, tmp_path):
     ]
 
 
+def test_a_picture_that_cannot_be_read_keeps_no_other_category_from_being_planned(data, tmp_path):
+    root = tmp_path / "mvtec_ad"
+    for category in ("bottle", "cable"):
+        shutil.copytree(data / "trays", root / category)
+        (root / category / "trays.json").unlink()
+    first = min((root / "cable/train/good").iterdir())
+    first.write_bytes(b"\x89PNG broken")
+    plan = lambda **more: plan_batch(tmp_path, "mvtec_ad", "demo", (0,), tmp_path / "runs", device="cpu", **more)
+    notebooks = Counter(job["folder"].split("/")[1] for job in plan()["jobs"] if "/" in job["folder"])
+    assert notebooks["cable"] == 1 and notebooks["bottle"] > 4
+    with pytest.raises(ValueError, match="no setting"):
+        plan(overrides="detector.step=3")
+
+
+def test_a_job_that_runs_has_not_failed(data, tmp_path):
+    batch = plan_batch(data, "trays", "demo", (0,), tmp_path, overrides=TINY, device="cpu")
+    job = next(job for job in batch["jobs"] if job["notebook"] == "generate")
+    log = log_of(batch["folder"], job)
+    log.parent.mkdir(parents=True)
+    log.write_text("")
+    assert list(failures(batch)) == [job["marker"]]
+    with reproduce_module._job_lock(Path(batch["folder"]), job):
+        assert not failures(batch)
+    assert list(failures(batch)) == [job["marker"]]
+
+
+def test_one_gpu_that_is_named_is_the_only_one(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(reproduce_module, "pick_device", lambda name: torch.device("cuda" if name == "auto" else name))
+    found = {device: reproduce_module._gpus_for(device, "") for device in ("auto", "cuda", "cuda:1", "cpu")}
+    assert found == {"auto": 4, "cuda": 4, "cuda:1": 1, "cpu": 0}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    batch = {"gpu": 1, "gpus": 1, "folder": str(tmp_path)}
+    reproduce_module._free_gpu(batch, {"notebook": "generate"}).close()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3", "its number counts among those"
+
+
 def test_a_folder_is_held_by_one_batch(tmp_path):
     held = hold_folder(tmp_path)
     with pytest.raises(RuntimeError, match="another batch is running"):

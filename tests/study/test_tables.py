@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shared import ROOT
 
-from grad_nb.config import PRESETS, to_dict
+from grad_nb.config import PRESETS, anywhere, enlarged, to_dict
 from grad_nb.core.files import read_json, write_json
 from grad_nb.study.report import results
 from grad_nb.study.tables import (
@@ -309,6 +309,42 @@ def test_a_preset_without_regularisers_fills_the_main_tables(tmp_path):
     result(tmp_path, "mvtec_ad", "bottle", 0, 0.91, preset="demo")
     result(tmp_path / "x", "mvtec_ad", "bottle", 0, 0.5, preset="demo", alpha_1=1.0, alpha_2=1e-3)
     assert table_10(collect(tmp_path)).loc["bottle", "GRAD here"].endswith("91.0")
+
+
+def test_runs_with_other_parts_fill_the_main_tables_where_there_are_no_others(tmp_path):
+    parts = {"alpha_1": 1.0, "alpha_2": 1e-3}
+    for seed in (0, 1):
+        result(tmp_path, "mvtec_ad", "bottle", seed, 0.9, preset="fast", **parts)
+    table = table_10(collect(tmp_path))
+    assert table.loc["bottle", "GRAD here"].endswith("90.0 ± 0.0")
+    assert "bottle, seeds 0, 1: run with detector.alpha_1=1.0, detector.alpha_2=0.001" in table.attrs["notes"]
+    result(tmp_path / "x", "mvtec_ad", "bottle", 2, 0.5, preset="fast")
+    table = table_10(collect(tmp_path))
+    assert table.loc["bottle", "GRAD here"].endswith("50.0"), "those of the preset, where there are any"
+    assert not any("run with" in note for note in table.attrs["notes"])
+
+
+def test_settings_that_a_preset_never_has_by_itself_are_told_of(tmp_path):
+    result(tmp_path, "mvtec_ad", "bottle", 0, 0.9, preset="fast")
+    lying_anywhere = result(tmp_path, "mvtec_ad", "screw", 0, 0.7, preset="fast")
+    made = read_json(lying_anywhere)
+    made["config"] = to_dict(enlarged(anywhere(PRESETS["fast"])))
+    made["config"] |= {"one_network": True, "student": made["config"]["student"] | {"steps": 7}}
+    write_json(lying_anywhere, made)
+    assert not any("run with" in note for note in table_10(collect(tmp_path)).attrs["notes"])
+    result(tmp_path, "mvtec_ad", "cable", 0, 0.5, preset="fast", steps=10)
+    told = [note for note in table_10(collect(tmp_path)).attrs["notes"] if "run with" in note]
+    assert told == ["cable, seeds 0: run with detector.steps=10"]
+
+
+def test_a_result_whose_stages_were_made_again_is_told_of(tmp_path):
+    path = result(tmp_path, "mvtec_ad", "bottle", 0, 0.9)
+    write_json(path, read_json(path) | {"stages": {"detect-034": {"fingerprint": "a"}}})
+    write_json(path.with_name("detect-034.json"), {"fingerprint": "a"})
+    assert not any("changed since" in note for note in table_10(collect(tmp_path)).attrs["notes"])
+    write_json(path.with_name("detect-034.json"), {"fingerprint": "b"})
+    told = [note for note in table_10(collect(tmp_path)).attrs["notes"] if "changed since" in note]
+    assert told == [f"bottle: detect-034 changed since {path} was written; run its table again"]
 
 
 def test_variants():
