@@ -9,6 +9,7 @@ __all__ = ['TABLE_7', 'AUGMENTATION', 'PLACED', 'PAPER', 'FAST', 'DEMO', 'PAPER_
            'to_dict', 'from_dict']
 
 # %% ../nbs/01_config.ipynb #684dc9eb
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -20,8 +21,8 @@ from typing import Any
 def _at_least(config: Any, low: float, *names: str) -> None:
     "Refuse values of a configuration that are too small, or not numbers at all."
     for name in names:
-        if not getattr(config, name) >= low:
-            raise ValueError(f"{name} must be at least {low}, not {getattr(config, name)}")
+        if not low <= getattr(config, name) < math.inf:
+            raise ValueError(f"{name} must be a number from {low} on, not {getattr(config, name)}")
 
 
 def _one_of(config: Any, name: str, *values: str) -> None:
@@ -159,8 +160,8 @@ def _check_detector(config: DetectorConfig) -> None:
     _one_of(config, "init", "he", "torch")
     _one_of(config, "optimizer", "adamw", "muon")
     for name in ("width", "beta_density"):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name} must be positive, not {getattr(config, name)}")
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"{name} must be a positive number, not {getattr(config, name)}")
     if config.patches % (config.pictures * config.block**2):
         raise ValueError(
             f"patches={config.patches} is not a multiple of pictures * block**2 = "

@@ -40,7 +40,7 @@ from .core.stages import run_stage, stage_done, stage_key
 from .core.tensors import checked_format, read_tensors, write_tensors
 from .datasets.compare import LOOKED_AT, large_enough, some_of, suited
 from .datasets.light import SIDE, Light, even_light, even_tiles, fit_light
-from .datasets.pictures import Input, Source, picture_pixels, picture_sources, source_name
+from .datasets.pictures import Input, Source, for_find_white, picture_pixels, picture_sources, source_name
 from .datasets.readers import MIN_NORMALS, DataError, find_white, hold_out, resize_image
 from .detector import AnyDetector, load_detector, new_detector
 from .evaluation import MapStats, fuse, score_levels
@@ -916,7 +916,7 @@ class _Reading(_Banking, _Changing):
             sources = list(sources)  # they are read again, to be cut
         white = self.settings_["white"]
         if white is None and isinstance(sources, Sized):
-            white = find_white(source for source in sources if isinstance(source, (str, Path)))
+            white = find_white(for_find_white(sources))
         if white is not None:
             self.made_with_ = self.settings_ | {"white": white}
             log.info("pictures of more than 8 bits: white is %g", white)

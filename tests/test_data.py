@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from grad_nb.datasets.pictures import picture_pixels
+from grad_nb.core.files import write_json
+from grad_nb.datasets.pictures import for_find_white, picture_pixels
 from grad_nb.datasets.readers import (
     OFFICIAL,
     Category,
@@ -1180,6 +1182,76 @@ def test_a_damaged_picture_of_pillow_is_named_like_a_damaged_file(tmp_path):
     with Image.open(tmp_path / "a.png") as damaged:
         with pytest.raises(DataError, match="a.png cannot be decoded .*; copy it again or leave it out"):
             picture_pixels(damaged)
+
+
+def deep_png(x):
+    "The bytes of a PNG (H, W, 3) of 16 bits a colour, which Pillow cannot write."
+    block = lambda name, data: struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in x)
+    head = struct.pack(">IIBBBBB", x.shape[1], x.shape[0], 16, 2, 0, 0, 0)
+    blocks = (b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(block(*one) for one in blocks)
+
+
+def test_colours_of_sixteen_bits_are_read_as_such_or_refused(tmp_path, caplog):
+    x = np.random.default_rng(0).integers(0, 65536, (40, 48, 3))
+    full, dark = tmp_path / "full.png", tmp_path / "dark.png"
+    full.write_bytes(deep_png(x))
+    dark.write_bytes(deep_png(x // 16))
+    assert find_white([full]) == find_white([full, dark]) == 65535
+    for white in (None, 65535.0):
+        assert (read_image(full, white=white) == x // 256).all()
+    assert not caplog.records
+    read_image(dark)
+    assert "say which is white" in caplog.text
+    assert find_white([dark]) == 4095
+    for source in (dark, dark.read_bytes(), Image.open(dark)):
+        said = refused(picture_pixels, source, 4095.0)
+        assert "has colours of 16 bits" in said and "scale the pictures to 8 bits" in said
+
+
+def test_white_is_found_in_pictures_that_are_no_files(tmp_path):
+    x = np.random.default_rng(0).integers(0, 4096, (40, 48)).astype(np.uint16)
+    file = save(x, tmp_path / "a.png")
+    for source in (file, str(file), file.read_bytes(), Image.open(file), x):
+        assert find_white(for_find_white([source])) == 4095
+        assert picture_pixels(source, 4095.0).max() >= 254
+    assert find_white(for_find_white([noise(), b"no picture", torch.zeros(3, 40, 40)])) is None
+
+
+def test_floating_point_pictures_may_overshoot_a_little(tmp_path):
+    x = np.random.default_rng(0).random((40, 48)).astype(np.float32)
+    x[0, 0] = 1.0001
+    file = save(Image.fromarray(x), tmp_path / "a.tif")
+    assert find_white([file]) == 1.0 and read_image(file, white=1.0).max() == 255
+    assert find_white([save(Image.fromarray(200 * x), tmp_path / "b.tif")]) == 255
+
+
+def test_the_survey_says_what_the_check_before_a_run_would_refuse(tmp_path):
+    root = make_ad(tmp_path / "part")
+    shutil.copy(root / "test/broken/000.png", root / "test/broken/000.bmp")
+    assert sum("would share a mask; rename one of them" in problem for problem in survey(root).problems) == 1
+    loco = tmp_path / "mvtec_loco/mine"
+    for name in (*(f"train/good/{i}.png" for i in range(4)), "validation/good/0.png", "test/logical_anomalies/000.png"):
+        save(noise(), loco / name)
+    mask = np.zeros((40, 50), np.uint8)
+    mask[5:9] = 255
+    save(mask, loco / "ground_truth/logical_anomalies/000/000.png")
+    row = {"defect_name": "a", "pixel_value": 200, "saturation_threshold": 1, "relative_saturation": True}
+    write_json(loco / "defects_config.json", [row])
+    problems = survey(loco).problems
+    assert len(problems) == 1 and "holds the value 255" in problems[0]
+    write_json(loco / "defects_config.json", [row | {"pixel_value": 255}])
+    assert survey(loco).problems == []
+
+
+def test_a_png_with_bytes_behind_its_end_is_whole(tmp_path):
+    root = make_ad(tmp_path / "part")
+    picture = root / "train/good/000.png"
+    picture.write_bytes(picture.read_bytes() + b"appended by a camera")
+    assert survey(root).problems == []
+    picture.write_bytes(picture.read_bytes()[:-40])
+    assert any("000.png is cut off" in problem for problem in survey(root).problems)
 
 
 def test_a_survey_goes_on_after_masks_that_cannot_be_told_apart(tmp_path):

@@ -81,7 +81,7 @@ def bench_growth(
 ) -> list[dict]:  # what varies, its value, seconds, ms a picture, and the peak memory of the process meanwhile, MB
     "Time and memory of scoring on the CPU as one thing grows."
     rows = [_streamed("pictures", n, n, size, 1, width, batch) for n in counts]
-    for n in threads or [1 << k for k in range(5) if 1 << k <= joblib.cpu_count()]:
+    for n in threads or [1 << k for k in range(joblib.cpu_count().bit_length())]:
         with threads_of(n):
             rows.append(_streamed("threads", n, 4 * batch, size, 1, width, batch))
     rows += [_streamed("levels", n, 2 * batch, 4 * size, n, width, batch) for n in levels]

@@ -356,7 +356,8 @@ def read_array(
 
 # %% ../../nbs/core/01_files.ipynb #csvtab02
 _FORMULA = "=+-@\t\r\n＝＋－＠"  # what a spreadsheet may take as the beginning of one, wide forms too
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?( ± \d+(\.\d+)?)?|-", re.IGNORECASE | re.ASCII)
+_FIGURE = r"([+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?( ± \d+(\.\d+)?)?|-)"  # a number, with its deviation, or a dash
+_NUMBER = re.compile(f"{_FIGURE}( / {_FIGURE})?", re.IGNORECASE | re.ASCII)
 
 
 def csv_field(

@@ -118,6 +118,14 @@ class _Figures:
             state = {name: _state_of(part) for name, part in self.state.items()}
             save_checkpoint(self.checkpoint, self.key, rows=self.rows(n), done=n, **state)
 
+# %% ../../nbs/core/06_loop.ipynb #loopdivc
+def _refuse_diverged(rows: Tensor, label: str) -> None:
+    "`ValueError` if the first figure of a training is not finite at some step."
+    wrong = (~rows[:, 0].isfinite()).nonzero()
+    if len(wrong):
+        step = f"{label} diverged: its loss is not a finite number from step {wrong[0].item() + 1:,} on"
+        raise ValueError(f"{step}; train with a lower learning rate (lr)")
+
 # %% ../../nbs/core/06_loop.ipynb #186830e1
 UNIT = "step"  # of the bar of a loop: by it a command that follows a notebook knows a stage's loops from other bars
 
@@ -136,7 +144,7 @@ def run_steps(
 ) -> pd.DataFrame:  # (steps, len(names)): the figures of every step
     """Run a training that can be killed at any time and continues bit for bit.
 
-    At the end of a `time_limit` the state is saved and `TimeUp` raised.
+    At the end of a `time_limit` the state is saved and `TimeUp` raised. `ValueError` if the first figure diverges.
     """
     saved_at = time.monotonic()
     figures = _Figures(steps, names, state, checkpoint, key)
@@ -156,8 +164,10 @@ def run_steps(
         if progress and (i + 1) % 50 == 0:
             bar.set_postfix({names[0]: f"{figures.recent(i):.4f}"})
         if (i + 1) % every == 0 and i + 1 < steps and time.monotonic() - saved_at >= pause:
+            _refuse_diverged(figures.rows(i + 1), label)
             figures.save(i + 1)
             saved_at = time.monotonic()
+    _refuse_diverged(figures.rows(steps), label)
     if done < steps and time_left() < math.inf:
         figures.save(steps)  # what comes next may be cut off
     return pd.DataFrame(figures.rows(steps).numpy(), columns=figures.names)

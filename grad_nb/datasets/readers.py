@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['log', 'IMAGE_SUFFIXES', 'OTHER_SUFFIXES', 'NORMAL_NAMES', 'MIN_SIDE', 'MIN_NORMALS', 'MAX_PIXELS', 'BITS',
-           'MOST_ENTRIES', 'HALF_DOWN', 'LABELS', 'OFFICIAL', 'DataError', 'UnavailableError', 'max_pixels',
-           'find_white', 'read_image', 'picture_array', 'resize_image', 'upright_shape', 'Sample', 'Defect', 'Category',
-           'picture_files', 'passed_over', 'no_pictures', 'mask_files', 'read_category', 'hold_out', 'load_images',
-           'resized', 'resize_pictures', 'shrink_mask', 'load_mask', 'load_masks', 'load_defects', 'manifest',
-           'data_sha256', 'Doubt', 'check_category', 'Official', 'Survey', 'survey', 'category_folders']
+           'DEEP_COLOUR', 'OVERSHOOT', 'MOST_ENTRIES', 'HALF_DOWN', 'LABELS', 'OFFICIAL', 'PNG_TAIL', 'DataError',
+           'UnavailableError', 'max_pixels', 'has_deep_colour', 'upright', 'find_white', 'read_image', 'picture_array',
+           'resize_image', 'upright_shape', 'Sample', 'Defect', 'Category', 'picture_files', 'passed_over',
+           'no_pictures', 'mask_files', 'read_category', 'hold_out', 'load_images', 'resized', 'resize_pictures',
+           'shrink_mask', 'load_mask', 'load_masks', 'load_defects', 'manifest', 'data_sha256', 'Doubt',
+           'check_category', 'Official', 'Survey', 'survey', 'category_folders']
 
 # %% ../../nbs/datasets/01_readers.ipynb #84b4b173
 import errno
@@ -102,9 +103,7 @@ def _open(path: str | Path) -> Image.Image:
             raise DataError(f"{path} is empty (0 bytes); copy it again or leave it out")
         with Image.open(path, formats=_FORMATS) as im:
             _check_cost(path, im, most)
-            upright = ImageOps.exif_transpose(im)
-            upright.format = im.format  # a copy has none
-            return upright
+            return upright(im)
     except DataError:
         raise
     except UnidentifiedImageError:
@@ -126,8 +125,30 @@ def _open(path: str | Path) -> Image.Image:
 
 # %% ../../nbs/datasets/01_readers.ipynb #b5410f70
 BITS = (8, 10, 12, 14, 16)  # that cameras have
+DEEP_COLOUR = "deep_colour"  # in the notes of a picture that had 16 bits a colour, of which Pillow keeps the upper 8
 
 
+def has_deep_colour(
+    im: Image.Image,  # of Pillow; before it is decoded its head tells, and then the note of `upright`
+) -> bool:
+    "Whether a picture has colours of more than 8 bits in its file."
+    if im.mode == "F" or im.mode.startswith("I"):
+        return False
+    return im.info.get(DEEP_COLOUR, False) or any(";16" in str(tile[3]) for tile in getattr(im, "tile", ()))
+
+
+def upright(
+    im: Image.Image,  # as opened
+) -> Image.Image:
+    "A picture of Pillow, decoded and turned upright, with a note if it has deep colour."
+    turned_from, deep = im.format, has_deep_colour(im)
+    turned = ImageOps.exif_transpose(im)
+    turned.format = turned_from  # a copy has none
+    if deep:
+        turned.info[DEEP_COLOUR] = True
+    return turned
+
+# %% ../../nbs/datasets/01_readers.ipynb #b5410f71
 def _deep_values(im: Image.Image) -> np.ndarray:
     "The values (H, W) of a picture of mode I, I;16 or F as float64; `ValueError` for what cannot be light."
     values = np.asarray(im).astype(np.float64)
@@ -146,18 +167,31 @@ def _deep_to_grey(im: Image.Image, white: float | None) -> Image.Image:
             raise ValueError("it holds floating-point values, whose black and white are unknown")
         if im.mode == "I" and im.format != "PNG":  # an older Pillow opens PNG of 16 bits so
             raise ValueError("it holds whole numbers of 32 bits, whose white is unknown")
-        white = _usual_white(values)
+        white = _usual_white(values.max())
     grey = np.floor(np.minimum(values / white, 1.0) * 255 + 0.5)
     return Image.fromarray(np.where(transparent, 0, grey).astype(np.uint8))
 
 
-def _usual_white(values: np.ndarray) -> float:
-    "White where nothing is known, that of 16 bits for every picture; a warning if it may be wrong."
-    high = values.max()
+def _usual_white(high: float) -> float:
+    "White where nothing is known, that of 16 bits for every picture; a warning if the highest value speaks against it."
     if 0 < high < 2**14:
         said = "white is taken as 65535; if the camera has fewer bits, the picture is far too dark: say which is white"
         log.warning("a picture of 16 bits has values up to %d only; %s", high, said)
     return 65535.0
+
+# %% ../../nbs/datasets/01_readers.ipynb #b5410f72
+def _colour_values(im: Image.Image) -> np.ndarray:
+    "The values (H, W, 3) of a picture of deep colour in 16 bits, whose lower 8 Pillow has not kept."
+    return np.asarray(im.convert("RGB")).astype(np.float64) * 257
+
+
+def _check_deep_colour(im: Image.Image, name: str, white: float | None) -> None:
+    "`DataError` for a picture of deep colour and another white than that of 16 bits."
+    if white is None:
+        _usual_white(_colour_values(im).max())
+    elif white != 65535:
+        problem = f"{name} has colours of 16 bits, of which the upper 8 can be read, and white is {white:g}"
+        raise DataError(f"{problem}: it would be too dark; scale the pictures to 8 bits, or say that white is 65535")
 
 
 def _to_rgb(im: Image.Image, white: float | None = None) -> Image.Image:
@@ -170,8 +204,11 @@ def _to_rgb(im: Image.Image, white: float | None = None) -> Image.Image:
     return im.convert("RGB")
 
 # %% ../../nbs/datasets/01_readers.ipynb #range002
+OVERSHOOT = 2.0  # floating-point pictures below it are taken for 0 to 1, which resizing leaves by a little (our choice)
+
+
 def find_white(
-    paths: Iterable[str | Path],  # the training pictures of a data set
+    pictures: Iterable[str | Path | Image.Image],  # the training pictures of a data set
 ) -> float | None:  # the value that is white; None if no picture has more than 8 bits
     """The white of a data set, from its brightest pixel. Files that cannot be read have no part in it.
 
@@ -179,29 +216,32 @@ def find_white(
     """
     top = -1.0
     floating = True
-    for path in paths:
-        if not _is_deep(Path(path)):
+    for picture in pictures:
+        if not _is_deep(picture):
             continue
         try:
-            im = _open(path)
-            top = max(top, float(_deep_values(im).max()))
+            im = picture if isinstance(picture, Image.Image) else _open(picture)
+            values = _colour_values(im) if has_deep_colour(im) else _deep_values(im)
+            top = max(top, float(values.max()))
             floating &= im.mode == "F"
-        except DataError:
+        except (DataError, OSError):
             continue  # whoever reads it will say so
         except ValueError as e:
-            raise DataError(f"{path} cannot be made grey: {e}; convert it to 16-bit PNG") from None
+            raise DataError(f"{picture} cannot be made grey: {e}; convert it to 16-bit PNG") from None
     if top < 0:
         return None
-    if floating and top <= 1:
+    if floating and top < OVERSHOOT:
         return 1.0
     return float(next((2**bits - 1 for bits in BITS if top < 2**bits), top))
 
 
-def _is_deep(path: Path) -> bool:
-    "Whether a file is a picture of more than 8 bits, by its head."
+def _is_deep(picture: str | Path | Image.Image) -> bool:
+    "Whether a picture has more than 8 bits, by the head of its file."
+    if isinstance(picture, Image.Image):
+        return picture.mode == "F" or picture.mode.startswith("I") or has_deep_colour(picture)
     try:
-        with open_plain(path) as file, Image.open(file, formats=_FORMATS) as im:
-            return im.mode == "F" or im.mode.startswith("I")
+        with open_plain(Path(picture)) as file, Image.open(file, formats=_FORMATS) as im:
+            return _is_deep(im)
     except Exception:  # see `_open`, which says what is wrong
         return False
 
@@ -227,6 +267,8 @@ def picture_array(
             f"{name} has {im.width}x{im.height} pixels and the detector's patch {MIN_SIDE}x{MIN_SIDE}; "
             "use larger pictures"
         )
+    if has_deep_colour(im):
+        _check_deep_colour(im, name, white)
     try:
         return np.array(_to_rgb(im, white))
     except (ValueError, OSError, MemoryError) as e:
@@ -910,6 +952,9 @@ class Survey:
         return "\n".join([text, *(f"  {p}" for p in self.problems or [complete]), *(f"  {p}" for p in self.notes)])
 
 # %% ../../nbs/datasets/01_readers.ipynb #0ff10007
+PNG_TAIL = 2**16  # bytes at the end of a PNG among which its last block is looked for: programs append their own
+
+
 def _head(path: Path) -> tuple[tuple[int, int] | None, str]:
     "Width and height of an upright picture from the head of its file, and what is wrong; a PNG must have its end."
     try:
@@ -919,8 +964,8 @@ def _head(path: Path) -> tuple[tuple[int, int] | None, str]:
                 turned = known and im.getexif().get(0x0112, 1) in (5, 6, 7, 8)
                 size, kind = (im.size[::-1] if turned else im.size), im.format
             if kind == "PNG":
-                f.seek(-12, os.SEEK_END)
-                if f.read()[4:8] != b"IEND":
+                f.seek(-min(f.seek(0, os.SEEK_END), PNG_TAIL), os.SEEK_END)
+                if b"IEND" not in f.read():
                     return size, f"{path} is cut off; copy it again"
         return size, ""
     except UnidentifiedImageError:
@@ -948,10 +993,9 @@ def _against(found: Sequence[Path], folder: str, expected: int | None) -> Iterat
         yield f"{folder}: twice, with two endings: {_few(twice)}"
 
 # %% ../../nbs/datasets/01_readers.ipynb #0ff10008
-def _survey_masks(
-    found: Survey, kind: str, layout: str, sizes: Mapping[str, tuple[Path, tuple[int, int] | None]]
-) -> None:
+def _survey_masks(found: Survey, kind: str, layout: str, heads: Mapping[Path, tuple[int, int] | None]) -> None:
     "Compare the masks of one kind of anomaly with its pictures; where nothing is official, their pixels too."
+    sizes = {p.stem.lower(): (p, size) for p, size in heads.items()}
     folder = found.root / "ground_truth" / kind
     try:
         truth = mask_files(folder)
@@ -967,6 +1011,8 @@ def _survey_masks(
         )
     if extra := set(truth) - set(sizes):
         found.problems.append(f"ground_truth/{kind}: masks without a picture: {_few(extra)}")
+    found.problems += [] if found.official else _sharing_a_mask([p for p in heads if p.stem.lower() in truth])
+    defects = _defects_in(found.root)
     for stem in sorted(truth):
         for path in truth[stem]:
             size, problem = _head(path)
@@ -976,19 +1022,38 @@ def _survey_masks(
             elif wanted and size != wanted:
                 found.problems.append(f"{path} has {size[0]}x{size[1]} pixels but its picture {wanted[0]}x{wanted[1]}")
             elif wanted and not found.official:
-                found.problems += _mask_problems(path, picture, wanted, layout)
+                found.problems += _mask_problems(path, picture, wanted, layout, defects)
 
-
-def _mask_problems(path: Path, picture: Path, size: tuple[int, int], layout: str) -> Iterator[str]:
+# %% ../../nbs/datasets/01_readers.ipynb #0ff1008b
+def _mask_problems(
+    path: Path, picture: Path, size: tuple[int, int], layout: str, defects: tuple[Defect, ...]
+) -> Iterator[str]:
     "What is wrong with the pixels of a mask."
     try:
         values = _read_mask(path, picture, (size[1], size[0]))
-        if not values.any():
-            yield f"{path} marks no pixel; draw the defect, or leave mask and picture out"
-        elif layout != "mvtec_loco" and (doubt := _doubt(values, _marked(values))):
+        mask, _ = _defect(path, values, defects)
+        if layout != "mvtec_loco" and (doubt := _doubt(values, mask)):
             yield f"{path} {doubt}"
     except DataError as e:
         yield str(e)
+
+
+def _defects_in(root: Path) -> tuple[Defect, ...]:
+    "The rows of a category's defects_config.json; none if it has none, or one that the reader will refuse."
+    try:
+        return _read_defects(root / "defects_config.json")
+    except DataError:
+        return ()
+
+
+def _sharing_a_mask(pictures: Iterable[Path]) -> Iterator[str]:
+    "Pictures of one kind whose names differ in their ending or in capital letters alone."
+    seen: dict[str, Path] = {}
+    for path in pictures:
+        name = path.stem.lower()
+        if name in seen:
+            yield f"{seen[name]} and {path} would share a mask; rename one of them"
+        seen[name] = path
 
 # %% ../../nbs/datasets/01_readers.ipynb #0ff10009
 def survey(
@@ -1018,7 +1083,7 @@ def survey(
         found.problems += [problem for _, problem in heads.values() if problem]
         part, kind = folder.split("/")
         if part == "test" and kind != "good":
-            _survey_masks(found, kind, layout, {p.stem.lower(): (p, size) for p, (size, _) in heads.items()})
+            _survey_masks(found, kind, layout, {p: size for p, (size, _) in heads.items()})
     if layout == "mvtec_loco" and not (found.root / "defects_config.json").is_file():
         found.problems.append("defects_config.json is missing")
     _ask_the_reader(found)

@@ -13,7 +13,7 @@ __all__ = ['OFF', 'ON', 'TABLE_4', 'REMOVED', 'ADDED', 'SETS', 'METRICS', 'SHARE
 # %% ../../nbs/study/06_ablation.ipynb #abl00004
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -1082,10 +1082,12 @@ def _as_text(value: Any) -> str:
 def tables_of(
     folder: str | Path,  # of results
     reference: str = "",  # as for `compare`
+    variants: Collection[str] = (),  # only these; none = all that are there
 ) -> dict[str, pd.DataFrame]:  # name → table; only those that there are results for
-    "The tables of all ablations in a folder."
-    found = read_results(folder)
-    drawn = read_results(folder, "generator")
+    "The tables of the ablations in a folder."
+    found, drawn = (read_results(folder, kind) for kind in ("detector", "generator"))
+    if variants:
+        found, drawn = (rows[rows.variant.isin(variants)] if len(rows) else rows for rows in (found, drawn))
     tables = {}
     if len(found):
         tables["ablation"] = compare(found, reference).set_index("variant").map(_as_text)
@@ -1102,7 +1104,9 @@ def collect_results(
     folder: str | Path,  # of ablations
     results: str | Path = "results/ablation",  # where the records go
 ) -> list[Path]:  # the files written
-    "Copy the records of ablations, without weights, and write the tables."
+    "Copy the records of ablations, without weights, and write the tables. `ValueError` if there is no such folder."
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder} is not there; give the folder of an ablation")
     files = []
     for path in sorted(Path(folder).rglob("*.json")):
         record = read_json(path)
@@ -1112,13 +1116,29 @@ def collect_results(
     return files + write_tables(Path(results), tables_of(results))
 
 # %% ../../nbs/study/06_ablation.ipynb #abl00053
+def _refuse_others(ablation: Ablation) -> None:
+    "`ValueError` if a variant was trained with other changes in the same folder: the tables would average the two."
+    mine = {cell.folder / f"{cell.stage}.json" for cell in cells(ablation)}
+    shared = {"kind": ablation.part, "preset": ablation.run.preset.name, "overrides": ablation.overrides}
+    shared["category"] = ablation.run.category.name
+    for path in sorted(set(ablation.folder.rglob("*.json")) - mine):
+        record = read_json(path)
+        if not isinstance(record, dict) or any(record.get(name) != value for name, value in shared.items()):
+            continue
+        name = str(record.get("variant"))
+        if name in ablation.variants and fingerprint(record["changes"]) != fingerprint(dict(ablation.variants[name])):
+            problem = f"{path} is of a variant {name!r} that changes {record['changes']}, not {ablation.variants[name]}"
+            raise ValueError(f"{problem}; give another --folder, or move it away")
+
+
 def ablate(
     ablation: Ablation,  # what `open_ablation` gave
     say: Callable[[str], None] = print,  # where to report
 ) -> dict[str, pd.DataFrame]:  # the tables of its folder
     "Run what is left of an ablation and write its tables beside the records; of generators also what they draw."
+    _refuse_others(ablation)
     run_pieces(pieces(ablation), say)
-    made = tables_of(ablation.folder)
+    made = tables_of(ablation.folder, variants=ablation.variants)
     write_tables(ablation.folder, made)
     if ablation.part == "generator":
         for level, sheet in picture_sheets(ablation).items():

@@ -54,6 +54,8 @@ def grad_run(
     from grad_nb.runs.stages import open_run, result_table
     from grad_nb.study.runner import MORE, do_stages, write_pictures
 
+    if not minutes > 0:
+        raise ValueError(f"--minutes must be above 0, not {minutes:g}: nothing could be done in that time")
     say = _with_seconds()
     with time_limit(60 * minutes):
         run = open_run(data, category, preset, seed, runs, overrides, device, not quiet)

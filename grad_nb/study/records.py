@@ -70,7 +70,7 @@ def recorded_preset(
     return from_dict(Preset, current_config(config))
 
 # %% ../../nbs/study/00_records.ipynb #recchg1c
-def _flat(chosen: Preset) -> dict[str, Any]:
+def _by_path(chosen: Preset) -> dict[str, Any]:
     "All settings by their path, for instance detector.steps; those of a part that does not act are left out."
     idle = {"name", "student", "one_network"} | (set() if chosen.level_1 else {"pixel"})
     flat: dict[str, Any] = {}
@@ -99,8 +99,8 @@ def changed_settings(
         return {}
     if recorded.name not in PRESETS:
         return {}
-    may = [_flat(own) for own in _by_itself(recorded.name)]
-    return {path: value for path, value in _flat(recorded).items() if all(value != own[path] for own in may)}
+    may = [_by_path(own) for own in _by_itself(recorded.name)]
+    return {path: value for path, value in _by_path(recorded).items() if all(value != own[path] for own in may)}
 
 # %% ../../nbs/study/00_records.ipynb #recbes2c
 def is_beside_a_run(

@@ -899,14 +899,12 @@ def announce(
     yield f"{len(names)} categories: {', '.join(names)}; everything goes to {batch['folder']}"
     planned = {Path(name).name for name in names}
     datasets = ["mvtec_ad", "mvtec_loco"] if dataset == "all" else [dataset]
-    absent = [(name, category) for name in datasets for category in official(name) if category not in planned]
-    there = [one for one in absent if any(Path(batch["folder"], *one).rglob("result.json"))]
-    dash = ", ".join(category for one in absent if one not in there for category in one[1:])
-    if dash:
-        yield f"not in this batch, their cells stay a dash: {dash}"
-    if there:
-        names = ", ".join(category for _, category in there)
-        yield f"not in this batch, their cells show the runs that are in {batch['folder']}: {names}"
+    others = {category: name for name in datasets for category in official(name) if category not in planned}
+    absent = [one for one, name in others.items() if not any(Path(batch["folder"], name, one).rglob("result.json"))]
+    if absent:
+        yield f"not in this batch, their cells stay a dash: {', '.join(absent)}"
+    if there := [category for category in others if category not in absent]:
+        yield f"not in this batch, their cells show the runs that are in {batch['folder']}: {', '.join(there)}"
     stages = Counter(job["notebook"] for job in left)
     counts = ", ".join(f"{count} {stage}" for stage, count in stages.items()) or "none"
     yield f"{len(left)} of {len(batch['jobs'])} notebooks to run: {counts}"

@@ -25,7 +25,7 @@ def _draw_trays(folder: Path, seed: int | None, size: int | None, progress: bool
 
     record = folder / "trays" / "trays.json"
     if not record.parent.exists():
-        make_trays(folder, seed=seed or 0, size=size or 128, progress=progress)
+        make_trays(folder, seed=seed or 0, size=128 if size is None else size, progress=progress)
         return
     if not record.is_file():
         return

@@ -16,8 +16,18 @@ from shared import TINY
 
 from grad_nb.accel.backends import PRODUCTS
 from grad_nb.config import override, preset
+from grad_nb.core.files import write_json
 from grad_nb.runs.driver import check_parameters, plan, template, template_parameters
-from grad_nb.runs.stages import Run, detect_stage, evaluate_stage, generate_stage, open_run, split_normals
+from grad_nb.runs.stages import (
+    Run,
+    detect_key,
+    detect_stage,
+    evaluate_stage,
+    generate_key,
+    generate_stage,
+    open_run,
+    split_normals,
+)
 
 
 def command(name: str, *args: str, **kwargs) -> subprocess.CompletedProcess:

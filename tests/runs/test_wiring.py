@@ -30,7 +30,7 @@ from grad_nb.config import (
 )
 from grad_nb.contrastive import generate, loss_gradients
 from grad_nb.coords import coord_map
-from grad_nb.core.files import atomic_path, write_array
+from grad_nb.core.files import atomic_path, write_array, write_json
 from grad_nb.core.loop import one_cycle, run_steps
 from grad_nb.core.progress import BARS
 from grad_nb.core.stages import run_stage
@@ -44,6 +44,7 @@ from grad_nb.patches import Batch, allowed_flips, draw_batch, draw_crops, draw_g
 from grad_nb.reweighting import noisy_weight, tail_weight
 from grad_nb.runs.check import run_bytes, stage_bytes
 from grad_nb.runs.driver import last_progress
+from grad_nb.runs.stages import evaluate_key
 
 LEVELS = (Level(34, 64, (3, 5)), Level(64, 34, (5, 9)))
 

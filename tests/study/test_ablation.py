@@ -29,6 +29,7 @@ from grad_nb.study.ablation import (
     SETS,
     TABLE_4,
     Piece,
+    _refuse_others,
     ablate,
     ablation_chart,
     cell_done,
@@ -291,6 +292,21 @@ def test_the_detector_never_sees_a_held_out_picture(done, monkeypatch, tmp_path)
     train, held = selection_split(normals, c.run.seed, c.ablation.selection)
     learnt = {p.tobytes() for p in seen["normals"]}
     assert learnt == {p.tobytes() for p in normals[train]} and not learnt & {p.tobytes() for p in normals[held]}
+
+
+def test_a_variant_that_was_changed_is_not_averaged_with_what_it_was(data, tmp_path):
+    ablation = opened(data, tmp_path)
+    name, changes = next(iter(ablation.variants.items()))
+    first = cells(ablation)[0]
+    record = {"kind": ablation.part, "preset": ablation.run.preset.name, "overrides": ablation.overrides}
+    record |= {"category": ablation.run.category.name, "variant": name, "changes": dict(changes) | {"steps": 3}}
+    path = ablation.folder / "seed9" / "a.json"
+    write_json(path, record)
+    with pytest.raises(ValueError, match="is of a variant .* give another --folder, or move it away"):
+        ablate(ablation)
+    path.unlink()
+    write_json(first.folder / f"{first.stage}.json", record)
+    _refuse_others(ablation)  # that one is made anew
 
 
 def test_locked_pieces_are_left_to_the_process_that_has_them(tmp_path):

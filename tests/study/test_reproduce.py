@@ -324,6 +324,9 @@ def test_the_estimate_guesses_first_and_then_knows(data, tmp_path):
     work, here = estimate(batch, times)
     assert guessed == 0 and 5000 < work < 5200, "five stages of the other seed, 1000 seconds each"
     assert here < work or at_once(batch, "generate") == 1
+    more = f"{TINY} generator.steps=9 detector.steps=9"
+    other = plan_batch(data, "trays", "demo", (0, 1), tmp_path, overrides=more, device="cpu")
+    assert forecast(other)[1] == 8, "those took other steps"
 
 
 def test_a_longer_training_is_guessed_to_take_longer(data, tmp_path):

@@ -1,5 +1,6 @@
 """A run that is cut into pieces ends with the figures of one that was not."""
 
+import math
 import subprocess
 import sys
 import time
@@ -105,8 +106,30 @@ def test_the_seconds_of_a_cut_stage_add_up(tmp_path, monkeypatch):
     for seconds in (10, 20):
         with pytest.raises(TimeUp):
             run_stage(tmp_path, "s", "k", lambda s=seconds: make(s, False))
-    assert run_stage(tmp_path, "s", "k", lambda: make(5, True))["seconds"] == 35
+
+    def interrupted():
+        clock[0] += 7
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(tmp_path, "s", "k", interrupted)
+    assert run_stage(tmp_path, "s", "k", lambda: make(5, True))["seconds"] == 42
     assert run_stage(tmp_path, "s", "other", lambda: make(5, True))["seconds"] == 5, "of another run, nothing is added"
+
+
+def test_a_training_that_diverges_ends_with_an_error(tmp_path):
+    done = []
+
+    def step(i):
+        done.append(i)
+        return torch.tensor([math.nan if i >= 6 else 1.0])
+
+    for steps in (10, 8):  # before a checkpoint, and at the end
+        file = tmp_path / str(steps)
+        with pytest.raises(ValueError, match="net diverged: its loss is not a finite number from step 7 on"):
+            run_steps(step, steps, ["loss"], {"w": torch.nn.Linear(1, 1)}, file, "k", 4, "net", progress=False)
+        assert tensors.read_tensors(file)[1]["state"]["done"] == 4, "the last that was right"
+    assert max(done) == 7
 
 
 def test_the_evaluation_waits_for_a_piece_of_its_own(monkeypatch):
