@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from shared import ROOT
 
 from grad_nb.config import PRESETS, anywhere, enlarged, to_dict
-from grad_nb.core.files import read_json, write_json
+from grad_nb.core.files import csv_field, read_json, write_json
 from grad_nb.study.report import results
 from grad_nb.study.tables import (
     HERE,
@@ -345,6 +345,13 @@ def test_a_result_whose_stages_were_made_again_is_told_of(tmp_path):
     write_json(path.with_name("detect-034.json"), {"fingerprint": "b"})
     told = [note for note in table_10(collect(tmp_path)).attrs["notes"] if "changed since" in note]
     assert told == [f"bottle: detect-034 changed since {path} was written; run its table again"]
+
+
+def test_pairs_of_figures_are_no_formulas():
+    for text in ("- / 98.2", "99.1 ± 0.3 / -", "- / -", "-1.5", "-"):
+        assert csv_field(text) == text
+    for text in ("-1+1", "- / =A1", "-A1 / 3"):
+        assert csv_field(text) == f"'{text}"
 
 
 def test_variants():
