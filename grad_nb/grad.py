@@ -81,6 +81,7 @@ from grad_nb.verdicts import (
     in_utf8,
     labelled_folder,
     localisation,
+    percent,
     rank_for,
     threshold_of_labelled,
     threshold_of_normals,
@@ -1070,7 +1071,7 @@ class _Describing(_Fitted):
         return CARD.format(
             how=_uses(self),
             threshold=f"{self.offset_:.6g}",
-            rate=f"{known['false_alarm_rate']:.1%}",
+            rate=percent(known["false_alarm_rate"]),
             promise=_promise(self),
             low=f"{self.map_limits_[0]:.4g}",
             high=f"{self.map_limits_[1]:.4g}",

@@ -64,7 +64,7 @@ def model_of_run(
         held = model._maps(normals)
     if were_held_out:
         known = calibration_of_quantile(len(held[0]), false_alarm_rate)
-        rates = f"{percent(known.expected)} false alarms expected, at most {percent(known.bound)}"
+        rates = f"{percent(known.expected)} false alarms expected, at most {percent(known.bound, up=True)}"
         source += f"; {rates} with 90 % confidence"
     else:
         source = "training pictures, since none were held out: new normal pictures may score higher"

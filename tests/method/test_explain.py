@@ -215,7 +215,7 @@ def test_the_card_says_what_the_model_is(model, tmp_path):
     card = model.card()
     assert (
         f"{model.offset_:.6g}" in card
-        and "5.0%" in card
+        and "rate of 5 % was wanted" in card
         and "Apache-2.0" in card
         and "level 34 at 96 px" in card
         and "level 68 at 48 px" in card

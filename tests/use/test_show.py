@@ -106,7 +106,8 @@ def test_threshold_and_scale_come_from_held_out_pictures_alone(run, gallery):
     assert gallery.model.offset_ == pytest.approx(np.quantile(scores, 0.95))
     assert gallery.model.map_limits_ == colour_limits(maps, 0.05)
     known = calibration_of_quantile(len(scores), 0.05)
-    rates = f"{percent(known.expected)} false alarms expected, at most {percent(known.bound)} with 90 % confidence"
+    bound = percent(known.bound, up=True)
+    rates = f"{percent(known.expected)} false alarms expected, at most {bound} with 90 % confidence"
     assert any(f"of {len(scores)} held-out normal pictures; {rates}" in note for note in gallery.notes)
 
 

@@ -89,6 +89,26 @@ def test_the_figures_of_the_text():
     assert [percent(x) for x in (0.0244, 0.05, 0.0996, 0.226, 1.0)] == ["2.4 %", "5 %", "10 %", "23 %", "100 %"]
 
 
+def test_small_rates_keep_two_digits_and_bounds_are_rounded_up():
+    said = str(Calibration(10_000, 1, 1e-4))
+    assert said.endswith(": 0.01 % false alarms expected, at most 0.024 % with 90 % confidence")
+    assert [percent(x) for x in (0, 0.0012, 0.00996)] == ["0 %", "0.12 %", "1 %"]
+    assert [percent(x, up=True) for x in (0.0, 0.05, 0.0501, 0.101, 1.0)] == ["0 %", "5 %", "5.1 %", "11 %", "100 %"]
+    for n in range(1, 300):
+        known = Calibration(n, 1, 0.05)
+        assert float(percent(known.bound, up=True).split()[0]) / 100 >= known.bound - 1e-9
+        assert percent(known.expected) != "0 %"
+
+
+@pytest.mark.parametrize(
+    "alarms, normal, bound, differ", [(1, 10, 0.094, False), (4, 10, 0.094, True), (9, 9, 1, False)]
+)
+def test_pictures_are_said_to_differ_only_where_so_many_false_alarms_are_unlikely(alarms, normal, bound, differ):
+    counts = {"passed": normal - alarms, "false_alarms": alarms, "missed": 0, "found": 0}
+    figures = {"confusion": counts, "promise": {"text": "here", "bound": bound}}
+    assert ("differ from those behind" in " ".join(verdicts._rate_lines(figures))) == differ
+
+
 def test_enough_pictures_are_those_that_are_said_to_be_needed():
     for rate in (0.01, 0.02, 0.05, 0.07, 0.1, 0.3):
         needed = int(too_few_words(Calibration(1, 1, rate)).split("; ")[1].split()[0])
