@@ -73,6 +73,7 @@ from grad_nb.verdicts import (
     MapSummary,
     NormalScores,
     calibration_of_quantile,
+    check_masks,
     checked_calibration,
     checked_labels,
     checked_scores,
@@ -637,6 +638,7 @@ class _Evaluating(_Predicting):
         elif isinstance(X, (str, Path)):
             category = labelled_folder(X)
             more["notes"] = list(category.notes)
+            check_masks(category)
             found = self.predict([s.path for s in category.test])
             types = [s.type for s in category.test]
             names = [in_utf8(s.path.relative_to(category.root)) for s in category.test]

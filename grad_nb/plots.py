@@ -26,6 +26,7 @@ from matplotlib.gridspec import GridSpec
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from .core.files import atomic_path
 from .explain import Explanation, LevelEvidence, Neighbour
@@ -577,10 +578,14 @@ def heat_overlay(
 def save_picture(
     pixels: np.ndarray,  # (H, W, 3) uint8
     path: str | Path,  # the file, ending in .png
+    maker: str = "",  # what has made it, for the file to say; nothing if empty
 ) -> Path:  # the file
     "Write a picture as PNG, atomically."
+    about = PngInfo()
+    if maker:
+        about.add_text("Software", maker)
     with atomic_path(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG")
+        Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=about)
     return Path(path)
 
 # %% ../nbs/16_plots.ipynb #76d97abc

@@ -6,9 +6,11 @@
 __all__ = ['CONFIDENCE', 'UNLIKELY', 'MOST_VALUES', 'THINNED', 'MOST_KEPT', 'percent', 'rank_for', 'Calibration', 'too_few_words',
            'threshold_of_normals', 'calibration_of_quantile', 'f1_at', 'best_f1_threshold', 'threshold_of_labelled',
            'MapSummary', 'NormalScores', 'checked_scores', 'checked_labels', 'checked_calibration', 'held_out_share',
-           'labelled_folder', 'in_utf8', 'image_verdicts', 'localisation', 'Evaluation', 'evaluation_lines']
+           'has_labels', 'labelled_folder', 'in_utf8', 'image_verdicts', 'check_masks', 'localisation', 'Evaluation',
+           'evaluation_lines']
 
 # %% ../nbs/17_verdicts.ipynb #rdictsi
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil, floor, log10
@@ -297,11 +299,19 @@ def held_out_share(
     return max(min(held, n - least), 1) / n
 
 # %% ../nbs/17_verdicts.ipynb #verd0015
+def has_labels(
+    folder: str | Path,  # a folder
+) -> bool:
+    "Whether a folder says what is normal in it: by a sub-folder named as one of normal pictures, or a test folder."
+    names = [p.name for p in Path(folder).iterdir() if p.is_dir()]
+    return any(name == "test" or name.lower() in NORMAL_NAMES for name in names)
+
+
 def labelled_folder(
     folder: str | Path,  # a category, its test folder, or good/ and folders of defects
 ) -> Category:  # its test pictures count; `train` may be empty
     "The labelled pictures of a folder. `DataError` says what is missing and what to rename."
-    folder = Path(folder)
+    folder = Path(os.path.abspath(folder))  # also of "." the name is known
     if folder.name == "test" and (folder.parent / "train" / "good").is_dir():
         folder = folder.parent
     if (folder / "train" / "good").is_dir():
@@ -390,6 +400,14 @@ def image_verdicts(
     }
 
 # %% ../nbs/17_verdicts.ipynb #verd0019
+def check_masks(
+    category: Category,  # with test pictures
+) -> None:
+    "`DataError` names a mask that is damaged, empty or of another size than its picture, before pictures are judged."
+    for sample in category.test if category.has_masks else ():
+        load_defects(sample, category)
+
+
 def localisation(
     category: Category,  # with test pictures
     maps: np.ndarray,  # (N, S, S) pixel maps of the test pictures

@@ -253,6 +253,9 @@ def test_what_cannot_be_measured_is_said_before(data, tmp_path, capsys, monkeypa
         ({"batch": 0}, "--batch"),
         ({"threads": -1}, "--threads"),
         (plain, "no test"),
+        ({"json_file": str(tmp_path)}, "it is a folder"),
+        ({"plots": str(tmp_path / "m.grad")}, "it is a file"),
+        (plain | {"json_file": str(tmp_path / "m.grad")}, "would be overwritten"),
     ):
         with pytest.raises(SystemExit):
             grad_bench("cpu", **wrong)

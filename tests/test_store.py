@@ -131,6 +131,15 @@ def test_two_writers_do_not_share_a_part(tmp_path):
         assert one != two
 
 
+def test_an_error_names_the_file_that_was_asked_for(tmp_path):
+    with pytest.raises(IsADirectoryError) as said:
+        write_json(tmp_path, 1)
+    assert said.value.filename == str(tmp_path)
+    with pytest.raises(PermissionError) as said, atomic_path(tmp_path / "a") as temporary:
+        raise PermissionError(13, "Permission denied", str(temporary))
+    assert said.value.filename == str(tmp_path / "a") and not list(tmp_path.iterdir())
+
+
 def test_a_very_long_name_can_be_written(tmp_path):
     write_json(tmp_path / ("x" * 240 + ".json"), 1)
 

@@ -13,6 +13,7 @@ from fastcore.script import call_parse, store_true
 
 from .. import config
 from ..accel.backends import accel_help
+from ..use.daily import check_output, check_output_folder
 from ..use.errors import plain_errors
 
 # %% ../../nbs/bench/10_command.ipynb #bcom0005
@@ -22,6 +23,14 @@ def _with_accel_help(command: Callable) -> Callable:
     return command
 
 # %% ../../nbs/bench/10_command.ipynb #bcomchk1
+def _check_written(json_file: str, plots: str, model: str) -> None:
+    "`ValueError` for a file or a folder that cannot be written, or that is the model."
+    if json_file:
+        check_output(json_file, model)
+    if plots:
+        check_output_folder(plots, "--plots")
+
+
 def _check_together(model: str, data: str, quick: bool, compiled: bool) -> None:
     "`ValueError` for options that cannot both be meant, or one that wants another."
     if bool(model) != bool(data):
@@ -64,6 +73,7 @@ def grad_bench(
     from grad_nb.bench import whole
     from grad_nb.core.files import write_json
 
+    _check_written(json_file, plots, model)
     judged = whole.open_judged(model, data) if model else None
     runs = min(runs, 5) if quick else runs
     more = {"quick": quick, "protocol": protocol, "peers": peers, "backends": backends, "compiled": compiled}

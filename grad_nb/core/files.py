@@ -89,13 +89,16 @@ def atomic_path(
     """Write a file whole or not at all.
 
     On success it is flushed to the disk and renamed to `path`; on any error it is removed.
-    `ValueError` for a pipe or a device, `PermissionError` for a file that is write-protected.
+    `ValueError` for a pipe or a device, `PermissionError` for a file that is write-protected, `IsADirectoryError` for
+    a folder. An error names the file that was asked for.
     """
-    path = Path(os.path.realpath(path))  # a link stays one, and what it leads to is replaced
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    asked, path = str(path), Path(os.path.realpath(path))  # a link stays one, and what it leads to is replaced
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), asked)
+    if path.exists() and not path.is_file():
         raise ValueError(f"{path} is no regular file; give another")
     if is_protected(path):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), asked)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         _remove_left(path.parent)
@@ -111,8 +114,8 @@ def atomic_path(
                 os.close(handle)
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-        if full and (e.filename is None or str(e.filename).endswith(".part")):
-            e.filename = str(path)  # a full disk says which file it was about
+        if (full and e.filename is None) or str(e.filename).endswith(".part"):
+            e.filename = asked  # not the temporary file; and a full disk says which file it was about
         raise
 
 # %% ../../nbs/core/01_files.ipynb #4640f5dap1

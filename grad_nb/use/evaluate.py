@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastcore.script import call_parse
 
+from .daily import check_output
 from .errors import plain_errors, printable
 
 if TYPE_CHECKING:
@@ -44,6 +45,10 @@ def grad_evaluate(
     from grad_nb.grad import GRAD
     from grad_nb.verdicts import evaluation_lines
 
+    if most < 0:
+        raise ValueError(f"--most must be at least 0, not {most}")
+    for file in filter(None, (json, page)):
+        check_output(file, model)
     fitted = GRAD.load(model, device).set_params(progress=not quiet)
     found = fitted.evaluate(pictures)
     print("\n".join(map(printable, [*found.figures["notes"], *evaluation_lines(found, most)])))

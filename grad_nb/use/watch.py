@@ -403,8 +403,8 @@ def watch(
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; make it, or check the path")
-    if every <= 0:
-        raise ValueError(f"every must be above 0 seconds, not {every}")
+    if not 0 < every < float("inf"):
+        raise ValueError(f"every must be a number of seconds above 0, not {every}")
     where = Path(os.path.abspath(folder))
     with Journal(journal or where.with_name(f"{where.name}.journal.jsonl"), model_key(model)) as kept:
         for row in kept.untold():

@@ -1,6 +1,7 @@
 """grad_predict as it is used in a shell: pipes, several folders, heat maps, broken pictures, Ctrl-C, exit statuses."""
 
 import ast
+import contextlib
 import csv
 import importlib
 import inspect
@@ -276,6 +277,21 @@ def test_maps_never_overwrite_pictures_nor_each_other(model, parts, tmp_path, ca
     assert status == 0 and len({r["map_path"] for r in rows}) == 6 and all(Path(r["map_path"]).is_file() for r in rows)
 
 
+def test_maps_replace_maps_and_nothing_else(model, parts, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    for _ in range(2):
+        assert called(capsys, model, parts, maps=str(out))[0] == 0, "a map of ours is drawn anew"
+    other = out / "001.png"
+    shutil.copy(parts / "000.png", other)
+    before = other.read_bytes()
+    monkeypatch.setattr(GRAD, "stream", lambda *_, **__: pytest.fail("judged"))
+    for options in ({}, {"watch": str(parts)}):
+        status, rows, err = called(capsys, model, *([] if options else [parts]), maps=str(out), **options)
+        assert status == 2 and not rows and f"{other} is there and is no heat map" in err
+    assert other.read_bytes() == before
+    assert "it is a file" in called(capsys, model, parts, maps=str(model))[2]
+
+
 @given(
     st.sets(
         st.lists(st.sampled_from([".png", ".jpg", ".PNG", ".tif", "a", "."]), min_size=0, max_size=4)
@@ -515,6 +531,22 @@ def test_a_model_that_cannot_be_saved_costs_no_training(trays, tmp_path, capsys,
     assert target.exists() and not (tmp_path / "m.grad.work").exists()
 
 
+def test_options_that_a_watch_cannot_heed_are_refused(model, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for options, said in (
+        ({"keep_going": True}, "are for pictures that are given"),
+        ({"fail_on_anomaly": True}, "are for pictures that are given"),
+        ({"every": float("nan")}, "--every must be a number of seconds above 0, not nan"),
+        ({"every": float("inf")}, "--every must be a number of seconds above 0, not inf"),
+        ({"every": 0.0}, "--every must be a number of seconds above 0, not 0.0"),
+        ({"journal": str(model)}, "would be overwritten"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            grad_predict(str(model), watch=str(tmp_path / "in"), **options)
+        out, err = capsys.readouterr()
+        assert stop.value.code == 2 and said in err and not out
+
+
 def test_options_of_watch_are_refused_without_it(model, parts, tmp_path, capsys):
     for options in ({"journal": str(tmp_path / "j.jsonl")}, {"every": 2.0}):
         status, rows, err = called(capsys, model, parts, **options)
@@ -640,6 +672,17 @@ def test_a_model_of_a_newer_version_and_no_model_at_all(model, parts, tmp_path, 
     ):
         status, _, err = called(capsys, path, parts)
         assert status == 2 and said in err and len(err.splitlines()) == 1
+
+
+def test_a_finished_fit_leaves_the_folder_in_which_another_has_begun(tmp_path):
+    with contextlib.ExitStack() as other:
+        with _kept_until_done(None, str(tmp_path / "m.grad")) as folder:
+            other.enter_context(exclusive_lock(Path(folder, ".lock")))
+            Path(folder, "generate-05.json").touch()
+        assert Path(folder, "generate-05.json").exists()
+    with _kept_until_done(None, str(tmp_path / "m.grad")):
+        pass
+    assert not Path(folder).exists()
 
 
 def test_an_interrupted_fit_leaves_the_folder_of_another_that_trains(tmp_path):

@@ -302,11 +302,34 @@ def test_the_command(tmp_path, capsys):
         assert (tmp_path / "m.grad").read_bytes() == before
 
 
+def test_models_whose_names_differ_by_their_end_have_exports_of_their_own(tmp_path, capsys):
+    for name in ("line.1", "line.2", "line.grad"):
+        fitted("mvtec_ad").save(tmp_path / name)
+        grad_export(str(tmp_path / name), format="torch")
+    assert {p.name for p in tmp_path.glob("*.pt2")} == {"line.1.pt2", "line.2.pt2", "line.pt2"}
+
+
+def test_an_export_goes_over_no_card_and_is_not_made_for_nothing(tmp_path, monkeypatch, capsys):
+    fitted("mvtec_ad").save(tmp_path / "m.grad")
+    (tmp_path / "m.grad.md").write_text("# GRAD")
+    (tmp_path / "kept.pt2").touch(0o444)
+    monkeypatch.setattr(GRAD, "load", lambda *_: pytest.fail("loaded"))
+    for output, said in (
+        ("m.grad.md", "would be overwritten"),
+        ("kept.pt2", "write-protected"),
+        ("", "it is a folder"),
+    ):
+        with pytest.raises(SystemExit):
+            grad_export(str(tmp_path / "m.grad"), str(tmp_path / output), format="torch")
+        assert said in capsys.readouterr().err
+    assert (tmp_path / "m.grad.md").read_text() == "# GRAD"
+
+
 def test_weights_beside_a_file_do_not_replace_the_model(tmp_path, capsys):
     fitted("mvtec_ad").save(tmp_path / "m.bin")
     before = (tmp_path / "m.bin").read_bytes()
     with pytest.raises(SystemExit):
-        grad_export(str(tmp_path / "m.bin"), format="openvino")
+        grad_export(str(tmp_path / "m.bin"), str(tmp_path / "m.xml"), format="openvino")
     assert "would be overwritten" in capsys.readouterr().err and (tmp_path / "m.bin").read_bytes() == before
 
 

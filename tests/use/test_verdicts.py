@@ -263,6 +263,60 @@ def test_the_command_calibrates_with_a_labelled_folder(model, trays, parts, caps
         assert "best F1 on 4 normal and 6 anomalous pictures; chosen on these very pictures" in capsys.readouterr().out
 
 
+def test_a_loose_picture_in_a_labelled_folder_sets_no_threshold(model, parts, capsys):
+    shutil.copy(next((parts / "good").iterdir()), parts / "loose.png")
+    for name in ("good", "OK"):
+        (parts / "good").rename(parts / name)
+        grad_calibrate(str(model), str(parts), device="cpu", quiet=True)
+        known = calibration(GRAD.load(model, "cpu"))
+        assert (known.n, known.anomalous) == (4, 6)
+        assert "not used: 1 picture directly in it, without a label" in capsys.readouterr().err
+        (parts / name).rename(parts / "good")
+
+
+def test_a_folder_is_read_from_within(trays, tmp_path, monkeypatch):
+    for part in ("test", "ground_truth"):
+        shutil.copytree(trays / part, tmp_path / "parts" / part)
+    monkeypatch.chdir(tmp_path / "parts/test")
+    assert labelled_folder(".").has_masks and labelled_folder(tmp_path / "parts/test").has_masks
+
+
+def test_a_wrong_mask_is_said_before_pictures_are_judged(model, trays, tmp_path, monkeypatch):
+    fitted = GRAD.load(model, "cpu").set_params(progress=False)
+    monkeypatch.setattr(GRAD, "predict", lambda *_: pytest.fail("judged"))
+    whole = Path(shutil.copytree(trays, tmp_path / "whole"))
+    mask = sorted((whole / "ground_truth/structural_anomalies").rglob("*.png"))[-1]
+    before = mask.read_bytes()
+    Image.open(mask).resize((32, 64)).save(mask)
+    for said in ("has 32x64 pixels", mask.name):
+        with pytest.raises(DataError, match=said):
+            fitted.evaluate(whole)
+        mask.write_bytes(before[: len(before) - 30])
+
+
+def test_outputs_go_over_no_model_and_are_asked_for_first(model, parts, tmp_path, capsys, monkeypatch):
+    card = tmp_path / "m.grad.md"
+    card.write_text("# GRAD")
+    (tmp_path / "link").symlink_to(model)
+    monkeypatch.setattr(GRAD, "load", lambda *_: pytest.fail("loaded"))
+    for options, said in (
+        ({"json": model}, "would be overwritten"),
+        ({"page": model}, "would be overwritten"),
+        ({"json": tmp_path / "link"}, "would be overwritten"),
+        ({"page": card}, "would be overwritten"),
+        ({"page": parts}, "it is a folder"),
+    ):
+        with pytest.raises(SystemExit):
+            grad_evaluate(str(model), str(parts), **{name: str(path) for name, path in options.items()})
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        grad_evaluate(str(model), str(parts), most=-1)
+    assert "--most must be at least 0, not -1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        grad_calibrate(str(model), str(parts), str(card))
+    assert "is the card of a model" in capsys.readouterr().err and card.read_text() == "# GRAD"
+
+
 def test_labelled_folders_are_read_in_any_layout(trays, parts, tmp_path):
     for folder in (trays, trays / "test", parts):
         found = labelled_folder(folder)
