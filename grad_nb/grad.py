@@ -13,6 +13,7 @@ import contextlib
 import inspect
 import json
 import logging
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import asdict, dataclass, fields, replace
@@ -40,7 +41,15 @@ from .core.stages import run_stage, stage_done, stage_key
 from .core.tensors import checked_format, read_tensors, write_tensors
 from .datasets.compare import LOOKED_AT, large_enough, some_of, suited
 from .datasets.light import SIDE, Light, even_light, even_tiles, fit_light
-from .datasets.pictures import Input, Source, for_find_white, picture_pixels, picture_sources, source_name
+from grad_nb.datasets.pictures import (
+    Input,
+    Source,
+    for_find_white,
+    picture_keys,
+    picture_pixels,
+    picture_sources,
+    source_name,
+)
 from .datasets.readers import MIN_NORMALS, DataError, find_white, hold_out, resize_image
 from .detector import AnyDetector, load_detector, new_detector
 from .evaluation import MapStats, fuse, score_levels
@@ -335,6 +344,7 @@ class _Fitted(_Parameters):
     calibration_: Calibration | None  # what the threshold was set with; see `calibration`
     normals_: NormalScores | None = None  # the scores behind the threshold, for another rate; None = not kept
     n_pictures_: tuple[int, int] | None  # normal pictures learnt from and held out
+    learnt_: frozenset[str] = frozenset()  # see `picture_keys`: of those learnt from; older files have none
     versions_: dict[str, Any]  # of Python and of the packages that made it
     made_with_: dict[str, Any]  # see `settings_`
     asked_: tuple[Preset | str, tuple[str, ...], float | None]  # preset, paths of a command, and white as given
@@ -438,20 +448,13 @@ class _InTiles(_Scoring):
         return look
 
 # %% ../nbs/15_grad.ipynb #gradtil2
-class _Streaming(_InTiles):
-    "From any number of pictures to verdicts."
+class _Batches(_InTiles):
+    "Pictures and verdicts, a batch at a time."
 
-    def stream(
-        self,
-        X: Input,  # pictures to judge; arrays are RGB
-        report: Report | None = None,  # is called for pictures that cannot be read; without it they are errors
-        maps: bool = True,  # make the pixel maps
-        tile: int | None = None,  # side of a tile, pixels, if pictures come larger or smaller than in training
-    ) -> Iterator[Prediction]:  # of one batch after the other; of one picture, if it is judged in tiles
-        """Judge pictures a batch at a time, in flat memory.
-
-        `DataError` names a picture that cannot be read, `ValueError` a tile that cannot be.
-        """
+    def _stream(
+        self, X: Input, report: Report | None = None, maps: bool = True, tile: int | None = None
+    ) -> Iterator[tuple[np.ndarray, Prediction]]:
+        "The verdicts of `stream`, each batch with its pictures as they were read: resized, or large ones as they come."
         check_is_fitted(self)
         size, batch = self.preset_.generator.size, self.preset_.evaluation.batch
         tile = self._tile_or(tile)
@@ -466,7 +469,7 @@ class _Streaming(_InTiles):
                 heat_maps = None if found.heat_map is None else found.heat_map[None]
             else:
                 scores, heat_maps = self._score(pictures, maps)
-            yield Prediction(scores, scores > self.offset_, heat_maps, tuple(paths))
+            yield pictures, Prediction(scores, scores > self.offset_, heat_maps, tuple(paths))
 
     def _tile_or(self, tile: int | None) -> int:
         "The tile that is asked for, the model's own if none is; `ValueError` for one that cannot be."
@@ -479,6 +482,24 @@ class _Streaming(_InTiles):
                 f"tile={tile} is for another model: this one was fitted {which}; fit again with tile={tile}"
             )
         return int(tile)
+
+# %% ../nbs/15_grad.ipynb #gradtil6
+class _Streaming(_Batches):
+    "From any number of pictures to verdicts."
+
+    def stream(
+        self,
+        X: Input,  # pictures to judge; arrays are RGB
+        report: Report | None = None,  # is called for pictures that cannot be read; without it they are errors
+        maps: bool = True,  # make the pixel maps
+        tile: int | None = None,  # side of a tile, pixels, if pictures come larger or smaller than in training
+    ) -> Iterator[Prediction]:  # of one batch after the other; of one picture, if it is judged in tiles
+        """Judge pictures a batch at a time, in flat memory.
+
+        `DataError` names a picture that cannot be read, `ValueError` a tile that cannot be.
+        """
+        for _, found in self._stream(X, report, maps, tile):
+            yield found
 
 # %% ../nbs/15_grad.ipynb #grad0005
 class _Predicting(_Streaming):
@@ -524,6 +545,61 @@ class _Thresholding(_Predicting):
         self.normals_ = NormalScores.of(scores, maps)
         log.info("threshold %.6g at %s", threshold, known)
 
+# %% ../nbs/15_grad.ipynb #calibr08
+def _labelled(
+    X: Input,  # pictures
+    y: Iterable[int],  # their labels
+) -> tuple[Iterable[Source], np.ndarray]:  # the pictures one after the other, and their labels, True = anomalous
+    "Pictures and labels. `ValueError` if there are more pictures than labels: at once, or at the first too many."
+    sources, given = picture_sources(X), list(y)
+    if isinstance(sources, Sized):
+        return sources, checked_labels(given, len(sources))
+    return _no_more_than(sources, len(given)), checked_labels(given, len(given))
+
+
+def _no_more_than(sources: Iterable[Source], labels: int) -> Iterator[Source]:
+    "The pictures of a stream; `ValueError` at the first one without a label."
+    for i, source in enumerate(sources):
+        if i == labels:
+            raise ValueError(f"there are more pictures than the {labels} labels; give one label for each picture")
+        yield source
+
+# %% ../nbs/15_grad.ipynb #calibr07
+class _Counted:
+    "Judged pictures: each counts once, and a normal one that was learnt from not at all."
+
+    def __init__(self, learnt: frozenset[str]) -> None:
+        self.learnt, self.maps, self.finite = learnt, MapSummary(), True
+        self.scores: list[float] = []
+        self.labels: list[bool] = []
+        self.seen: set[tuple[str, bool]] = set()
+        self.all = self.known = 0  # pictures that were judged, and those of them that were learnt from
+
+    def add(self, keys: list[str], found: Prediction, labels: np.ndarray) -> None:
+        "Take in some pictures and their labels."
+        assert found.maps is not None  # they are asked for
+        self.finite &= bool(np.isfinite(found.maps).all() and np.isfinite(found.scores).all())
+        self.all += len(keys)
+        for key, score, heat_map, label in zip(keys, found.scores, found.maps, map(bool, labels)):
+            if key in self.learnt and not label:
+                self.known += 1
+            elif (key, label) not in self.seen:
+                self.seen.add((key, label))
+                self.scores.append(score)
+                self.labels.append(label)
+                if not label:
+                    self.maps.add(heat_map[None])
+
+    def say(self) -> None:
+        "Tell in the log which pictures do not count; `ValueError` if no normal picture does."
+        learnt = "among those that the model learnt from"
+        if self.known and False in self.labels:
+            log.warning("%d of %d pictures are %s, and are left out", self.known, self.all, learnt)
+        elif self.known:
+            raise ValueError(f"all {self.known} normal pictures are {learnt}; give others, which were kept aside")
+        if copies := self.all - self.known - len(self.scores):
+            log.warning("%d of %d pictures are equal to others of them, and count once", copies, self.all)
+
 # %% ../nbs/15_grad.ipynb #calibr02
 CalibratingT = TypeVar("CalibratingT", bound="_Calibrating")
 
@@ -540,32 +616,31 @@ class _Calibrating(_Thresholding):
         """Set the threshold and the colour scale again, without training.
 
         From good pictures the threshold follows the false-alarm rate; with `y`, read first, it has the best F1.
-        `DataError` for pictures that cannot be read, `ValueError` for a wrong rate or wrong labels.
+        Equal pictures count once, and those that were learnt from not at all; the log tells of them. `DataError` for
+        pictures that cannot be read, `ValueError` for a wrong rate or wrong labels, or if no normal picture counts.
         """
         check_is_fitted(self)
         rate = _of_python(self.false_alarm_rate if false_alarm_rate is None else false_alarm_rate)
         _check_rate(rate)
-        given = None if y is None else list(y)
-        anomalous = np.zeros(0, bool) if given is None else checked_labels(given, len(given))
-        judged: list[float] = []
-        maps, finite = MapSummary(), True
-        for part in self.stream(X):
-            assert part.maps is not None  # they are asked for
-            finite &= bool(np.isfinite(part.maps).all() and np.isfinite(part.scores).all())
-            here = anomalous[len(judged) : len(judged) + len(part.maps)]
-            maps.add(part.maps if given is None else part.maps[: len(here)][~here])
-            judged.extend(part.scores)
-        scores = np.array(judged)
-        labels = np.zeros(len(scores), bool) if given is None else checked_labels(given, len(scores))
-        if not finite:
+        sources, given = (X, None) if y is None else _labelled(X, y)
+        judged = _Counted(self.learnt_)
+        for seen, part in self._stream(sources):
+            n = len(part.scores)
+            here = np.zeros(n, bool) if given is None else given[judged.all : judged.all + n]
+            judged.add(picture_keys(seen, self.preset_.generator.size), part, here)
+        if given is not None:
+            checked_labels(given, judged.all)
+        if not judged.finite:
             raise ValueError("scores of these pictures are not finite; the model is damaged: fit again")
+        judged.say()
+        scores, labels = np.array(judged.scores), np.array(judged.labels, bool)
         if given is None:
             chosen = threshold_of_normals(scores, rate, "new")
         else:
             chosen = threshold_of_labelled(scores, labels, rate)
         self.made_with_ = self.settings_ | {"false_alarm_rate": rate}
         self.false_alarm_rate = rate
-        self._set_threshold(scores[~labels], maps, *chosen)
+        self._set_threshold(scores[~labels], judged.maps, *chosen)
         return self
 
 # %% ../nbs/15_grad.ipynb #calibr06
@@ -632,8 +707,9 @@ class _Evaluating(_Predicting):
         if known:
             more["promise"] = {"expected": known.expected, "bound": known.bound, "text": str(known)}
         if y is not None:
-            found = self.predict(X)
-            types = ["anomalous" if label else "good" for label in checked_labels(y, len(found.scores))]
+            sources, labels = _labelled(X, y)
+            found = self.predict(sources)
+            types = ["anomalous" if label else "good" for label in checked_labels(labels, len(found.scores))]
             names = [in_utf8(p) for p in found.paths] or [f"picture {i}" for i in range(len(types))]
         elif isinstance(X, (str, Path)):
             category = labelled_folder(X)
@@ -1026,6 +1102,7 @@ class _Learning(_Holding):
             self.detectors_ = self._train(folder, normals, device)
             self.banks_ = self._keep_patches(folder, normals, given[numbers], device)
         self.n_pictures_ = (len(train), len(held))
+        self.learnt_ = frozenset(picture_keys(pictures[train], config.size))
         self.versions_ = versions()
         scores, maps = self._judge_held(pictures, sources, held)
         rate = self.settings_["false_alarm_rate"]
@@ -1209,6 +1286,7 @@ def _contents(
         "map_limits": [_of_python(limit) for limit in model.map_limits_],
         "stats": [[_of_python(s.mean), _of_python(s.std)] for s in model.stats_],
         "pictures": model.n_pictures_,
+        "learnt": sorted(model.learnt_),
         "calibration": known and asdict(known),
         "normals": kept and kept.as_plain(),
         "versions": model.versions_,
@@ -1355,6 +1433,15 @@ def _check_sides(chosen: Preset) -> None:
         raise ValueError(f"evaluation.batch is {chosen.evaluation.batch}")
 
 # %% ../nbs/15_grad.ipynb #gradaska
+def _learnt_from(counts: Any, keys: Any) -> tuple[tuple[int, int] | None, frozenset[str]]:
+    "Numbers of pictures and hashes of those learnt from, of a file; `ValueError` or `TypeError` for what cannot be."
+    if counts is not None and not (len(counts) == 2 and all(type(n) is int for n in counts)):
+        raise ValueError(f"{counts} pictures")
+    if wrong := [key for key in keys if type(key) is not str or not re.fullmatch("[0-9a-f]{16}", key)]:
+        raise ValueError(f"{wrong[0]!r} is no hash of a picture")
+    return counts and tuple(counts), frozenset(keys)
+
+
 def _remember(model: _Fitted, asked: dict[str, Any] | None) -> None:
     "The model was made with its parameters; another `fit` begins with what was asked for, if the file says that."
     model.made_with_ = _settings(model)
@@ -1400,10 +1487,7 @@ def _rebuild(cls: type[FittedT], tensors: dict[str, torch.Tensor], meta: dict[st
     _check_numbers(tensors, meta)
     model.offset_ = meta["offset"]
     model.map_limits_ = tuple(meta["map_limits"])
-    counts = meta["pictures"]
-    if counts is not None and not (len(counts) == 2 and all(type(n) is int for n in counts)):
-        raise ValueError(f"{counts} pictures")
-    model.n_pictures_ = counts and tuple(counts)
+    model.n_pictures_, model.learnt_ = _learnt_from(meta["pictures"], meta.get("learnt", []))
     known = meta.get("calibration")  # files of 0.2.0 have none
     model.calibration_ = known and checked_calibration(known)
     kept = meta.get("normals")  # older files have none

@@ -943,6 +943,8 @@ def test_claims_that_do_not_fit_are_refused(model, tmp_path):
         dict(versions=3),
         dict(pictures=[1]),
         dict(pictures=["a", "b"]),
+        dict(learnt=["a"]),
+        dict(learnt=3),
         dict(explain_patches=-1),
         dict(offset=...),
         dict(versions=...),

@@ -150,7 +150,7 @@ def test_calibrate_sets_the_threshold_with_new_pictures_and_trains_nothing(model
     assert again.calibrate(trays / "test/good", false_alarm_rate=0.3) is again
     assert again.offset_ == np.sort(found.scores)[-2] and again.map_limits_ == colour_limits(found.maps, 0.3)
     assert calibration(again) == Calibration(7, 2, 0.3, "new") and again.n_pictures_ == model.n_pictures_
-    assert "7 new normal pictures: 25 % false alarms expected" in again.card() and "30.0% was wanted" in again.card()
+    assert "7 new normal pictures: 25 % false alarms expected" in again.card() and "30 % was wanted" in again.card()
     again.save(tmp_path / "again.grad")
     kept = GRAD.load(tmp_path / "again.grad", "cpu")
     assert kept.offset_ == again.offset_ and calibration(kept) == calibration(again) and kept.card() == again.card()
@@ -171,6 +171,58 @@ def test_calibrate_with_labels_takes_the_best_f1(model, trays):
             again.calibrate(both, wrong)
     with pytest.raises(ValueError, match="false_alarm_rate"):
         again.calibrate(good, false_alarm_rate=1.5)
+
+
+def test_equal_pictures_count_once(model, trays, caplog):
+    files = sorted((trays / "test/good").iterdir())
+    again = copy_of(model).calibrate([files[0]] * 40)
+    assert calibration(again) == Calibration(1, 1, 0.05, "new") and len(again.normals_.scores) == 1
+    assert "39 of 40 pictures are equal to others of them, and count once" in caplog.text
+    twice, once = copy_of(model).calibrate(files + files[:3]), copy_of(model).calibrate(files)
+    assert (twice.offset_, twice.map_limits_) == (once.offset_, once.map_limits_)
+    caplog.clear()
+    y = [0] * 6 + [1]
+    twice, once = copy_of(model).calibrate(files * 2, y * 2), copy_of(model).calibrate(files, y)
+    assert calibration(twice) == calibration(once) and "7 of 14 pictures" in caplog.text
+
+
+def test_pictures_that_were_learnt_from_do_not_count(model, trays, tmp_path, caplog):
+    files = np.array(sorted((trays / "train/good").iterdir()))
+    train, held = (list(files[i]) for i in hold_out(20, 5 / 20, 0))
+    assert model.n_pictures_ == (len(train), len(held))
+    model.save(tmp_path / "m.grad")
+    again = GRAD.load(tmp_path / "m.grad", "cpu").set_params(progress=False)
+    offset = again.offset_
+    with pytest.raises(ValueError, match="all 15 normal pictures are among those that the model learnt from"):
+        again.calibrate(train)
+    with pytest.raises(ValueError, match="all 15 normal pictures"):
+        again.calibrate(train + held[:1], [0] * 15 + [1])
+    assert again.offset_ == offset and not caplog.text
+    again.calibrate(files)
+    assert calibration(again).n == 5 and "15 of 20 pictures are among those" in caplog.text
+    again.learnt_ = frozenset()  # as of an older file
+    again.save(tmp_path / "m.grad")
+    assert calibration(GRAD.load(tmp_path / "m.grad", "cpu").set_params(progress=False).calibrate(files)).n == 20
+
+
+def test_a_stream_longer_than_its_labels_is_read_to_the_first_picture_too_many(model, trays):
+    picture = np.asarray(Image.open(next((trays / "test/good").glob("*.png"))))
+    read = []
+
+    def endless():
+        while True:
+            read.append(0)
+            yield picture
+
+    for use in (copy_of(model).calibrate, model.evaluate):
+        read.clear()
+        with pytest.raises(ValueError, match="more pictures than the 3 labels"):
+            use(endless(), [0, 1, 0])
+        assert len(read) == 4
+        with pytest.raises(ValueError, match="2 pictures and 3 labels"):
+            use([picture] * 2, [0, 1, 0])
+        with pytest.raises(ValueError, match="2 pictures and 3 labels"):
+            use(iter([picture] * 2), [0, 1, 0])
 
 
 def test_a_model_of_0_2_0_says_what_its_interpolated_threshold_promises():

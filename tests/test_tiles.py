@@ -19,7 +19,7 @@ from grad_nb.config import Level, override, preset
 from grad_nb.core.tensors import read_tensors
 from grad_nb.datasets.large import LARGE, draw_large, make_large, small_mark
 from grad_nb.datasets.light import even_light, even_tiles, fit_light
-from grad_nb.datasets.readers import DataError, read_category
+from grad_nb.datasets.readers import DataError, hold_out, read_category
 from grad_nb.evaluation import image_auroc
 from grad_nb.grad import GRAD
 from grad_nb.inference.tiles import Tiling, check_tile, cut_tiles, join_matrix, judge_in_tiles, random_tiles
@@ -237,7 +237,10 @@ def test_scores_and_maps_are_of_the_whole_picture(model, large, tmp_path):
     kept = again.predict(large[:2])
     assert (kept.scores == found.scores).all() and (kept.maps == found.maps).all()
     assert read_tensors(tmp_path / "m.grad")[1]["format"] == 4
-    assert again.calibrate(large[:4], false_alarm_rate=0.3).offset_ in again.score_samples(large[:4])
+    new = [draw_large(np.random.default_rng(20 + i), SIZE)[0] for i in range(4)]
+    assert again.calibrate(new, false_alarm_rate=0.3).offset_ in again.score_samples(new)
+    with pytest.raises(ValueError, match="among those that the model learnt from"):
+        again.calibrate([large[i] for i in hold_out(8, 0.25, 0)[0]])
 
 
 def test_predict_takes_another_tile_for_pictures_of_another_scale(model, large):
