@@ -624,6 +624,18 @@ def test_load_images(tmp_path):
     assert str(c.train[2].path) in refused(load_images, c.train, 34)
 
 
+@pytest.mark.parametrize("kind", ["tif", "webp", "png"])
+def test_a_file_of_several_pictures_is_told_of_once(tmp_path, caplog, kind):
+    pages = [Image.fromarray(np.full((40, 50, 3), 50 * i, np.uint8)) for i in range(3)]
+    pages[0].save(tmp_path / f"one.{kind}")
+    pages[0].save(tmp_path / f"many.{kind}", save_all=True, append_images=pages[1:], lossless=True)
+    for _ in range(2):
+        for name in ("one", "many"):
+            assert (read_image(tmp_path / f"{name}.{kind}") <= 8).all()
+    assert caplog.text.count("pictures, and the first of them is read") == 1
+    assert f"many.{kind} holds 3 pictures" in caplog.text
+
+
 def test_progress_is_shown_only_when_asked(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("GRAD_NB_BARS", "1")  # as on a terminal
     monkeypatch.setattr("grad_nb.core.progress.DELAY", 0.0)

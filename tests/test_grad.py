@@ -173,6 +173,17 @@ def test_calibrate_with_labels_takes_the_best_f1(model, trays):
         again.calibrate(good, false_alarm_rate=1.5)
 
 
+def test_pictures_that_come_from_no_file_are_named_by_their_number(model, trays):
+    good = [np.asarray(Image.open(p)) for p in sorted((trays / "test/good").iterdir())]
+    for wrong, said in ((good[2][:20], "picture 2: a picture has 64x20 pixels"), (good[2] / 255, "picture 2: a pict")):
+        given = [*good[:2], wrong]
+        for use in (model.predict, copy_of(model).calibrate, clone(model).fit, lambda x: model.predict(iter(x))):
+            with pytest.raises(ValueError, match=said):
+                use(given)
+    with pytest.raises(DataError, match="^a picture has 64x20"):
+        model.predict(good[2][:20])
+
+
 def test_equal_pictures_count_once(model, trays, caplog):
     files = sorted((trays / "test/good").iterdir())
     again = copy_of(model).calibrate([files[0]] * 40)
@@ -631,5 +642,6 @@ def test_a_model_from_a_file_is_fitted_again_as_it_was(tmp_path, chosen):
     assert again.preset == chosen and again._asked == ("generator.steps",) and again.white is None
     assert again.white_ == 4095 and again.settings_["preset"] == made.settings_["preset"]
     assert _preset_of(clone(again)).detector.coordinates
+    assert clone(again)._asked == ("generator.steps",), "a clone is fitted with what was asked for, too"
     again.save(tmp_path / "again.grad")
     assert (tmp_path / "again.grad").read_bytes() == (tmp_path / "m.grad").read_bytes()

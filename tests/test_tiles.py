@@ -30,6 +30,7 @@ from grad_nb.use.export import (
     OpenvinoScorer,
     TorchScorer,
     largest_difference,
+    read_normals,
     to_int8,
     to_onnx,
     to_openvino_int8,
@@ -202,7 +203,7 @@ def test_a_tile_larger_than_a_picture_or_smaller_than_what_is_seen_is_refused(la
     monkeypatch.setattr(GRAD, "_train", lambda *_: pytest.fail("trained"))
     for i, picture in enumerate(large):
         Image.fromarray(picture[: 200 if i == 5 else SIZE]).save(tmp_path / f"{i}.png")
-    with pytest.raises(DataError, match="5.png has 300x200 pixels, less than a tile of 256; give a smaller tile"):
+    with pytest.raises(DataError, match="5.png has 300x200 pixels, less than a tile of 256; give larger"):
         tiny().set_params(tile=256).fit(tmp_path)
     with pytest.raises(ValueError, match="tile=100 is too small.*256 x 256 pixels; give 128 or more"):
         check_tile(100, 256)
@@ -211,7 +212,7 @@ def test_a_tile_larger_than_a_picture_or_smaller_than_what_is_seen_is_refused(la
         lambda: random_tiles(small, 64, 64, 1, seeded()),
         lambda: judge_in_tiles(small, tiling(), darkness(64)),
     ):
-        with pytest.raises(ValueError, match="300x60 pixels is smaller than a tile of 64"):
+        with pytest.raises(ValueError, match="300x60 pixels, less than a tile of 64"):
             use()
 
 
@@ -241,6 +242,18 @@ def test_scores_and_maps_are_of_the_whole_picture(model, large, tmp_path):
     assert again.calibrate(new, false_alarm_rate=0.3).offset_ in again.score_samples(new)
     with pytest.raises(ValueError, match="among those that the model learnt from"):
         again.calibrate([large[i] for i in hold_out(8, 0.25, 0)[0]])
+
+
+def test_a_picture_without_room_for_a_tile_is_named_wherever_it_is_given(model, large, tmp_path):
+    small = large[0][:80]
+    for use in (model.explain, lambda x: model.predict([x, large[1]]), lambda x: model.evaluate([large[1], x], [0, 1])):
+        with pytest.raises(DataError, match="less than a tile of 96; give larger pictures, or a model with a smaller"):
+            use(small)
+    Image.fromarray(large[1]).save(tmp_path / "0.png")
+    Image.fromarray(small).save(tmp_path / "1.png")
+    with pytest.raises(ValueError, match="1.png has 300x80 pixels, less than a tile of 96"):
+        read_normals(tmp_path, None, tile=TILE)
+    assert len(read_normals(tmp_path, None, tile=64)) == 2
 
 
 def test_predict_takes_another_tile_for_pictures_of_another_scale(model, large):

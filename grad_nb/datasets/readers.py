@@ -21,6 +21,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
@@ -89,6 +90,20 @@ def _whole(value: object) -> int:
     "A number of a TIFF's head; 0 for anything else."
     return value if isinstance(value, int) else 0
 
+# %% ../../nbs/datasets/01_readers.ipynb #tellpage
+@lru_cache(maxsize=4096)
+def _tell_pages(path: Path, pages: int | str) -> None:
+    "Warn of a file with several pictures, once."
+    log.warning("%s holds %s pictures, and the first of them is read; save each as a file of its own", path, pages)
+
+
+def _pages_of(im: Image.Image) -> int | str:
+    "How many pictures a file holds; those behind the first may be damaged, which is nobody's concern."
+    try:
+        return im.n_frames  # type: ignore[attr-defined]
+    except Exception:  # whatever a decoder raises
+        return "several"
+
 # %% ../../nbs/datasets/01_readers.ipynb #53100146
 def _open(path: str | Path) -> Image.Image:
     "The first picture of a file, decoded whole and turned upright; `DataError` for all that can go wrong."
@@ -103,7 +118,10 @@ def _open(path: str | Path) -> Image.Image:
             raise DataError(f"{path} is empty (0 bytes); copy it again or leave it out")
         with Image.open(path, formats=_FORMATS) as im:
             _check_cost(path, im, most)
-            return upright(im)
+            turned = upright(im)
+            if im.format != "MPO" and getattr(im, "is_animated", False):  # the others of a camera's are previews
+                _tell_pages(path, _pages_of(im))
+            return turned
     except DataError:
         raise
     except UnidentifiedImageError:

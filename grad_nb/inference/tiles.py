@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TILES_TO_LEARN', 'FEWEST_TILES', 'MAP_GROWS', 'LARGEST_MAP', 'SHRINKS', 'Judge', 'check_tile', 'shrink_words',
-           'joined_size', 'Tiling', 'cut_tiles', 'random_tiles', 'join_matrix', 'Canvas', 'Joined', 'judge_in_tiles']
+           'joined_size', 'Tiling', 'cut_tiles', 'no_room_words', 'random_tiles', 'join_matrix', 'Canvas', 'Joined',
+           'judge_in_tiles']
 
 # %% ../../nbs/inference/05_tiles.ipynb #etilesi
 from collections.abc import Callable, Sequence
@@ -101,10 +102,22 @@ def cut_tiles(
     return np.stack(tiles), np.array(windows, np.float32)
 
 
+def no_room_words(
+    name: str,  # what a picture is called
+    shape: Sequence[int],  # its height and width, pixels
+    tile: int,  # side of a tile, pixels
+) -> str:  # empty if there is room
+    "What to say of a picture that has no room for a tile."
+    if min(shape[:2]) >= tile:
+        return ""
+    size = f"{shape[1]}x{shape[0]} pixels"
+    return f"{name} has {size}, less than a tile of {tile}; give larger pictures, or a model with a smaller tile"
+
+
 def _check_room(shape: Sequence[int], tile: int) -> None:
     "`ValueError` for a picture that has no room for a tile."
-    if min(shape[:2]) < tile:
-        raise ValueError(f"a picture of {shape[1]}x{shape[0]} pixels is smaller than a tile of {tile}")
+    if words := no_room_words("a picture", shape, tile):
+        raise ValueError(words)
 
 
 def random_tiles(

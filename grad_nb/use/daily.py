@@ -350,7 +350,8 @@ def grad_export(
         check_output(file, model)
     fitted = GRAD.load(model, "cpu")
     size = fitted.preset_.generator.size
-    more = [read_normals(normals, None if fitted.tile_ else size, white=fitted.white_)] if normals else []
+    seen = None if fitted.tile_ else size
+    more = [read_normals(normals, seen, white=fitted.white_, tile=fitted.tile_)] if normals else []
     try:
         write(fitted, path, *more)
     except ImportError as e:

@@ -39,7 +39,7 @@ from ..datasets.readers import HALF_DOWN, no_pictures, picture_files, read_image
 from ..detector import AnyDetector, map_side
 from ..evaluation import MapStats, placing
 from ..grad import GRAD, check_is_fitted, tiling_of
-from ..inference.tiles import Tiling, judge_in_tiles, random_tiles
+from ..inference.tiles import Tiling, judge_in_tiles, no_room_words, random_tiles
 from ..student import Student
 
 # %% ../../nbs/use/02_export.ipynb #ca3991d9
@@ -481,12 +481,15 @@ def read_normals(
     size: int | None,  # side that the model takes, pixels; None keeps their own, for a model with tiles
     count: int = 64,  # at most so many, the first by name; of whole pictures an eighth of it (our choice)
     white: float | None = None,  # of pictures of more than 8 bits
+    tile: int = 0,  # side of the model's tiles, for which there must be room
 ) -> Given:  # (size, size, 3) uint8 each
-    "Normal pictures to measure ranges with. `ValueError` if the folder holds none."
+    "Normal pictures to measure ranges with. `ValueError` if the folder holds none, or one that is smaller than a tile."
     files = picture_files(folder)[: count if size else max(1, count // 8)]
     if not files:
         raise ValueError(f"--normals gives no normal pictures: {no_pictures(Path(folder))}")
     pictures = [read_image(path, size, white) for path in files]
+    if wrong := list(filter(None, (no_room_words(str(p), x.shape, tile) for p, x in zip(files, pictures)))):
+        raise ValueError(wrong[0])
     return np.stack(pictures) if size else pictures
 
 # %% ../../nbs/use/02_export.ipynb #expov002
@@ -566,6 +569,18 @@ def _save_openvino(graph: Any, model: GRAD, path: Path) -> None:
             with atomic_path(path.with_suffix(file.suffix)) as temporary:
                 temporary.write_bytes(file.read_bytes())
 
+# %% ../../nbs/use/02_export.ipynb #expgiven
+def _check_given(pictures: Any, size: int | None) -> None:
+    "`ValueError` for what an exported file cannot judge: of another size, or of any if that is None, or no bytes."
+    side = "" if size is None else f" of {size} x {size} pixels"
+    wanted = f"pictures are (B, H, W, 3) of uint8{side}, one picture is given as picture[None]"
+    for i, picture in enumerate(map(np.asarray, pictures)):
+        known = picture.dtype == np.uint8 and picture.shape[2:] == (3,)
+        if not known or (size is not None and picture.shape[:2] != (size, size)):
+            whole = isinstance(pictures, np.ndarray)
+            what, given = ("the array", pictures) if whole else (f"picture {i}", picture)
+            raise ValueError(f"{wanted}; {what} is {given.shape} of {given.dtype}")
+
 # %% ../../nbs/use/02_export.ipynb #exptil03
 FILE_KINDS = ("grad_nb.Scorer", "grad_nb.TileScorer")  # of an exported file
 
@@ -588,7 +603,9 @@ class _Exported:
         | Sequence[np.ndarray],  # (B, S, S, 3) uint8; for a model with tiles whole pictures (H, W, 3)
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # scores (B,), labels (B,), maps (B, M, M)
         "Judge pictures."
-        if "tiling" not in self.meta:
+        tiled = "tiling" in self.meta
+        _check_given(pictures, None if tiled else int(self.meta["size"]))
+        if not tiled:
             scores, labels, maps = self.raw(np.ascontiguousarray(pictures))
             return scores, labels.astype(bool), maps
         about = json.loads(self.meta["tiling"])

@@ -33,6 +33,7 @@ from grad_nb.use.export import (
     TorchScorer,
     float32_below,
     largest_difference,
+    random_pictures,
     resize_matrix,
     to_int8,
     to_onnx,
@@ -323,6 +324,20 @@ def test_an_export_goes_over_no_card_and_is_not_made_for_nothing(tmp_path, monke
             grad_export(str(tmp_path / "m.grad"), str(tmp_path / output), format="torch")
         assert said in capsys.readouterr().err
     assert (tmp_path / "m.grad.md").read_text() == "# GRAD"
+
+
+def test_what_an_exported_file_cannot_judge_is_said(tmp_path):
+    to_torch(model := fitted("mvtec_ad"), tmp_path / "m.pt2")
+    scorer, x = TorchScorer(tmp_path / "m.pt2"), random_pictures(2, 96)
+    for wrong, said in (
+        (x[0], r"the array is \(96, 96, 3\) of uint8"),
+        (x / 255, r"the array is \(2, 96, 96, 3\) of float64"),
+        (x[:, :64], r"\(2, 64, 96, 3\)"),
+        ([x[0], x[1, :64]], r"picture 1 is \(64, 96, 3\) of uint8"),
+    ):
+        with pytest.raises(ValueError, match=r"\(B, H, W, 3\) of uint8 of 96 x 96 pixels.*" + said):
+            scorer(wrong)
+    assert len(scorer(x[:1])[0]) == 1 and np.allclose(scorer(list(x))[0], model.predict(x).scores, atol=1e-4)
 
 
 def test_weights_beside_a_file_do_not_replace_the_model(tmp_path, capsys):
