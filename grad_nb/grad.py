@@ -41,16 +41,8 @@ from .core.stages import run_stage, stage_done, stage_key
 from .core.tensors import checked_format, read_tensors, write_tensors
 from .datasets.compare import LOOKED_AT, large_enough, some_of, suited
 from .datasets.light import SIDE, Light, even_light, even_tiles, fit_light
-from grad_nb.datasets.pictures import (
-    Input,
-    Source,
-    for_find_white,
-    picture_keys,
-    picture_pixels,
-    picture_sources,
-    source_name,
-)
-from .datasets.readers import MIN_NORMALS, DataError, find_white, hold_out, resize_image
+from .datasets.pictures import Input, Source, picture_keys, picture_pixels, picture_sources, source_name, whitest
+from .datasets.readers import MIN_NORMALS, DataError, hold_out, resize_image
 from .detector import AnyDetector, load_detector, new_detector
 from .evaluation import MapStats, fuse, score_levels
 from .explain import Explanation, PatchBank, evidence, make_bank
@@ -1010,7 +1002,7 @@ class _Reading(_Banking, _Changing):
             sources = list(sources)  # they are read again, to be cut
         white = self.settings_["white"]
         if white is None and isinstance(sources, Sized):
-            white = find_white(for_find_white(sources))
+            white = whitest(sources)
         if white is not None:
             self.made_with_ = self.settings_ | {"white": white}
             log.info("pictures of more than 8 bits: white is %g", white)

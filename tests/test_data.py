@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from grad_nb.core.files import write_json
-from grad_nb.datasets.pictures import for_find_white, picture_pixels
+from grad_nb.datasets.pictures import picture_pixels, whitest
 from grad_nb.datasets.readers import (
     OFFICIAL,
     Category,
@@ -1226,9 +1226,9 @@ def test_white_is_found_in_pictures_that_are_no_files(tmp_path):
     x = np.random.default_rng(0).integers(0, 4096, (40, 48)).astype(np.uint16)
     file = save(x, tmp_path / "a.png")
     for source in (file, str(file), file.read_bytes(), Image.open(file), x):
-        assert find_white(for_find_white([source])) == 4095
+        assert whitest([source]) == 4095
         assert picture_pixels(source, 4095.0).max() >= 254
-    assert find_white(for_find_white([noise(), b"no picture", torch.zeros(3, 40, 40)])) is None
+    assert whitest([noise(), b"no picture", torch.zeros(3, 40, 40)]) is None
 
 
 def test_floating_point_pictures_may_overshoot_a_little(tmp_path):
