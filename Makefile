@@ -10,7 +10,7 @@ SET ?=
 BIN := .venv/bin
 GPU_TESTS = $(shell grep -rl "mark.gpu" tests)
 
-.PHONY: demo test lab docs gpu install export collect fixture lock gallery clean
+.PHONY: demo test test-notebooks test-python lab docs gpu install export collect fixture lock gallery clean
 
 install: .venv/installed
 
@@ -29,7 +29,12 @@ test: install  ## notebooks clean and in sync, lines, imports, types, notebook t
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy grad_nb
-	$(BIN)/nbdev_test --n-workers 2
+	OMP_WAIT_POLICY=PASSIVE $(MAKE) --jobs 2 test-notebooks test-python
+
+test-notebooks: install  ## one at a time, since the tests run beside them
+	$(BIN)/nbdev_test --n-workers 1
+
+test-python: install
 	$(BIN)/python -m pytest -q
 
 lab: install  ## the whole method in one notebook, in JupyterLab; threads that wait for work sleep
