@@ -103,6 +103,7 @@ def test_column_sums(rows, columns, seed):
 )
 def test_a_convolution_with_its_relu(shape, side, n, seed):
     channels, after, k, stride = shape
+    torch.manual_seed(seed)  # of the weights too, so that the same example is the same again
     layer, x = (
         nn.Conv2d(channels, after, k, stride).to(DEVICE),
         random(n, channels, side, side, seed=seed).requires_grad_(),
