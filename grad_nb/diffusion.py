@@ -23,7 +23,7 @@ def to_model(
     pictures: Tensor,  # (B, H, W, 3) uint8
 ) -> Tensor:  # (B, 3, H, W) float32 in [-1, 1]
     "Bytes to the range of the models (appendix: images are normalised into [-1, 1])."
-    return pictures.permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return pictures.permute(0, 3, 1, 2).float().div(127.5).sub_(1)
 
 
 def to_bytes(

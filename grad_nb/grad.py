@@ -1109,7 +1109,7 @@ class _Learning(_Holding):
             self.detectors_ = self._train(folder, normals, device)
             self.banks_ = self._keep_patches(folder, normals, given[numbers], device)
         self.n_pictures_ = (len(train), len(held))
-        self.learnt_ = frozenset(picture_keys(pictures[train], config.size))
+        self.learnt_ = frozenset(picture_keys((pictures[i] for i in train), config.size))
         self.versions_ = versions()
         scores, maps = self._judge_held(pictures, sources, held)
         rate = self.settings_["false_alarm_rate"]

@@ -23,7 +23,7 @@ from test_faults import rewritten, small
 from grad_nb.core.files import read_array, read_json, write_array
 from grad_nb.core.stages import stage_done
 from grad_nb.core.tensors import load_checkpoint, read_tensors, save_checkpoint, write_tensors
-from grad_nb.datasets.readers import _FORMATS, DataError, _read_defects, read_image
+from grad_nb.datasets.readers import PICTURE_FORMATS, DataError, _read_defects, read_image
 from grad_nb.detector import Detector, load_detector, save_detector
 from grad_nb.grad import GRAD
 from grad_nb.patchdiff import PatchDiff, load_patchdiff, save_patchdiff
@@ -77,7 +77,7 @@ def test_pictures(tmp_path, times):
 
 def test_every_format_that_is_read_is_damaged():
     found = {Image.open(io.BytesIO(data)).format for data in whole_pictures().values()}
-    assert found == set(_FORMATS)
+    assert found == set(PICTURE_FORMATS)
 
 
 @pytest.fixture(scope="module")

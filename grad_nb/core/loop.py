@@ -119,12 +119,13 @@ class _Figures:
             save_checkpoint(self.checkpoint, self.key, rows=self.rows(n), done=n, **state)
 
 # %% ../../nbs/core/06_loop.ipynb #loopdivc
-def _refuse_diverged(rows: Tensor, label: str) -> None:
-    "`ValueError` if the first figure of a training is not finite at some step."
+def _not_diverged(rows: Tensor, label: str) -> Tensor:
+    "The figures of a training; `ValueError` if the first of them is not finite at some step."
     wrong = (~rows[:, 0].isfinite()).nonzero()
     if len(wrong):
         step = f"{label} diverged: its loss is not a finite number from step {wrong[0].item() + 1:,} on"
         raise ValueError(f"{step}; train with a lower learning rate (lr)")
+    return rows
 
 # %% ../../nbs/core/06_loop.ipynb #186830e1
 UNIT = "step"  # of the bar of a loop: by it a command that follows a notebook knows a stage's loops from other bars
@@ -164,13 +165,13 @@ def run_steps(
         if progress and (i + 1) % 50 == 0:
             bar.set_postfix({names[0]: f"{figures.recent(i):.4f}"})
         if (i + 1) % every == 0 and i + 1 < steps and time.monotonic() - saved_at >= pause:
-            _refuse_diverged(figures.rows(i + 1), label)
+            _not_diverged(figures.rows(i + 1), label)
             figures.save(i + 1)
             saved_at = time.monotonic()
-    _refuse_diverged(figures.rows(steps), label)
+    rows = _not_diverged(figures.rows(steps), label)
     if done < steps and time_left() < math.inf:
         figures.save(steps)  # what comes next may be cut off
-    return pd.DataFrame(figures.rows(steps).numpy(), columns=figures.names)
+    return pd.DataFrame(rows.numpy(), columns=figures.names)
 
 # %% ../../nbs/core/06_loop.ipynb #train521
 ADAMW = partial(torch.optim.AdamW, fused=True)

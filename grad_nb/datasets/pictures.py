@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from grad_nb.datasets.readers import (
+    PICTURE_FORMATS,
     DataError,
     find_white,
     no_pictures,
@@ -133,7 +134,7 @@ def _perhaps_deep(sources: Iterable[Source]) -> Iterator[str | Path | Image.Imag
             yield source
         elif isinstance(source, (bytes, bytearray, memoryview)):
             try:
-                yield Image.open(io.BytesIO(bytes(source)))
+                yield Image.open(io.BytesIO(bytes(source)), formats=PICTURE_FORMATS)
             except Exception:  # whatever a decoder raises
                 continue
         elif isinstance(source, np.ndarray) and source.dtype == np.uint16 and source.ndim == 2:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Preset
-from ..core.files import fingerprint, read_json
+from ..core.files import fingerprint
 from ..core.provenance import versions
-from ..core.stages import run_stage
-from ..datasets.readers import Category, DataError, Doubt, check_category, data_sha256
+from ..core.stages import run_stage, stage_record
+from ..datasets.readers import Category, DataError, Doubt, check_category, data_sha256, namesakes
 from .stages import Run, detect_key, evaluate_key, generate_key
 
 # %% ../../nbs/runs/04_check.ipynb #chkname
@@ -25,14 +25,12 @@ def name_clashes(
     category: Category,  # as read
 ) -> Iterator[tuple[str, bool]]:  # a sentence, and whether the two pictures would share a mask
     "Test pictures of one kind whose names differ in their ending or in capital letters alone."
-    seen: dict[tuple[str, str], Path] = {}
-    for sample in category.test:
-        name = (sample.type, sample.path.stem.lower())
-        if name in seen:
-            shared = bool(sample.masks)
+    masks = {sample.path: sample.masks for sample in category.test}
+    for kind in dict.fromkeys(sample.type for sample in category.test):
+        for first, second in namesakes(sample.path for sample in category.test if sample.type == kind):
+            shared = bool(masks[second])
             why = "would share a mask" if shared else "would have maps of one name"
-            yield f"{seen[name]} and {sample.path} {why}; rename one of them", shared
-        seen[name] = sample.path
+            yield f"{first} and {second} {why}; rename one of them", shared
 
 
 def kinds_missing(
@@ -110,26 +108,18 @@ def stage_bytes(
     return maps if stage == "table" else 0
 
 
-def _has_record(folder: Path, name: str, key: str) -> bool:
-    "Whether a stage has left a record of these settings and these data; its files are not looked at."
-    try:
-        return read_json(folder / f"{name}.json").get("fingerprint") == key
-    except (FileNotFoundError, ValueError):
-        return False
-
-
 def run_bytes(
     run: Run,  # one category and seed
 ) -> int:
     "Room that the stages of a run, or a row of Table 4, need at most; those with a record of its settings not counted."
     evaluated = ("evaluate", evaluate_key(run))
     if run.made is not None:
-        done = _has_record(run.folder, *evaluated)
+        done = stage_record(run.folder, *evaluated)
         return 0 if done else stage_bytes("variant", run.preset, len(run.category.test))
     stages = {(f"generate-{level:02d}", generate_key(run, level)): "generate" for level in run.generator_levels}
     stages |= {(f"detect-{row.level:03d}", detect_key(run, row.level)): "detect" for row in run.levels}
     stages |= {evaluated: "table"}
-    left = [stage for stage_and_key, stage in stages.items() if not _has_record(run.folder, *stage_and_key)]
+    left = [stage for stage_and_key, stage in stages.items() if not stage_record(run.folder, *stage_and_key)]
     return sum(stage_bytes(stage, run.preset, len(run.category.test)) for stage in left)
 
 # %% ../../nbs/runs/04_check.ipynb #chkfree

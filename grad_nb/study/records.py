@@ -8,6 +8,7 @@ __all__ = ['RENAMED_SETTINGS', 'GONE', 'current_config', 'recorded_preset', 'cha
 # %% ../../nbs/study/00_records.ipynb #ecordsi
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -80,13 +81,14 @@ def _by_path(chosen: Preset) -> dict[str, Any]:
     return flat
 
 
-def _by_itself(name: str) -> list[Preset]:
-    "What a preset may become by itself: on either layout, for parts that lie anywhere, and at larger sizes."
+@cache
+def _by_itself(name: str) -> list[dict[str, Any]]:
+    "The settings that a preset may get by itself: on either layout, for parts that lie anywhere, and at larger sizes."
     chosen = [preset(name, layout) for layout in ("mvtec_ad", "mvtec_loco")]
     chosen += [anywhere(own) for own in chosen]
     for _ in range(2):
         chosen += [enlarged(own) for own in chosen]
-    return chosen
+    return [_by_path(own) for own in chosen]
 
 
 def changed_settings(
@@ -99,7 +101,7 @@ def changed_settings(
         return {}
     if recorded.name not in PRESETS:
         return {}
-    may = [_by_path(own) for own in _by_itself(recorded.name)]
+    may = _by_itself(recorded.name)
     return {path: value for path, value in _by_path(recorded).items() if all(value != own[path] for own in may)}
 
 # %% ../../nbs/study/00_records.ipynb #recbes2c

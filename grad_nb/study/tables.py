@@ -221,9 +221,9 @@ def _listed(values: pd.Series) -> str:
     return ", ".join(map(str, sorted(values.unique())))
 
 # %% ../../nbs/study/01_tables.ipynb #tabnote2
-def _changes_of(file: str, without: Sequence[str]) -> str:
+def _changes_of(result: Mapping[str, Any], without: Sequence[str]) -> str:
     "The settings of a result that its preset never has by itself, in words; empty if there are none."
-    changed = changed_settings(read_json(file)["config"])
+    changed = changed_settings(result["config"])
     return ", ".join(f"{path}={value}" for path, value in changed.items() if path not in without)
 
 
@@ -231,13 +231,14 @@ def _settings_notes(mine: pd.DataFrame) -> list[str]:
     "What was run with other settings than its preset has, and results whose stages were made again since."
     runs = mine[(mine.file != "") & ~mine.beside].drop_duplicates("file")
     several = runs.variant.nunique() > 1  # a table whose lines name the parts
-    changes = runs.file.map(lambda file: _changes_of(file, LOSS_PARTS if several else ()))
+    results = {file: read_json(file) for file in runs.file}
+    changes = runs.file.map(lambda file: _changes_of(results[file], LOSS_PARTS if several else ()))
     notes = []
     for words, part in runs.groupby(changes, sort=True):
         if words:
             notes.append(f"{_listed(part.category)}, seeds {_listed(part.seed)}: run with {words}")
     for file, category in zip(runs.file, runs.category):
-        if changed := changed_stages(Path(file).parent, read_json(file)):
+        if changed := changed_stages(Path(file).parent, results[file]):
             notes.append(f"{category}: {', '.join(changed)} changed since {file} was written; run its table again")
     return notes
 
