@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
+# %% ../nbs/15_grad.ipynb #gradimp2
 import grad_nb.inference.levels  # noqa: F401  offers the fast way to score batches
 from .accel.backends import choice
 from .config import LARGEST_SIDE, Augmentation, Level, Preset, from_dict, preset, to_dict, trained_levels
@@ -41,7 +42,16 @@ from .core.stages import run_stage, stage_done, stage_key
 from .core.tensors import checked_format, read_tensors, write_tensors
 from .datasets.compare import LOOKED_AT, large_enough, some_of, suited
 from .datasets.light import SIDE, Light, even_light, even_tiles, fit_light
-from .datasets.pictures import Input, Source, picture_keys, picture_pixels, picture_sources, source_name, whitest
+from grad_nb.datasets.pictures import (
+    Input,
+    Source,
+    picture_keys,
+    picture_pixels,
+    picture_sources,
+    source_name,
+    whitest,
+    without_copies,
+)
 from .datasets.readers import MIN_NORMALS, DataError, hold_out, resize_image
 from .detector import AnyDetector, load_detector, new_detector
 from .evaluation import MapStats, fuse, score_levels
@@ -941,7 +951,7 @@ class _Banking(_Training):
 
 # %% ../nbs/15_grad.ipynb #grdetail1
 def _suit_pictures(
-    model: _Fitted, sources: Iterable[Source], white: float | None, labels: Sequence[int] | None
+    model: _Fitted, sources: Iterable[Source], white: float | None, labels: np.ndarray | None
 ) -> Iterable[Source]:
     "A preset is suited to the pictures that are normal; of a stream, the first are looked at. The same sources."
     if model.preset_.generator.max_detail_lost == 1:
@@ -997,7 +1007,7 @@ class _Reading(_Banking, _Changing):
 
         Says what can be said before the training.
         """
-        sources = picture_sources(X)
+        sources, labels = (picture_sources(X), None) if y is None else _labelled(X, y)
         if self.tile_:
             sources = list(sources)  # they are read again, to be cut
         white = self.settings_["white"]
@@ -1006,7 +1016,6 @@ class _Reading(_Banking, _Changing):
         if white is not None:
             self.made_with_ = self.settings_ | {"white": white}
             log.info("pictures of more than 8 bits: white is %g", white)
-        labels = None if y is None else list(y)
         sources = _suit_pictures(self, sources, white, labels)
         broken: list[DataError] = []
         told = (self.progress, "reading pictures", lambda _, error: broken.append(error), white)
@@ -1090,13 +1099,25 @@ class _Holding(_Cutting):
 class _Learning(_Holding):
     "The work of `fit`, on a model that is not fitted yet."
 
+    def _hold_out(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        "Numbers of the pictures to train on and of those held out; a copy of another tells nothing and is left out."
+        share = held_out_share(len(pictures), self.validation, MIN_NORMALS)
+        train, held = hold_out(len(pictures), share, self.random_state)
+        keys = picture_keys(pictures, self.preset_.generator.size)
+        self.learnt_ = frozenset(keys[i] for i in train)
+        other = without_copies(keys, train, held)
+        if not len(other):
+            raise DataError(f"all {len(held)} held-out pictures are copies of others; give each picture once")
+        if len(other) < len(held):
+            log.warning("%d held-out pictures are copies of others, and are left out", len(held) - len(other))
+        return train, other
+
     def _learn(self, X: Input, y: Iterable[int] | None) -> None:
         self.made_with_ = _settings(self)
         self.asked_ = self.preset, self._asked, self.settings_["white"]
         device = pick_device(self.device)
         pictures, given, sources = self._normal_pictures(X, y)
-        share = held_out_share(len(pictures), self.validation, MIN_NORMALS)
-        train, held = hold_out(len(pictures), share, self.random_state)
+        train, held = self._hold_out(pictures)
         log.info("%d pictures to train on, %d held out, on %s", len(train), len(held), device)
         _say_rate(len(held), self.false_alarm_rate)
         if self.tile_:
@@ -1109,7 +1130,6 @@ class _Learning(_Holding):
             self.detectors_ = self._train(folder, normals, device)
             self.banks_ = self._keep_patches(folder, normals, given[numbers], device)
         self.n_pictures_ = (len(train), len(held))
-        self.learnt_ = frozenset(picture_keys((pictures[i] for i in train), config.size))
         self.versions_ = versions()
         scores, maps = self._judge_held(pictures, sources, held)
         rate = self.settings_["false_alarm_rate"]

@@ -216,6 +216,19 @@ def test_pictures_that_were_learnt_from_do_not_count(model, trays, tmp_path, cap
     assert calibration(GRAD.load(tmp_path / "m.grad", "cpu").set_params(progress=False).calibrate(files)).n == 20
 
 
+def test_a_held_out_copy_of_another_picture_says_nothing(trays, caplog):
+    files = np.array(sorted((trays / "train/good").iterdir()))
+    train, held = hold_out(20, 0.25, 0)
+    names = files.copy()
+    names[held[1:3]] = files[train[0]], files[held[0]]
+    calibrated = tiny().set_params(validation=0.25).fit(list(names))
+    assert calibrated.n_pictures_ == (15, 3) and calibration(calibrated).n == 3
+    assert "2 held-out pictures are copies of others, and are left out" in caplog.text
+    names[held] = files[train[0]]
+    with pytest.raises(DataError, match="all 5 held-out pictures are copies of others; give each picture once"):
+        tiny().set_params(validation=0.25).fit(list(names))
+
+
 def test_a_stream_longer_than_its_labels_is_read_to_the_first_picture_too_many(model, trays):
     picture = np.asarray(Image.open(next((trays / "test/good").glob("*.png"))))
     read = []
@@ -225,7 +238,7 @@ def test_a_stream_longer_than_its_labels_is_read_to_the_first_picture_too_many(m
             read.append(0)
             yield picture
 
-    for use in (copy_of(model).calibrate, model.evaluate):
+    for use in (copy_of(model).calibrate, model.evaluate, tiny().fit):
         read.clear()
         with pytest.raises(ValueError, match="more pictures than the 3 labels"):
             use(endless(), [0, 1, 0])

@@ -17,6 +17,7 @@ from scipy.ndimage import gaussian_filter, uniform_filter
 
 from ..config import EvalConfig
 from ..core.seeds import stage_seed
+from ..datasets.pictures import picture_keys, without_copies
 from ..datasets.readers import DataError, hold_out
 from ..detector import AnyDetector
 from ..evaluation import MapStats, fuse, image_auroc, score_maps
@@ -52,8 +53,7 @@ def selection_split(
     `DataError` if too few are left.
     """
     train, held = hold_out(len(pictures), config.share, stage_seed(seed, "selection"))
-    known = {pictures[i].tobytes() for i in train}
-    held = np.array([i for i in held if pictures[i].tobytes() not in known], int)
+    held = without_copies(picture_keys(pictures, pictures.shape[1]), train, held)
     if len(held) < 2:
         problem = f"{len(pictures)} normal pictures leave {len(held)} to select by, and 2 are needed"
         raise DataError(f"{problem}; give more pictures, or a larger share")
