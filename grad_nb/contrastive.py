@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'START_TOGETHER', 'CPU_BATCH', 'TOLD_AT_A_GLANCE', 'WAIT', 'stratified_times', 'denoising_losses',
            'denoising_loss', 'draw_pictures', 'loss_gradients', 'train_patchdiff', 'train_shared', 'DrawnPictures',
-           'draw_from_real', 'generate', 'told_apart', 'beginning', 'drop_checkpoints', 'make_contrastive',
-           'read_changes', 'noise_pictures']
+           'draw_from_real', 'is_grey', 'without_colour', 'generate', 'told_apart', 'beginning', 'drop_checkpoints',
+           'make_contrastive', 'read_changes', 'noise_pictures']
 
 # %% ../nbs/05_contrastive.ipynb #astivei
 import logging
@@ -274,6 +274,20 @@ def _outside(x_0: Tensor, config: GeneratorConfig, generator: torch.Generator) -
 
     return keep
 
+# %% ../nbs/05_contrastive.ipynb #contgry2
+def is_grey(
+    pictures: np.ndarray,  # (N, H, W, 3) uint8
+) -> bool:
+    "Whether no pixel has a colour: all three channels are the same."
+    return bool((pictures[..., 1:] == pictures[..., :1]).all())
+
+
+def without_colour(
+    x_0: Tensor,  # (B, 3, H, W)
+) -> Tensor:  # (B, 3, H, W) with three equal channels
+    "The mean of the channels in the place of each (our choice)."
+    return x_0.mean(1, keepdim=True).expand_as(x_0)
+
 # %% ../nbs/05_contrastive.ipynb #contstc2
 CPU_BATCH = 32  # pictures that a CPU draws together, at most: it does not say when its memory is full (our choice)
 
@@ -283,17 +297,21 @@ def _way_to_draw(
     config: GeneratorConfig,  # size, times, start
     generator: torch.Generator,  # source of randomness
     normals: Tensor | None,  # (N, size, size, 3) uint8 real pictures to start from; None = from noise
+    grey: bool,  # whether they are drawn without colour
 ) -> Callable[[int], np.ndarray]:  # n → (n, size, size, 3) uint8, or 4 channels: the last is the change
     "How the pictures of a set are drawn: from noise, or from real pictures."
     times = timesteps(config.T, config.sample_steps, config.spacing)
     alpha_bar = alpha_bars(config.T).tolist()
 
+    def finish(x_0: Tensor) -> np.ndarray:
+        return to_bytes(without_colour(x_0) if grey else x_0)
+
     def from_noise(n: int) -> np.ndarray:
-        return to_bytes(sample(model, n, config.size, alpha_bar, generator, times))
+        return finish(sample(model, n, config.size, alpha_bar, generator, times))
 
     def from_real(n: int) -> np.ndarray:
         assert normals is not None
-        drawn, real = map(to_bytes, draw_from_real(model, normals, n, config, generator))
+        drawn, real = map(finish, draw_from_real(model, normals, n, config, generator))
         change = np.abs(drawn.astype(np.int16) - real).max(-1, keepdims=True)
         return np.concatenate([drawn, change.astype(np.uint8)], -1)
 
@@ -308,6 +326,7 @@ def generate(
     progress: bool = True,  # show a progress bar
     checkpoint: str | Path | None = None,  # file to save the pictures in once a minute and to resume from
     normals: np.ndarray | None = None,  # (N, size, size, 3) uint8 real pictures to start from, where config.start < 1
+    grey: bool = False,  # whether the normal pictures are without colour, so that those drawn are too
 ) -> np.ndarray:  # (n_samples, size, size, 3) uint8; 4 channels where config.start < 1
     """The contrastive set of one level (Algorithm 2, or fewer of its steps); resumes from `checkpoint`.
 
@@ -317,14 +336,14 @@ def generate(
     if config.start < 1 and normals is None:
         raise ValueError(f"start={config.start} begins with real pictures; give normals")
     weights = tensors_sha256({name: w.cpu() for name, w in model.state_dict().items()})
-    key = stage_key("generate", "sample", to_dict(config), seed, device_kind(device), weights)
+    key = stage_key("generate", "sample", to_dict(config), seed, device_kind(device), weights, grey)
     real = None
     if config.start < 1 and normals is not None:
         key = stage_key("generate", "sample", key, array_sha256(normals))
         real = torch.from_numpy(np.ascontiguousarray(normals)).to(device)
     generator = stage_generator(seed, f"patchdiff-sample-{model.level}", device)
     eps_theta = ops.for_sampling(ops.place(model.eval(), device), config.bf16)
-    draw = _way_to_draw(eps_theta, config, generator, real)
+    draw = _way_to_draw(eps_theta, config, generator, real, grey)
     drawn = DrawnPictures(config.n_samples, config.size, 3 if real is None else 4)
     micro_batches = ops.MicroBatches(config.sample_batch, device, on_cpu=CPU_BATCH)
 
@@ -444,7 +463,7 @@ def make_contrastive(
     Its checkpoints stay until the caller has written everything else, see `drop_checkpoints`.
     """
     if not level:
-        return _make_noise(folder, config, seed)
+        return _make_noise(folder, config, seed, is_grey(normals))
     tag = f"{level:02d}"
     files = [f"generator-{tag}.safetensors", f"contrastive/level-{tag}.npy", f"history/generate-{tag}.csv"]
     trained, drawn = _checkpoints(folder, level)
@@ -455,7 +474,8 @@ def make_contrastive(
     else:
         model, history = train_patchdiff(normals, level, config, seed, device, trained, progress)
     middle = time.perf_counter()
-    pictures = generate(model, config, seed, device, progress, drawn, normals if config.start < 1 else None)
+    real = normals if config.start < 1 else None
+    pictures = generate(model, config, seed, device, progress, drawn, real, is_grey(normals))
     save_patchdiff(folder / files[0], model)
     change = f"contrastive/change-{tag}.npy"
     (folder / change).unlink(missing_ok=True)
@@ -484,19 +504,22 @@ def noise_pictures(
     n: int,  # how many
     size: int,  # their side, pixels
     seed: int = 0,  # of the run
+    grey: bool = False,  # whether the normal pictures are without colour, so that the noise is too
 ) -> np.ndarray:  # (n, size, size, 3) uint8
     """The contrastive set of level 0: every pixel of every picture has a colour of its own, independent of all others.
 
-    That all colours are equally likely is our choice.
+    That all colours, or all greys, are equally likely is our choice.
     """
     generator = stage_generator(seed, "patchdiff-sample-0")
-    return torch.randint(256, (n, size, size, 3), generator=generator, dtype=torch.uint8).numpy()
+    channels = 1 if grey else 3
+    noise = torch.randint(256, (n, size, size, channels), generator=generator, dtype=torch.uint8).numpy()
+    return np.repeat(noise, 3 // channels, -1)
 
 
-def _make_noise(folder: Path, config: GeneratorConfig, seed: int) -> tuple[dict, list[str]]:
+def _make_noise(folder: Path, config: GeneratorConfig, seed: int, grey: bool) -> tuple[dict, list[str]]:
     "The work of a generate stage of level 0: pictures and an empty history, and no generator."
     start = time.perf_counter()
     files = ["contrastive/level-00.npy", "history/generate-00.csv"]
-    write_array(folder / files[0], noise_pictures(config.n_samples, config.size, seed))
+    write_array(folder / files[0], noise_pictures(config.n_samples, config.size, seed, grey))
     write_table(folder / files[1], pd.DataFrame({"loss": np.empty(0)}))
     return {"level": 0, "parts": {"train": 0.0, "sample": round(time.perf_counter() - start, 2)}}, files

@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from grad_nb.config import Level, override, preset
+from grad_nb.contrastive import is_grey
 from grad_nb.datasets.keys import KINDS, draw_key
 from grad_nb.datasets.light import DARKEST_AND_BRIGHTEST, LIGHT_ORDERS, SPREAD, Light, even_light, fit_light
+from grad_nb.datasets.readers import load_images
 from grad_nb.datasets.trays import draw_tray
 from grad_nb.detector import Detector
 from grad_nb.evaluation import MapStats
@@ -65,6 +68,15 @@ def test_a_defect_stays_what_it_is(kind):
         before, after = (np.abs(p[0].astype(float) - p[1]).max(-1) for p in (pair, even_light(pair, light)))
         assert np.abs(after - before)[before == 0].max() <= 3  # elsewhere nothing appears
         assert after.max() > 0.8 * before.max()
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_grey_pictures_stay_grey(tmp_path, order):
+    grey = keys(12)[..., 0]
+    for k, picture in enumerate(grey):
+        Image.fromarray(picture).save(tmp_path / f"{k:02d}.png")  # one channel
+    read = load_images(sorted(tmp_path.glob("*.png")), 48, progress=False)
+    assert is_grey(read) and is_grey(even_light(read, fit_light(read, order)))
 
 
 def test_overexposed_places_stay_so_and_do_not_pull():

@@ -51,7 +51,7 @@ def stage_done(
 
 # %% ../../nbs/core/07_stages.ipynb #stagkey2
 # kind of stage → number that is raised whenever its code gives something else for the same settings
-STAGE_FORMATS: Mapping[str, int] = MappingProxyType({"generate": 1, "detect": 1, "student": 1, "evaluate": 2})
+STAGE_FORMATS: Mapping[str, int] = MappingProxyType({"generate": 2, "detect": 1, "student": 1, "evaluate": 2})
 
 
 def stage_key(

@@ -8,7 +8,7 @@ import torch
 
 from grad_nb.beyond import blob_masks
 from grad_nb.config import Augmentation, DetectorConfig, GeneratorConfig, preset
-from grad_nb.contrastive import beginning, draw_from_real, generate, make_contrastive, read_changes
+from grad_nb.contrastive import beginning, draw_from_real, generate, is_grey, make_contrastive, read_changes
 from grad_nb.core.files import read_array
 from grad_nb.datasets.compare import PLACE_OF, position_auroc
 from grad_nb.patchdiff import new_patchdiff
@@ -61,6 +61,34 @@ def test_a_set_keeps_how_far_it_is_from_real_pictures(tmp_path):
 def test_changes_are_read_from_files_without_a_warning(tmp_path, recwarn):
     make_contrastive(tmp_path, pictures(5), 5, TINY, progress=False)
     assert change_sums(read_changes(tmp_path, [5])[0], 34).shape == (6, 35, 35) and not recwarn.list
+
+
+@pytest.mark.parametrize("level", (0, 3, 5))
+@pytest.mark.parametrize("start", (0.4, 1.0))
+@pytest.mark.parametrize("shared", (False, True))
+def test_pictures_without_colour_are_drawn_without_colour(tmp_path, level, start, shared):
+    config = replace(TINY, start=start, start_to=max(start, 0.7), redraw=0.3 if start < 1 else 1.0, shared=shared)
+    normals = pictures(5)
+    for name, real in (("grey", normals[..., :1].repeat(3, -1)), ("coloured", normals)):
+        _, files = make_contrastive(tmp_path / name, real, level, config, progress=False, levels=[3, 5])
+        made = read_array(tmp_path / name / files[int(level > 0)])
+        assert made.shape == (6, 16, 16, 3) and is_grey(made) == (name == "grey") and made.std() > 5
+
+
+def test_one_pixel_of_colour_is_colour():
+    grey = pictures(2)[..., :1].repeat(3, -1)
+    assert is_grey(grey)
+    for channel in range(3):
+        other = grey.copy()
+        other[1, 5, 7, channel] ^= 1
+        assert not is_grey(other)
+
+
+def test_real_pixels_of_a_grey_picture_stay_what_they_are(tmp_path):
+    normals = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, -1)
+    _, files = make_contrastive(tmp_path, normals, 5, TINY, progress=False)
+    made, (change,) = read_array(tmp_path / files[1]), read_changes(tmp_path, [5])
+    assert np.array_equal(np.abs(made.astype(int) - normals).max(-1), change) and 0.5 < (change == 0).mean() < 1
 
 
 def test_a_set_is_drawn_again_the_same():
