@@ -16,6 +16,7 @@ import torch
 from scipy.ndimage import gaussian_filter, uniform_filter
 
 from ..config import EvalConfig
+from ..contrastive import is_grey
 from ..core.seeds import stage_seed
 from ..datasets.pictures import picture_keys, without_copies
 from ..datasets.readers import DataError, hold_out
@@ -214,10 +215,13 @@ def _visible_change(
     kind: str,  # one of `PSEUDO`
     config: SelectionConfig,  # what counts as changed, and how often it is tried
     rng: np.random.Generator,  # chooses everything
+    grey: bool,  # whether it is drawn without colour
 ) -> tuple[np.ndarray, np.ndarray]:  # (H, W, 3) uint8 and its mask (H, W) bool
     "A pseudo-anomaly that is seen. `ValueError` if none of all tries is."
     for _ in range(config.tries):
         made = PSEUDO[kind](source, normals[rng.integers(len(normals))], rng)
+        if grey:
+            made = np.rint(made.mean(-1, keepdims=True)).astype(np.uint8).repeat(3, -1)
         mask = changed(source, made, config.visible)
         if mask.mean() >= config.smallest and mask.any():
             return made, mask
@@ -239,7 +243,8 @@ def pseudo_anomalies(
         raise ValueError(f"no pseudo-anomaly {kind!r}; there are {', '.join(PSEUDO)}")
     rng = np.random.default_rng(stage_seed(seed, f"pseudo-{kind}"))
     sources = np.arange(config.per_kind) % len(normals)
-    drawn = [_visible_change(normals[i], normals, kind, config, rng) for i in sources]
+    grey = is_grey(normals)  # a camera without colours shows no anomaly in colour
+    drawn = [_visible_change(normals[i], normals, kind, config, rng, grey) for i in sources]
     return Pseudo(np.stack([made for made, _ in drawn]), np.stack([mask for _, mask in drawn]), sources)
 
 # %% ../../nbs/study/07_selection.ipynb #sel00025

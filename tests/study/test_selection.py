@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import uniform_filter
 
+from grad_nb.contrastive import is_grey
 from grad_nb.datasets.readers import DataError
 from grad_nb.datasets.trays import draw_tray
 from grad_nb.detector import Detector
@@ -77,10 +78,12 @@ def test_impossible_settings_are_refused(wrong):
 
 @pytest.mark.parametrize("kind", PSEUDO)
 @pytest.mark.parametrize("side", [(34, 34), (64, 64), (48, 80)])
-def test_masks_mark_what_has_changed_and_nothing_else(kind, side):
+@pytest.mark.parametrize("channels", [1, 3])
+def test_masks_mark_what_has_changed_and_nothing_else(kind, side, channels):
     rng = np.random.default_rng(3)
-    normals = rng.integers(60, 200, (5, *side, 3)).astype(np.uint8)
+    normals = rng.integers(60, 200, (5, *side, channels)).astype(np.uint8).repeat(3 // channels, -1)
     made = pseudo_anomalies(normals, kind, 0, FEW)
+    assert is_grey(made.pictures) == (channels == 1), "a grey camera shows no colour"
     assert made.pictures.shape == (5, *side, 3) and made.pictures.dtype == np.uint8 and made.masks.dtype == bool
     for picture, mask, i in zip(made.pictures, made.masks, made.sources):
         before = normals[i]
