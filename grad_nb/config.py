@@ -508,9 +508,11 @@ _FAST_ANYWHERE = {
     "generator.start_below": PLACED,
     "generator.redraw": 0.3,
     "generator.blobs": 6,
-    "detector.steps": 12_000,
+    "detector.steps": 2000,
+    "detector.lr": 3e-3,
+    "detector.optimizer": "muon",
     "detector.min_position": PLACED,
-    "detector.tries": 4,
+    "detector.tries": 16,
     "levels_ad": TABLE_7["mvtec_loco"],
 }
 ANYWHERE = MappingProxyType({"fast": MappingProxyType(_FAST_ANYWHERE)})  # what it changes for parts that lie anywhere
