@@ -52,6 +52,32 @@ def test_a_signal_ends_a_command_and_leaves_nothing(tmp_path, number):
     assert list(tmp_path.iterdir()) == []
 
 
+PHASE = """
+import signal, threading
+from types import SimpleNamespace
+from grad_nb.runs import driver
+from grad_nb.use.errors import plain_errors
+def notebook(task, folder, values, threads, line, stop, *_):
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+    stop.wait(60)
+    return 0.0
+driver.run_notebook = notebook
+@plain_errors
+def work():
+    print("ready", flush=True)
+    driver.run_phase([SimpleNamespace(name="a", threads=1)], SimpleNamespace(device="cpu", folder=None), {})
+work()
+"""
+
+
+@posix
+def test_a_signal_that_reaches_another_thread_ends_a_phase():
+    "After a pause, as of a suspended job, the kernel gives a signal to whichever thread wakes first."
+    process = started(PHASE)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM and err == "work: stopped\n"
+
+
 @posix
 def test_what_nohup_ignores_stays_ignored_and_handlers_come_back():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -280,12 +280,15 @@ def run_phase(
     pool = ThreadPoolExecutor(side_by_side)
     stop = threading.Event()
     jobs = {}
-    for i, task in enumerate(tasks):
-        job = pool.submit(run_notebook, task, run.folder, values, task.threads, i % side_by_side, stop, (), plan)
-        jobs[job] = task.name
     try:
-        for job in as_completed(jobs):
-            tqdm.write(f"{jobs[job]}: {job.result():.0f} s")
+        for i, task in enumerate(tasks):
+            job = pool.submit(run_notebook, task, run.folder, values, task.threads, i % side_by_side, stop, (), plan)
+            jobs[job] = task.name
+        pending = set(jobs)
+        while pending:  # a signal may reach another thread, and this one has to be awake to obey it
+            done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+            for job in done:
+                tqdm.write(f"{jobs[job]}: {job.result():.0f} s")
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
