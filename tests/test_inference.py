@@ -2,6 +2,8 @@
 
 import copy
 import ctypes
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -345,6 +347,16 @@ def test_an_unknown_way_is_an_error_before_any_work(monkeypatch, tmp_path):
             work()
 
 
+@pytest.fixture(scope="module")
+def hasty(tmp_path_factory):
+    "A folder for compiled loops that is kept for all wrong ones, with a compiler that hardly optimises."
+    folder = tmp_path_factory.mktemp("hasty")
+    compiler = folder / "cc"
+    compiler.write_text(f'#!/bin/sh\nexec {shutil.which(os.environ.get("CC") or "cc")} "$@" -O1\n')
+    compiler.chmod(0o700)
+    return folder
+
+
 WRONG = [
     ("PAIRS", "#include <immintrin.h>", "#error no"),
     ("SPLIT", "12582912.0f", "12582913.0f"),
@@ -369,10 +381,11 @@ WRONG = [
         "where scales are",
     ],
 )
-def test_loops_that_are_wrong_are_not_used(monkeypatch, caplog, tmp_path, fresh, name, right, wrong):
+def test_loops_that_are_wrong_are_not_used(monkeypatch, caplog, hasty, fresh, name, right, wrong):
     compiled_for("int16")
     monkeypatch.setenv("GRAD_NB_ACCEL", "int16")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(hasty))
+    monkeypatch.setenv("CC", str(hasty / "cc"))
     assert getattr(loops, name).count(right) == 1
     monkeypatch.setattr(loops, name, getattr(loops, name).replace(right, wrong))
     with caplog.at_level("INFO"):
@@ -554,8 +567,9 @@ def test_the_rule_takes_the_shape_and_the_way():
     assert all(best_tile(side, r) in (0, 2, 4, 6) for side in range(1, 80) for r in (2, 3))
 
 
-def test_a_compiler_that_lies_is_not_believed(monkeypatch, tmp_path, fresh):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_a_compiler_that_lies_is_not_believed(monkeypatch, hasty, fresh):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(hasty))
+    monkeypatch.setenv("CC", str(hasty / "cc"))
     real = loops._c_sum
     monkeypatch.setattr(loops, "_c_sum", lambda row, names: real([2 * v for v in row], names))
     assert scorer_loops() is None
