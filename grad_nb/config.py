@@ -77,7 +77,7 @@ class GeneratorConfig:
     start_below: float = 1.0  # of `position_auroc`: parts of a known place begin with noise (our choice)
     redraw: float = 1.0  # share of a real picture that is drawn anew, in blobs; with start < 1 (our choice)
     blobs: int = 8  # blobs along a side (our choice)
-    max_detail_lost: float = 1.0  # at `size`; above it pictures are seen twice as large; 1 = none are looked at (ours)
+    max_detail_lost: float = 1.0  # at `size`; above it pictures are two or four times as large; 1 = not asked (ours)
     shared: bool = False  # one stem, way down and bottleneck for all levels, trained once (our choice)
 
     def __post_init__(self) -> None:
@@ -128,7 +128,7 @@ class DetectorConfig:
     # what it leaves open: readings of it
     init: str = "he"  # He's initialisation, or "torch", its default, which starts on a plateau (our choice)
     warm_up: float = 0.3  # share of the steps until the peak of the rate (our choice: torch's default)
-    weight_decay: float = 1e-4  # of AdamW (our choice: as for PatchDiff)
+    weight_decay: float = 1e-4  # of the optimiser (our choice: as for PatchDiff)
     beta_density: float = 1.0  # sharpness of the density kernel, Eq. 1 and 2 (our choice)
     wrong_coordinates: bool = True  # the second kind of negatives; off for textures without position (our choice)
     alpha_1: float = 1.0  # weight of the feature loss, Eq. 7; 0 = off (our choice)

@@ -45,6 +45,7 @@ from .datasets.light import SIDE, Light, even_light, even_tiles, fit_light
 from grad_nb.datasets.pictures import (
     Input,
     Source,
+    of_known_white,
     picture_keys,
     picture_pixels,
     picture_sources,
@@ -1012,7 +1013,9 @@ class _Reading(_Banking, _Changing):
             sources = list(sources)  # they are read again, to be cut
         white = self.settings_["white"]
         if white is None and isinstance(sources, Sized):
-            white = whitest(sources)
+            white = whitest(sources if labels is None else _normal_of(sources, labels))
+        elif white is None:
+            sources = of_known_white(sources)
         if white is not None:
             self.made_with_ = self.settings_ | {"white": white}
             log.info("pictures of more than 8 bits: white is %g", white)
@@ -1572,7 +1575,7 @@ class GRAD(_Fitting, _Changing, _Evaluating, _Predicting, _Explaining, _Keeping)
     `offset_`, exist after `fit`.
 
     With `fast` and `paper` a `layout` of "mvtec_loco" trains three detectors at decreasing resolution, which also find
-    logical anomalies.
+    logical anomalies. `fast` does so too where the training pictures say that the part may lie anywhere.
 
     Pictures are a folder, files, encoded bytes, arrays (H, W, 3) of uint8, tensors or pictures of Pillow, also grey or
     with transparency. Arrays are RGB; OpenCV's are BGR: `cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)`.

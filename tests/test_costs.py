@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from grad_nb.core.tensors import read_tensors, write_tensors
-from grad_nb.datasets.readers import MAX_PIXELS, DataError, UnavailableError, max_pixels, read_image
+from grad_nb.datasets.pictures import picture_pixels
+from grad_nb.datasets.readers import MAX_PIXELS, DataError, UnavailableError, max_pixels, read_image, upright_shape
 from grad_nb.datasets.unpack import MAX_TAR_HEADER, unpack
 
 quickly = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -48,8 +49,17 @@ def test_a_picture_is_refused_by_its_head(tmp_path, width, height, depth):
     path.write_bytes(png(width, height, depth))
     with pytest.raises(DataError, match="a.png") as said:
         read_image(path, 64)
-    if MAX_PIXELS < width * height < 89_000_000:  # Pillow has a limit of its own beyond that
+    if MAX_PIXELS < width * height:  # also where Pillow has a limit of its own
         assert "GRAD_NB_MAX_PIXELS" in str(said.value)
+
+
+def test_a_larger_limit_than_that_of_pillow_counts(tmp_path, monkeypatch, recwarn):
+    before = Image.MAX_IMAGE_PIXELS
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.new("RGB", (50, 40), (9, 9, 9)).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png").shape == (40, 50, 3) and upright_shape(tmp_path / "a.png") == (40, 50)
+    assert picture_pixels((tmp_path / "a.png").read_bytes()).shape == (40, 50, 3) and not recwarn.list
+    assert Image.MAX_IMAGE_PIXELS == 100 < before
 
 
 def test_the_limit_of_pixels_is_a_setting(tmp_path, monkeypatch):

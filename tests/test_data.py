@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from grad_nb.core.files import write_json
-from grad_nb.datasets.pictures import picture_pixels, whitest
+from grad_nb.datasets.pictures import of_known_white, picture_pixels, picture_sources, whitest
 from grad_nb.datasets.readers import (
     OFFICIAL,
     Category,
     DataError,
     Defect,
     Sample,
+    _head,
     category_folders,
     check_category,
     data_sha256,
@@ -181,8 +182,11 @@ def test_exif_orientation(tmp_path, orientation):
         7: x[::-1, ::-1].transpose(1, 0, 2),
         8: np.rot90(x, 1),
     }[orientation]
-    got = read_image(save(x, tmp_path / "a.png", exif=exif))
-    assert got.shape == upright.shape and (got == upright).all()
+    for name in ("a.png", "a.tiff"):
+        file = save(x, tmp_path / name, exif=exif)
+        got = read_image(file)
+        assert got.shape == upright.shape and (got == upright).all()
+        assert upright_shape(file) == upright.shape[:2] == _head(file)[0][::-1]
 
 
 def test_float_says_convert(tmp_path):
@@ -277,7 +281,7 @@ def test_decompression_bomb(tmp_path):
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
     )
     message = refused(read_image, tmp_path / "bomb.png")
-    assert "bomb.png" in message and "too large" in message
+    assert "bomb.png has 60000x60000 pixels" in message and "GRAD_NB_MAX_PIXELS" in message
 
 
 def test_unreadable_file_and_folder(tmp_path, monkeypatch):
@@ -1217,9 +1221,32 @@ def test_colours_of_sixteen_bits_are_read_as_such_or_refused(tmp_path, caplog):
     read_image(dark)
     assert "say which is white" in caplog.text
     assert find_white([dark]) == 4095
-    for source in (dark, dark.read_bytes(), Image.open(dark)):
+    opened = Image.open(dark)
+    for source in (dark, dark.read_bytes(), opened, opened):
         said = refused(picture_pixels, source, 4095.0)
         assert "has colours of 16 bits" in said and "scale the pictures to 8 bits" in said
+    assert whitest([opened]) == 4095, "a picture that is decoded is known for what it was"
+
+
+def test_pictures_come_in_any_collection_or_stream(tmp_path):
+    from collections import deque
+
+    import pandas as pd
+    from tqdm import tqdm
+
+    files = [str(save(noise(), tmp_path / f"{i}.png")) for i in range(3)]
+    for many in (files, tuple(files), deque(files), np.array(files), pd.Series(files), dict.fromkeys(files).keys()):
+        sources = picture_sources(many)
+        assert len(sources) == 3 and [*sources] == [*sources] == files
+    for stream in (iter(files), tqdm(iter(files), disable=True), tqdm(iter(files), total=3, disable=True)):
+        assert list(picture_sources(stream)) == files
+    for wrong, said in (
+        (np.array("parts"), "holds no pictures"),
+        (io.BytesIO(Path(files[0]).read_bytes()), "not a BytesIO; give what is in it"),
+        (" ", "is empty; give a folder"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            picture_sources(wrong)
 
 
 def test_white_is_found_in_pictures_that_are_no_files(tmp_path):
@@ -1228,6 +1255,9 @@ def test_white_is_found_in_pictures_that_are_no_files(tmp_path):
     for source in (file, str(file), file.read_bytes(), Image.open(file), x):
         assert whitest([source]) == 4095
         assert picture_pixels(source, 4095.0).max() >= 254
+        with pytest.raises(ValueError, match="white is not found in a stream; say which value it is"):
+            list(of_known_white(iter([noise(), source])))
+    assert len(list(of_known_white(iter([noise(), b"no picture"])))) == 2
     assert whitest([noise(), b"no picture", torch.zeros(3, 40, 40)]) is None
 
 

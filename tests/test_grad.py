@@ -20,7 +20,7 @@ from grad_nb.config import override, preset
 from grad_nb.core import stages
 from grad_nb.core.files import read_json
 from grad_nb.core.tensors import checked_format, read_tensors
-from grad_nb.datasets.readers import DataError, hold_out
+from grad_nb.datasets.readers import DataError, hold_out, picture_files, read_image
 from grad_nb.datasets.trays import make_trays
 from grad_nb.detector import load_detector
 from grad_nb.grad import GRAD, _preset_of, calibration, colour_limits
@@ -575,6 +575,26 @@ def test_representations_are_short_and_an_explanation_draws_itself(model, trays)
         assert len(repr(one)) < 200, repr(one)
     assert f"pictures={len(found.scores)}" in repr(found) and why.plot().axes
     assert all(f"{name} : " in GRAD.__doc__ for name in model.get_params()) and "COLOR_BGR2RGB" in GRAD.__doc__
+
+
+def test_threads_fit_the_same_model(trays):
+    from concurrent.futures import ThreadPoolExecutor
+
+    pictures = np.stack([read_image(file) for file in picture_files(trays / "train/good")])
+    before = torch.default_generator.get_state()
+
+    def score(_):
+        return tiny().fit(pictures).score_samples(pictures[:2]).tolist()
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(score, range(3))) == [score(0)] * 3
+    assert torch.equal(torch.default_generator.get_state(), before)
+
+
+def test_what_is_left_out_does_not_set_the_white(trays):
+    deep = [read_image(file)[..., 0].astype(np.uint16) * 4 for file in picture_files(trays / "train/good")]
+    glare = [np.full_like(deep[0], 4095)]
+    assert tiny().fit(deep + glare, [0] * len(deep) + [1]).white_ == tiny().fit(deep).white_ == 1023
 
 
 def test_a_camera_of_twelve_bits_has_one_white_in_model_file_and_verdicts(trays, tmp_path):

@@ -315,10 +315,10 @@ def write_json(
     path: str | Path,  # the file
     data: Any,  # dicts, lists, numbers, text; NumPy scalars and paths are converted
 ) -> None:
-    "Write JSON atomically, with sorted keys, so that equal data give equal bytes."
+    "Write JSON atomically, with sorted keys, so that equal data give equal bytes; what UTF-8 cannot say as \\udc00."
     text = json.dumps(_plain(data), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def read_json(

@@ -185,7 +185,7 @@ def one_cycle(
     weight_decay: float = 1e-4,  # of the optimiser
     optimiser: Callable[..., torch.optim.Optimizer] = ADAMW,  # or another one
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW and the one-cycle schedule (appendix): up from lr / 25 for `warm_up` of the steps, down to lr / 250,000.
+    """An optimiser and its one-cycle rate (appendix): up from lr / 25 for `warm_up` of the steps, down to lr / 250,000.
 
     The schedule turns the momentum the other way: from 0.95 to 0.85 at the peak, and back.
     """

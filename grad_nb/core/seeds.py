@@ -7,6 +7,7 @@ __all__ = ['stage_seed', 'seeded_weights', 'stage_generator']
 
 # %% ../../nbs/core/03_seeds.ipynb #re_seeds_i
 import hashlib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,6 +22,9 @@ def stage_seed(
     return int.from_bytes(hashlib.sha256(f"{seed}/{stage}".encode()).digest()[:8], "little") >> 1
 
 
+_GLOBAL = threading.RLock()  # held by whoever has seeded torch's global generator
+
+
 @contextmanager
 def seeded_weights(
     seed: int,  # the run's seed
@@ -28,14 +32,15 @@ def seeded_weights(
 ) -> Iterator[None]:
     """Inside the `with`, fresh layers on the CPU get weights of their own seed.
 
-    Afterwards torch's global generator is as it was.
+    Afterwards torch's global generator is as it was. Threads wait for each other, for they all share it.
     """
-    before = torch.default_generator.get_state()
-    torch.default_generator.manual_seed(stage_seed(seed, stage))
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(before)
+    with _GLOBAL:
+        before = torch.default_generator.get_state()
+        torch.default_generator.manual_seed(stage_seed(seed, stage))
+        try:
+            yield
+        finally:
+            torch.default_generator.set_state(before)
 
 
 def stage_generator(

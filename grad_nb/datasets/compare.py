@@ -108,7 +108,7 @@ def position_auroc(
 
 # %% ../../nbs/datasets/06_compare.ipynb #cmpc0005
 COARSE = 16  # cells a side: what they do not show is called detail (our choice)
-LOOKED_AT = 32  # training pictures whose detail is measured (our choice)
+LOOKED_AT = 32  # training pictures whose places and detail are measured (our choice)
 ItemT = TypeVar("ItemT")
 
 
@@ -130,7 +130,7 @@ def detail_lost(
 def some_of(
     items: Sequence[ItemT] | np.ndarray,  # files, samples or pictures
 ) -> list[ItemT]:  # at most `LOOKED_AT`, evenly from all of them
-    "A few items, to look at the detail of."
+    "A few items, to look at before a training."
     return [items[i * len(items) // LOOKED_AT] for i in range(LOOKED_AT)] if len(items) > LOOKED_AT else list(items)
 
 

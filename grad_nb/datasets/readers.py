@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['log', 'IMAGE_SUFFIXES', 'OTHER_SUFFIXES', 'NORMAL_NAMES', 'MIN_SIDE', 'MIN_NORMALS', 'PICTURE_FORMATS', 'MAX_PIXELS',
            'BITS', 'DEEP_COLOUR', 'OVERSHOOT', 'MOST_ENTRIES', 'HALF_DOWN', 'LABELS', 'OFFICIAL', 'PNG_TAIL',
-           'DataError', 'UnavailableError', 'max_pixels', 'has_deep_colour', 'upright', 'find_white', 'read_image',
-           'picture_array', 'resize_image', 'upright_shape', 'Sample', 'Defect', 'Category', 'picture_files',
-           'passed_over', 'no_pictures', 'mask_files', 'read_category', 'hold_out', 'load_images', 'resized',
-           'resize_pictures', 'shrink_mask', 'load_mask', 'load_masks', 'load_defects', 'manifest', 'data_sha256',
-           'Doubt', 'check_category', 'Official', 'Survey', 'namesakes', 'survey', 'category_folders']
+           'DataError', 'UnavailableError', 'max_pixels', 'open_head', 'has_deep_colour', 'upright', 'find_white',
+           'read_image', 'picture_array', 'resize_image', 'upright_shape', 'Sample', 'Defect', 'Category',
+           'picture_files', 'passed_over', 'no_pictures', 'mask_files', 'read_category', 'hold_out', 'load_images',
+           'resized', 'resize_pictures', 'shrink_mask', 'load_mask', 'load_masks', 'load_defects', 'manifest',
+           'data_sha256', 'Doubt', 'check_category', 'Official', 'Survey', 'namesakes', 'survey', 'category_folders']
 
 # %% ../../nbs/datasets/01_readers.ipynb #84b4b173
 import errno
@@ -18,12 +18,14 @@ import json
 import logging
 import os
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
+from typing import IO
 
 import numpy as np
 import torch
@@ -90,6 +92,22 @@ def _whole(value: object) -> int:
     "A number of a TIFF's head; 0 for anything else."
     return value if isinstance(value, int) else 0
 
+# %% ../../nbs/datasets/01_readers.ipynb #rdhead01
+_LIMIT = threading.Lock()  # held by whoever has lifted Pillow's own limit
+
+
+def open_head(
+    file: str | Path | IO[bytes],  # of a picture
+) -> Image.Image:  # of which only the head is read
+    "A picture of a known format. Pillow's own limit of pixels is lifted meanwhile: that of `max_pixels` counts."
+    with _LIMIT:
+        before = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = None
+        try:
+            return Image.open(file, formats=PICTURE_FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
 # %% ../../nbs/datasets/01_readers.ipynb #tellpage
 @lru_cache(maxsize=4096)
 def _tell_pages(path: Path, pages: int | str) -> None:
@@ -116,7 +134,7 @@ def _open(path: str | Path) -> Image.Image:
             raise DataError(f"{path} is a folder or a device, not a picture; leave it out")
         if not path.stat().st_size:
             raise DataError(f"{path} is empty (0 bytes); copy it again or leave it out")
-        with Image.open(path, formats=PICTURE_FORMATS) as im:
+        with open_head(path) as im:
             _check_cost(path, im, most)
             turned = upright(im)
             if im.format != "MPO" and getattr(im, "is_animated", False):  # the others of a camera's are previews
@@ -129,8 +147,6 @@ def _open(path: str | Path) -> Image.Image:
             f"{path} is not a {', '.join(PICTURE_FORMATS)} picture, whatever its name says; "
             "convert it to PNG or leave it out"
         ) from None
-    except Image.DecompressionBombError as e:
-        raise DataError(f"{path} is too large to decode ({e}); make the picture smaller") from None
     except MemoryError as e:
         raise UnavailableError(f"{path} is too large for the memory that is free ({e}); make it smaller") from None
     except PermissionError:
@@ -165,11 +181,10 @@ def upright(
     im: Image.Image,  # as opened
 ) -> Image.Image:
     "A picture of Pillow, decoded and turned upright, with a note if it has deep colour."
-    turned_from, deep = im.format, has_deep_colour(im)
+    if has_deep_colour(im):
+        im.info[DEEP_COLOUR] = True  # once it is decoded nothing else tells; a copy has the same notes
     turned = ImageOps.exif_transpose(im)
-    turned.format = turned_from  # a copy has none
-    if deep:
-        turned.info[DEEP_COLOUR] = True
+    turned.format = im.format  # a copy has none
     return turned
 
 # %% ../../nbs/datasets/01_readers.ipynb #b5410f71
@@ -264,7 +279,7 @@ def _is_deep(picture: str | Path | Image.Image) -> bool:
     if isinstance(picture, Image.Image):
         return _is_deep_grey(picture) or has_deep_colour(picture)
     try:
-        with open_plain(Path(picture)) as file, Image.open(file, formats=PICTURE_FORMATS) as im:
+        with open_plain(Path(picture)) as file, open_head(file) as im:
             return _is_deep(im)
     except Exception:  # see `_open`, which says what is wrong
         return False
@@ -309,13 +324,19 @@ def resize_image(
     return np.array(Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS))
 
 # %% ../../nbs/datasets/01_readers.ipynb #uprshape
+def _upright_size(im: Image.Image) -> tuple[int, int]:
+    "Width and height of a picture, upright, from its head. Some versions of Pillow turn the size of a TIFF themselves."
+    head = getattr(im, "tag_v2", {})
+    width, height = head.get(256, im.width), head.get(257, im.height)
+    return (height, width) if im.getexif().get(0x0112, 1) in (5, 6, 7, 8) else (width, height)
+
+
 def upright_shape(
     path: str | Path,  # of a picture
 ) -> tuple[int, int]:  # height and width
     "The shape of a picture, upright, from the head of its file."
-    with open_plain(path) as file, Image.open(file, formats=PICTURE_FORMATS) as im:
-        turned = im.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        return im.size if turned else im.size[::-1]
+    with open_plain(path) as file, open_head(file) as im:
+        return _upright_size(im)[::-1]
 
 # %% ../../nbs/datasets/01_readers.ipynb #38716556
 @dataclass(frozen=True)
@@ -388,6 +409,8 @@ def picture_files(
     suffixes: tuple[str, ...] = IMAGE_SUFFIXES,  # endings that count, in lower case
 ) -> list[Path]:  # sorted by name; empty if there is no such folder
     "The pictures directly in a folder; hidden files and folders are left out. `DataError` if it cannot be listed."
+    if not str(folder).strip():
+        raise DataError("the name of the folder is empty; give a folder of pictures")
     folder = Path(folder)
     try:
         if not folder.is_dir():
@@ -983,10 +1006,9 @@ def _head(path: Path) -> tuple[tuple[int, int] | None, str]:
     "Width and height of an upright picture from the head of its file, and what is wrong; a PNG must have its end."
     try:
         with open_plain(path) as f:
-            with Image.open(f, formats=PICTURE_FORMATS) as im:
+            with open_head(f) as im:
                 known = im.format != "PNG" or "exif" in im.info  # to look at its end, Pillow would decode a PNG
-                turned = known and im.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-                size, kind = (im.size[::-1] if turned else im.size), im.format
+                size, kind = (_upright_size(im) if known else im.size), im.format
             if kind == "PNG":
                 f.seek(-min(f.seek(0, os.SEEK_END), PNG_TAIL), os.SEEK_END)
                 if b"IEND" not in f.read():

@@ -33,7 +33,7 @@ def _with_seconds() -> Callable[[str], None]:
 def grad_run(
     data: str = "data",  # folder that holds the category's folder
     category: str = "trays",  # name of the category
-    preset: str = "paper",  # "demo": minutes, to try it; "fast": up to an hour a category; "paper": hours on a GPU
+    preset: str = "paper",  # "demo": minutes, to try it; "fast": about an hour a category; "paper": hours on a GPU
     seed: int = 0,  # of the run
     runs: str = "runs",  # folder of all runs
     minutes: float = 9.0,  # time of this piece; then it ends with status 75 if there is more to do
@@ -84,7 +84,7 @@ def _table_4_wish(table4: bool, no_table4: bool) -> bool | None:
 def grad_reproduce(
     data: str = "",  # folder that holds the categories, or holds mvtec_ad/ and mvtec_loco/
     dataset: str = "all",  # "mvtec_ad", "mvtec_loco", "trays" or "all"
-    preset: str = "paper",  # "demo": minutes, to try it; "fast": up to an hour a category; "paper": hours on a GPU
+    preset: str = "paper",  # "demo": minutes, to try it; "fast": about an hour a category; "paper": hours on a GPU
     seeds: Annotated[Sequence[int], {"nargs": "+", "type": int, "metavar": "SEED"}] = (0, 1, 2),  # a run with each
     categories: Annotated[Sequence[str], {"nargs": "+", "type": str, "metavar": "NAME"}] = (),  # only these, if given
     runs: str = "runs",  # folder of all runs
@@ -129,7 +129,7 @@ def grad_reproduce(
 def grad_ablate(
     data: str = "",  # folder that holds the category's folder; the trays are made if it is not given
     category: str = "trays",  # name of the category
-    preset: str = "demo",  # "demo": minutes, to try it; "fast": up to an hour a category; "paper": hours on a GPU
+    preset: str = "demo",  # "demo": minutes, to try it; "fast": about an hour a category; "paper": hours on a GPU
     seeds: Annotated[Sequence[int], {"nargs": "+", "type": int, "metavar": "SEED"}] = (0, 1, 2),  # of every variant
     variants: str = "",  # sets: table4 removed added sensitivity regularizers generators; or {"name": {setting: value}}
     overrides: str = "",  # settings changed for all variants, for instance "detector.steps=500"

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def grad_fit(
     pictures: str,  # folder of normal pictures
     model: str = "model.grad",  # file to write
-    preset: str = "fast",  # "demo": minutes, to try it; "fast": up to an hour; "paper": hours on a GPU
+    preset: str = "fast",  # "demo": minutes, to try it; "fast": about an hour; "paper": hours on a GPU
     layout: str = "mvtec_ad",  # detectors of Table 7: "mvtec_ad" one level, or what suits the part; "mvtec_loco" all
     category: str = "",  # take the augmentation of this MVTec category
     validation: float | None = None,  # share of the pictures held out for the threshold; 0.1, more of a small set
@@ -116,8 +116,8 @@ def _writable(path: str | Path) -> None:
     from grad_nb.core.files import is_protected
 
     try:
-        if Path(path).is_dir():
-            raise IsADirectoryError(21, "it is a folder")
+        if not str(path).strip() or str(path).endswith(("/", os.sep)) or Path(path).is_dir():
+            raise IsADirectoryError(21, "it is a folder" if str(path).strip() else "the name is empty")
         if Path(path).exists() and not Path(path).is_file():
             raise OSError(22, "it is no regular file")
         if is_protected(Path(path)):

@@ -121,7 +121,7 @@ def grad_data(
 def grad_demo(
     data: str = "",  # folder that holds the category's folder; the trays are made if it is not given
     category: str = "",  # name of the category; the trays if it is not given
-    preset: str = "demo",  # "demo": minutes, to try it; "fast": up to an hour; "paper": hours on a GPU
+    preset: str = "demo",  # "demo": minutes, to try it; "fast": about an hour; "paper": hours on a GPU
     seed: int = 0,  # of the run; the trays stay the same
     runs: str = "runs",  # folder of all runs
     overrides: str = "",  # settings to change, for instance "detector.steps=10"

@@ -2,8 +2,10 @@
 
 import html
 import json
+import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from shared import TINY_FIT
 
 from grad_nb import verdicts
 from grad_nb.config import override, preset
+from grad_nb.core.files import read_json
 from grad_nb.datasets.readers import DataError
 from grad_nb.datasets.trays import make_trays
 from grad_nb.evaluation import image_auroc
@@ -279,6 +282,50 @@ def test_a_folder_is_read_from_within(trays, tmp_path, monkeypatch):
         shutil.copytree(trays / part, tmp_path / "parts" / part)
     monkeypatch.chdir(tmp_path / "parts/test")
     assert labelled_folder(".").has_masks and labelled_folder(tmp_path / "parts/test").has_masks
+
+
+def test_masks_and_training_pictures_are_no_kinds_of_defects(trays, parts):
+    whole = labelled_folder(trays)
+    want = [sample.label for sample in whole.test]
+    shutil.copytree(trays / "train/good", parts / "train")
+    shutil.copytree(trays / "ground_truth", parts / "ground_truth")
+    for name in ("parts", "test"):
+        found = labelled_folder(parts.rename(parts.parent / name))
+        parts = parts.parent / name
+        assert [sample.label for sample in found.test] == want and found.has_masks
+        assert "train is not used: its pictures are no defects" in found.notes
+    with pytest.raises(DataError, match="is empty"):
+        labelled_folder("")
+
+
+def test_an_empty_name_is_not_the_current_folder(model, parts, monkeypatch, capsys):
+    before = model.read_bytes()
+    monkeypatch.chdir(parts / "good")
+    for command in (lambda: grad_calibrate(str(model), ""), lambda: grad_evaluate(str(model), "")):
+        with pytest.raises(SystemExit):
+            command()
+        assert "the name of the folder is empty" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        grad_fit("", str(model) + "2")
+    assert model.read_bytes() == before
+
+
+def test_a_model_that_would_be_a_folder_is_refused_before_the_training(trays, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(GRAD, "fit", lambda *_: pytest.fail("trained"))
+    for name in ("out/", "out/part.grad/", " "):
+        with pytest.raises(SystemExit):
+            grad_fit(str(trays / "train/good"), f"{tmp_path}/{name}" if name.strip() else name, device="cpu")
+        assert "give another file" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
+def test_names_of_any_bytes_are_in_the_figures(model, parts, tmp_path):
+    odd = parts / os.fsdecode(b"kr\xe4tzer")
+    next(p for p in parts.iterdir() if p.name != "good").rename(odd)
+    figures, page = tmp_path / "f.json", tmp_path / "p.html"
+    grad_evaluate(str(model), str(parts), json=str(figures), page=str(page), device="cpu", quiet=True)
+    assert odd.name in read_json(figures)["kinds"] and page.is_file()
 
 
 def test_a_wrong_mask_is_said_before_pictures_are_judged(model, trays, tmp_path, monkeypatch):
