@@ -385,17 +385,28 @@ def _as_type_of(old: Any, value: Any, path: str) -> Any:
     if whole or path in ("name", "levels_ad", "levels_loco") and isinstance(value, str):
         advice = "set one of its values, or make a preset of your own in Python"
         raise ValueError(f"{path} cannot be set to {value!r}; {advice}")
+    if is_dataclass(old):
+        return value
     if isinstance(old, bool):
         return _as_bool(value, path)
     if isinstance(old, tuple):
-        return tuple(_as_level(row) if isinstance(row, Mapping) else row for row in value)
+        return _as_levels(value, path)
     try:
         new = type(old)(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{path} is a number like {old!r}, not {value!r}") from None
+        kind = "whole number" if isinstance(old, int) else "number"
+        raise ValueError(f"{path} is a {kind} like {old!r}, not {value!r}") from None
     if isinstance(old, int) and float(value) != new:
         raise ValueError(f"{path} is a whole number, not {value!r}")
     return new
+
+
+def _as_levels(value: Any, path: str) -> tuple[Level, ...]:
+    "Rows of levels, also as plain data."
+    try:
+        return tuple(row if isinstance(row, Level) else _as_level(row) for row in value)
+    except (KeyError, TypeError):
+        raise ValueError(f"{path} are rows with level, size and generators, not {value!r}") from None
 
 
 def _as_bool(value: Any, path: str) -> bool:

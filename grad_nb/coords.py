@@ -18,8 +18,8 @@ def coord_map(
     "The 2-channel coordinate map F of the paper: -1 at the first pixel, 1 at the last. `ValueError` for an empty map."
     if height < 1 or width < 1:
         raise ValueError(f"a coordinate map needs at least one pixel, not {height}x{width}")
-    x = torch.linspace(-1, 1, width, device=device)
-    y = torch.linspace(-1, 1, height, device=device)
+    x = torch.linspace(-1, 1, width, device=device, dtype=torch.float32)
+    y = torch.linspace(-1, 1, height, device=device, dtype=torch.float32)
     return torch.stack([x.expand(height, width), y[:, None].expand(height, width)])
 
 # %% ../nbs/02_coords.ipynb #779544df

@@ -203,8 +203,9 @@ def pixel_map(
     S = score_map if isinstance(score_map, Tensor) else torch.from_numpy(np.array(score_map))
     if blur and config.positive_maps:
         S = S.clamp(min=0)
-    U = placing(S.shape[-1], size, input_size or input_size_of(S.shape[-1], size), config, blur).to(**ops.at(S))
-    return U @ S.float() @ U.T
+    with torch.autocast(S.device.type, enabled=False):
+        U = placing(S.shape[-1], size, input_size or input_size_of(S.shape[-1], size), config, blur).to(**ops.at(S))
+        return U @ S.float() @ U.T
 
 # %% ../nbs/12_evaluation.ipynb #joined01
 def mean_map(

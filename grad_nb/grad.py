@@ -37,7 +37,7 @@ from .core.docstrings import with_parameters
 from .core.files import array_sha256, exclusive_lock, read_array
 from .core.progress import Plan, counted, tqdm
 from .core.provenance import versions
-from .core.seeds import stage_generator
+from .core.seeds import checked_seed, stage_generator
 from .core.stages import run_stage, stage_done, stage_key
 from .core.tensors import checked_format, read_tensors, write_tensors
 from .datasets.compare import LOOKED_AT, large_enough, some_of, suited
@@ -347,6 +347,7 @@ def _check_parameters(model: _Parameters) -> None:
         value = getattr(model, name)
         if not isinstance(value, (int, np.integer)) or value < 0:
             raise ValueError(f"{name} must be a whole number from 0 on, not {value!r}")
+    checked_seed(model.random_state, "random_state")
 
 # %% ../nbs/15_grad.ipynb #grad0010
 class _Fitted(_Parameters):

@@ -117,10 +117,10 @@ def draw_crops(
 def jitter_factors(
     chances: Tensor,  # (4, n) numbers drawn evenly from 0 to 1: whether, brightness, contrast, saturation
     p: float,  # probability, per picture
-    strength: float,  # factors are from 1 - strength to 1 + strength
+    strength: float,  # factors are from 1 - strength, but at least 0, to 1 + strength
 ) -> Tensor:  # (3, n): brightness, contrast, saturation; 1 changes nothing
     "Factors of the colour jitter by chance, for each picture (Tables 5 and 6)."
-    low = 1 - strength
+    low = max(0.0, 1 - strength)
     high = 1 + strength
     return torch.where(chances[0] < p, low + (high - low) * chances[1:], 1.0)
 

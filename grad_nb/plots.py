@@ -700,7 +700,7 @@ def _framed(
         edge.set(visible=True, color=colour, linewidth=2)
 
 # %% ../nbs/16_plots.ipynb #plot0010
-def _draw_evidence(line: Sequence[plt.Axes], found: LevelEvidence, scale: float) -> None:
+def _draw_evidence(line: Sequence[plt.Axes], found: LevelEvidence, down: float, across: float) -> None:
     "The boxes of one detector in its first panel, and the three patches in the last ones."
     kinds: list[tuple[str, str, LevelEvidence | Neighbour | None]] = [
         ("cyan", "highest patch", found),
@@ -717,7 +717,7 @@ def _draw_evidence(line: Sequence[plt.Axes], found: LevelEvidence, scale: float)
             width, style = 1.1, "--"
             said = f"picture {known.picture}, distance {known.distance:.2f}"
         _framed(ax, known.patch, colour, f"{title}\n{said}")
-        left, top, right, bottom = (scale * edge for edge in known.box)
+        left, top, right, bottom = (scale * edge for scale, edge in zip((across, down) * 2, known.box))
         box = plt.Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, color=colour)
         box.set(linewidth=width, linestyle=style)
         line[0].add_patch(box)
@@ -731,7 +731,7 @@ def explanation_figure(
     levels = explanation.levels
     shown = at_most(explanation.picture, 768)
     heat = heat_overlay(shown, explanation.heat_map, explanation.limits)
-    scale = shown.shape[0] / explanation.picture.shape[0]
+    down, across = (shown.shape[k] / explanation.picture.shape[k] for k in (0, 1))
     size = (5.4 * side, 1.35 * side * len(levels))
     figure, axes = plt.subplots(len(levels), 5, figsize=size, dpi=72, squeeze=False, layout="constrained")
     for line, found in zip(axes, levels):
@@ -741,7 +741,7 @@ def explanation_figure(
         line[1].set_title(f"level {found.level}, score {found.score:.2f}", fontsize=7)
         for ax in line[:2]:
             _bare(ax)
-        _draw_evidence(line, found, scale)
+        _draw_evidence(line, found, down, across)
     verdict = "anomalous" if explanation.anomalous else "normal"
     figure.suptitle(f"{verdict}: score {explanation.score:.2f}, threshold {explanation.threshold:.2f}", fontsize=8)
     return figure

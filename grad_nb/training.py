@@ -274,12 +274,14 @@ def settled(
     seed: int = 0,  # of the choice of patches
 ) -> tuple[DetectorConfig, float | None]:  # to train with, and the position AUROC, None where it was not asked for
     "Coordinates, right and wrong, are left out where the training pictures say that a patch may lie anywhere."
+    if not config.coordinates:  # without them a patch with wrong ones is a normal patch
+        return replace(config, wrong_coordinates=False), None
     if not (config.min_position and config.wrong_coordinates):
         return config, None
     found = position_auroc(normals, normals.shape[1] // PLACE_OF, seed=seed)
     keep = not found < config.min_position
     log.info("place of a patch told with AUROC %.3f: coordinates %s", found, "used" if keep else "left out")
-    return replace(config, wrong_coordinates=keep, coordinates=config.coordinates and keep), found
+    return replace(config, wrong_coordinates=keep, coordinates=keep), found
 
 # %% ../nbs/10_training.ipynb #pipe0002
 def make_detector(

@@ -25,6 +25,7 @@ from grad_nb.datasets.trays import make_trays
 from grad_nb.detector import load_detector
 from grad_nb.grad import GRAD, _preset_of, calibration, colour_limits
 from grad_nb.patchdiff import load_patchdiff
+from grad_nb.runs.stages import open_run
 from grad_nb.verdicts import Calibration, f1_at, percent
 
 FILES = Path(__file__).parent / "files"  # one file of each version, see make_files.py
@@ -415,6 +416,15 @@ def test_a_fit_takes_no_stage_that_code_of_another_format_made(trays, tmp_path, 
         changed = {name.removesuffix(".safetensors") for name in now if now[name] != made[name]}
         assert again <= changed and (kind == "generate" or changed == again)
         made = now
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 0.5])
+def test_a_seed_that_some_library_refuses_is_refused_before_any_work(trays, tmp_path, seed):
+    with pytest.raises(ValueError, match="random_state must be a whole number from 0"):
+        tiny().set_params(random_state=seed).fit(trays / "train/good")
+    if isinstance(seed, int):
+        with pytest.raises(ValueError, match="seed must be a whole number from 0 to 4294967295"):
+            open_run(trays.parent, "trays", "demo", seed, tmp_path)
 
 
 def test_parameters_are_those_of_the_constructor(model):

@@ -35,6 +35,42 @@ from grad_nb.inference.loops import NEAR, TILES, WinogradConv, best_tile, scorer
 from grad_nb.inference.scorer import FastDetector, arithmetic, precision_of, prepared, score_map
 from grad_nb.training import Learner
 
+ELSEWHERE = """
+import copy, os, sys, threading
+import torch
+from grad_nb.detector import Detector
+from grad_nb.inference.scorer import score_map
+torch.manual_seed(0)
+net = Detector(1.0).eval()
+x = torch.randint(0, 256, (2, 128, 128, 3)).float()
+want = score_map(net, x)
+same = lambda: torch.allclose(score_map(net, x), want, rtol=0, atol=1e-4)
+torch.set_default_dtype(torch.float64)
+assert same() and score_map(copy.deepcopy(net), x).dtype == torch.float32
+with torch.autocast("cpu", dtype=torch.bfloat16):
+    assert same()
+thread = threading.Thread(target=lambda: [score_map(net, x + 1) for _ in range(30)])
+thread.start()
+children = []
+for k in range(3):
+    child = os.fork()
+    if not child:
+        score_map(net, x + k)
+        os._exit(int(not same()))
+    children.append(child)
+wrong = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+thread.join()
+sys.exit(any(wrong))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks here")
+def test_default_types_autocast_threads_and_forks_change_no_score():
+    "All that a process shares with its children, and what may be set around a call."
+    done = subprocess.run([sys.executable, "-c", ELSEWHERE], timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 TOLERANCE = 1e-3  # of the standard deviation of the logits, of torch's own ways
 
 

@@ -162,6 +162,22 @@ def test_the_score_is_the_highest_cell_and_memory_that_of_a_row_of_tiles():
     assert peak < 30e6 < picture.nbytes
 
 
+def test_of_several_levels_the_tile_of_the_score_is_shown():
+    t = tiling(64, 64, (64, 64))
+    picture = np.zeros((64, 128, 3), np.uint8)
+
+    def judge(tiles, whole, windows):
+        cells = np.zeros((2, len(tiles), 8, 8), np.float32)
+        cells[0, 0, 0, 0] = cells[1, 0, 7, 7] = 10  # at different places of the first tile
+        cells[:, -1, 4, 4] = 8
+        return list(cells)
+
+    found = judge_in_tiles(picture, t, judge)
+    assert found.corner == (0, t.starts(128)[-1])
+    half = found.heat_map.shape[1] // 2
+    assert found.heat_map[:, half:].max() > found.heat_map[:, :half].max()
+
+
 def test_several_levels_count_alike_and_the_score_is_of_their_mean():
     t = tiling(sides=(64, 48))
 

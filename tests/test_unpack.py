@@ -253,3 +253,9 @@ def test_a_link_to_an_empty_folder_is_filled_where_it_leads(tmp_path):
 def test_a_disk_of_its_own_is_refused_before_anything_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr("os.path.ismount", lambda path: True)
     assert "disk of its own" in refused(tmp_path / "no archive", tmp_path / "data")
+
+
+def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path / "data")
+    assert "is the current folder" in refused(tmp_path / "no archive", tmp_path / "data")

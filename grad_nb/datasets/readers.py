@@ -6,7 +6,7 @@
 __all__ = ['log', 'IMAGE_SUFFIXES', 'OTHER_SUFFIXES', 'NORMAL_NAMES', 'MIN_SIDE', 'MIN_NORMALS', 'PICTURE_FORMATS', 'MAX_PIXELS',
            'BITS', 'DEEP_COLOUR', 'OVERSHOOT', 'MOST_ENTRIES', 'HALF_DOWN', 'LABELS', 'OFFICIAL', 'PNG_TAIL',
            'DataError', 'UnavailableError', 'max_pixels', 'open_head', 'has_deep_colour', 'upright', 'find_white',
-           'read_image', 'picture_array', 'resize_image', 'upright_shape', 'Sample', 'Defect', 'Category',
+           'read_image', 'picture_array', 'resize_image', 'upright_shape', 'Sample', 'Defect', 'Category', 'is_folder',
            'picture_files', 'passed_over', 'no_pictures', 'mask_files', 'read_category', 'hold_out', 'load_images',
            'resized', 'resize_pictures', 'shrink_mask', 'load_mask', 'load_masks', 'load_defects', 'manifest',
            'data_sha256', 'Doubt', 'check_category', 'Official', 'Survey', 'namesakes', 'survey', 'category_folders']
@@ -34,6 +34,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..core.files import file_sha256, open_plain
+from ..core.processes import free_in_children
 from ..core.progress import counted, tqdm
 from ..core.seeds import stage_seed
 
@@ -94,6 +95,7 @@ def _whole(value: object) -> int:
 
 # %% ../../nbs/datasets/01_readers.ipynb #rdhead01
 _LIMIT = threading.Lock()  # held by whoever has lifted Pillow's own limit
+free_in_children(_LIMIT)
 
 
 def open_head(
@@ -404,6 +406,16 @@ class Category:
         return "; ".join((text.format(name=self.name, layout=self.layout, **self.counts), *self.notes))
 
 # %% ../../nbs/datasets/01_readers.ipynb #69ed2342
+def is_folder(
+    entry: Path | os.DirEntry,  # of a folder
+) -> bool:
+    "Whether it is a folder; a link that leads in a circle, or where we may not go, is none."
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def picture_files(
     folder: str | Path,  # a folder
     suffixes: tuple[str, ...] = IMAGE_SUFFIXES,  # endings that count, in lower case
@@ -415,7 +427,7 @@ def picture_files(
     try:
         if not folder.is_dir():
             return []
-        found = [p for p in folder.iterdir() if p.suffix.lower() in suffixes and p.name[0] != "." and not p.is_dir()]
+        found = [p for p in folder.iterdir() if p.suffix.lower() in suffixes and p.name[0] != "." and not is_folder(p)]
     except OSError as e:
         raise DataError(f"{folder} cannot be listed ({e.strerror}); check its permissions") from None
     return sorted(found, key=lambda p: p.name)
@@ -426,7 +438,7 @@ def _folders(folder: Path) -> list[Path]:
     try:
         if not folder.is_dir():
             return []
-        return sorted((p for p in folder.iterdir() if p.name[0] != "." and p.is_dir()), key=lambda p: p.name)
+        return sorted((p for p in folder.iterdir() if p.name[0] != "." and is_folder(p)), key=lambda p: p.name)
     except OSError as e:
         raise DataError(f"{folder} cannot be listed ({e.strerror}); check its permissions") from None
 

@@ -228,6 +228,8 @@ def unpack(
         raise DataError(f"{target} is not empty; give a folder that does not exist yet")
     if os.path.ismount(target):
         raise DataError(f"{target} is a disk of its own, which cannot be replaced; give a new folder in it")
+    if target.exists() and os.path.samefile(target, os.curdir):
+        raise DataError(f"{target} is the current folder, which would be replaced; give a new folder in it")
     try:
         return _unpack_into(target, archive, any_archive, progress)
     except DataError as e:

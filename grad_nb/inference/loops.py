@@ -13,6 +13,7 @@ import math
 import mmap
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -491,8 +492,9 @@ def in_large_pages(
 ) -> Tensor:  # float32, not filled
     "Memory in large pages where the system has them: the tiles of a layer are spread over thousands of small ones."
     if 4 * math.prod(shape) < 2**21:
-        return torch.empty(shape)
-    area = mmap.mmap(-1, 4 * math.prod(shape))
+        return torch.empty(shape, dtype=torch.float32)
+    kind = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    area = mmap.mmap(-1, 4 * math.prod(shape), **kind)  # a process that is forked off has its own
     if hasattr(mmap, "MADV_HUGEPAGE"):
         area.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(area, dtype=torch.float32).view(shape)
@@ -543,24 +545,27 @@ def _scorer_loops_right(library: ctypes.CDLL) -> bool:
 
 def _right_tile(library: ctypes.CDLL, m: int, r: int, fold: int, generator: torch.Generator) -> bool:
     "Whether a layer is right. Its memory is overwritten first: an earlier layer's numbers must not be taken for its."
-    x = torch.randn(2, 11 * fold, 11 * fold, 2 * CHANNELS, generator=generator)
-    weight = torch.randn(CHANNELS, 2 * CHANNELS, r * fold, r * fold, generator=generator)
+    floats: dict[str, Any] = {"generator": generator, "dtype": torch.float32}
+    x = torch.randn(2, 11 * fold, 11 * fold, 2 * CHANNELS, **floats)
+    weight = torch.randn(CHANNELS, 2 * CHANNELS, r * fold, r * fold, **floats)
+    bias = torch.ones(CHANNELS, dtype=torch.float32)
     seen = x
     if fold == 2:
         seen, weight = space_to_depth(x.movedim(3, 1)).movedim(1, 3), unstrided(weight)
-    expected = winograd(seen.double(), weight, torch.ones(CHANNELS), m).relu()
-    layer = WinogradConv(weight, torch.ones(CHANNELS), 11 * fold, fold, m, library)
-    work = [torch.full((n,), torch.nan) for n in layer.memory(2)]
-    found = layer(x, work, torch.full(expected.shape, torch.nan)).double()
+    expected = winograd(seen.double(), weight, bias, m).relu()
+    layer = WinogradConv(weight, bias, 11 * fold, fold, m, library)
+    work = [torch.full((n,), torch.nan, dtype=torch.float32) for n in layer.memory(2)]
+    found = layer(x, work, torch.full(expected.shape, torch.nan, dtype=torch.float32)).double()
     return torch.allclose(found, expected, rtol=0, atol=NEAR[way_of(library)] * float(expected.std()))
 
 # %% ../../nbs/inference/01_loops.ipynb #infl0013
 def _right_product(library: ctypes.CDLL, rows: int, generator: torch.Generator) -> bool:
     "Whether rows times a matrix, with bias and ReLU, are right, in several parts if there are more than 64."
-    x = torch.randn(rows, 2 * CHANNELS, generator=generator)
-    weight = torch.randn(1, 2 * CHANNELS, CHANNELS, generator=generator)
-    bias = torch.randn(CHANNELS, generator=generator)
-    found = torch.full((rows, CHANNELS), torch.nan)
+    floats: dict[str, Any] = {"generator": generator, "dtype": torch.float32}
+    x = torch.randn(rows, 2 * CHANNELS, **floats)
+    weight = torch.randn(1, 2 * CHANNELS, CHANNELS, **floats)
+    bias = torch.randn(CHANNELS, **floats)
+    found = torch.full((rows, CHANNELS), torch.nan, dtype=torch.float32)
     filters = packed_filters(weight, library)
     call(library.product, x, filters, bias, 1, rows, 2 * CHANNELS, CHANNELS, 0, 0, 48, found)
     expected = (x.double() @ weight[0].double() + bias).relu()
@@ -569,12 +574,13 @@ def _right_product(library: ctypes.CDLL, rows: int, generator: torch.Generator) 
 
 def _right_at_worst(library: ctypes.CDLL) -> bool:
     "Whether nothing overflows where all numbers of a row and of a column are alike, or all but one are zero."
-    V = torch.zeros(2 * CHANNELS, CHANNELS)
+    V = torch.zeros(2 * CHANNELS, CHANNELS, dtype=torch.float32)
     V[0] = 1
     V[1:CHANNELS] = torch.eye(CHANNELS)[1:]
+    bias = torch.zeros(CHANNELS, dtype=torch.float32)
     U = V[:CHANNELS].T.contiguous()[None]
-    found = torch.full((2 * CHANNELS, CHANNELS), torch.nan)
+    found = torch.full((2 * CHANNELS, CHANNELS), torch.nan, dtype=torch.float32)
     filters = packed_filters(U, library)
-    call(library.product, V, filters, torch.zeros(CHANNELS), 1, len(V), CHANNELS, CHANNELS, 0, 0, 48, found)
+    call(library.product, V, filters, bias, 1, len(V), CHANNELS, CHANNELS, 0, 0, 48, found)
     near = NEAR[way_of(library)]
     return torch.allclose(found, V @ U[0], rtol=near, atol=near)

@@ -7,6 +7,7 @@ __all__ = ['FastDetector', 'precision_of', 'state_of', 'prepared', 'has_fast_for
 
 # %% ../../nbs/inference/02_scorer.ipynb #_inf0003
 import copy
+import os
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Sequence
@@ -37,7 +38,7 @@ class _FirstLayer:
     "From the colours of pictures, 0..255, to the first map."
 
     def __init__(self, conv: nn.Conv2d, size: int, group: int):
-        self.x = torch.empty(group, size, size, 5)
+        self.x = torch.empty(group, size, size, 5, dtype=torch.float32)
         self.x[..., 3:] = coord_map(size, size).permute(1, 2, 0)
         colour, coords = conv.weight[:, :3], conv.weight[:, 3:]
         self.weight = torch.cat([colour / 127.5, coords], 1).contiguous(memory_format=torch.channels_last)
@@ -138,8 +139,8 @@ class FastDetector:
         pictures: Tensor,  # (B, size, size, 3), values 0..255 of any type
     ) -> Tensor:  # (B, h, h) float32 logits
         "Score maps."
-        with torch.inference_mode(), self.lock:
-            maps = torch.empty(len(pictures), self.side, self.side)
+        with torch.inference_mode(), torch.autocast("cpu", enabled=False), self.lock:  # loops read float32 alone
+            maps = torch.empty(len(pictures), self.side, self.side, dtype=torch.float32)
             for i in range(0, len(pictures), self.group):
                 maps[i : i + self.group] = self._maps(pictures[i : i + self.group])
         return maps
@@ -165,6 +166,8 @@ def precision_of(
 
 # %% ../../nbs/inference/02_scorer.ipynb #_inf0042
 _forms: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, dict]] = weakref.WeakKeyDictionary()  # see `_kept`
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forms.clear)  # another thread of the parent may have held one's lock
 
 
 def state_of(

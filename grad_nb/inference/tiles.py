@@ -169,7 +169,7 @@ class Canvas:
         shape: tuple[int, int],  # height and width of the picture, pixels
         placement: str,  # of a cell, see `EvalConfig`
     ):
-        self.map = torch.zeros(tiling.map_size, tiling.map_size)
+        self.map = torch.zeros(tiling.map_size, tiling.map_size, dtype=torch.float32)
         rest = [(tiling.tile, side, tiling.map_size, placement) for side in tiling.sides]
         self.down, self.across = ([join_matrix(tiling.starts(n), n, *more) for more in rest] for n in shape)
 
@@ -210,7 +210,7 @@ def judge_in_tiles(
     raw = Canvas(tiling, shape, "geometry" if tiling.placement == "patch" else tiling.placement) if several else None
     shown = Canvas(tiling, shape, tiling.placement) if with_maps else None
     whole = resize_image(pixels, tiling.size)[None]
-    best, highest, corner = -np.inf, -np.inf, (0, 0)
+    best, corner = -np.inf, (0, 0)
     for row, top in enumerate(tiling.starts(shape[0])):
         corners = [(top, left) for left in tiling.starts(shape[1])]
         cells = judge(*_tiles_of_row(pixels, corners, tiling, whole))
@@ -218,12 +218,22 @@ def judge_in_tiles(
             raw.add(row, cells)
         if shown is not None:
             shown.add(row, _drawn(cells, tiling))
-        peaks = np.mean([found.max((1, 2)) for found in cells], 0)
-        highest = max(highest, max(found.max() for found in cells))
+        peaks = cells[0].max((1, 2))
         if peaks.max() > best:
             best, corner = peaks.max(), corners[int(peaks.argmax())]
-    score = highest if raw is None else raw.map.max()
-    return Joined(float(score), None if shown is None else _blurred(shown.map, tiling), corner)
+    if raw is not None:
+        best, corner = float(raw.map.max()), _tile_at(raw.map, tiling, shape)
+    return Joined(float(best), None if shown is None else _blurred(shown.map, tiling), corner)
+
+
+def _tile_at(joined: Tensor, tiling: Tiling, shape: tuple[int, int]) -> tuple[int, int]:
+    "The corner of the tile whose centre is nearest to the peak of a joined map."
+    peak = np.unravel_index(int(joined.argmax()), joined.shape)
+    row, column = (
+        min(tiling.starts(n), key=lambda start: abs(start + tiling.tile / 2 - (at + 0.5) * n / tiling.map_size))
+        for n, at in zip(shape, peak)
+    )
+    return row, column
 
 # %% ../../nbs/inference/05_tiles.ipynb #tiles015
 def _tiles_of_row(

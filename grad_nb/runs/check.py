@@ -16,7 +16,7 @@ from typing import Any
 from ..config import Preset
 from ..core.files import fingerprint
 from ..core.provenance import versions
-from ..core.stages import run_stage, stage_record
+from ..core.stages import WAIT, run_stage, stage_record
 from ..datasets.readers import Category, DataError, Doubt, check_category, data_sha256, namesakes
 from .stages import Run, detect_key, evaluate_key, generate_key
 
@@ -84,7 +84,7 @@ def check_stage(
         return {"pictures": len(category.samples), "notes": [str(note).replace(inside, "") for note in notes]}, []
 
     key = check_key(sha256 or data_sha256(category, progress))
-    return run_stage(Path(folder), "check", key, check)
+    return run_stage(Path(folder), "check", key, check, patience=WAIT)  # runs of other seeds need it too
 
 # %% ../../nbs/runs/04_check.ipynb #chkroom
 def stage_bytes(

@@ -46,6 +46,7 @@ from grad_nb.core.files import (
     write_json,
 )
 from ..core.provenance import git_state, versions
+from ..core.seeds import checked_seed
 from ..core.stages import run_stage, stage_done, stage_key, write_table
 from ..datasets.compare import some_of, suited
 from ..datasets.light import Light, even_light, fit_light
@@ -164,6 +165,7 @@ def open_run(
 ) -> Run:
     "Check the data and the settings, and name the folder of the run."
     choice()  # a wrong word in GRAD_NB_ACCEL is an error before any work
+    checked_seed(seed)
     found = read_category(data, category)
     where = str(pick_device(device))
     settings = suited_settings(found, preset_name, overrides)

@@ -32,6 +32,7 @@ from scipy.stats import t as student
 from ..config import PRESETS, Preset, augmentation, override, to_dict
 from ..contrastive import drop_checkpoints, read_changes
 from ..core.files import fingerprint, lock, read_array, read_json, write_json
+from ..core.seeds import checked_seed
 from ..core.stages import run_stage, stage_done
 from ..datasets.light import Light, even_light
 from ..datasets.readers import load_images, load_masks
@@ -40,6 +41,7 @@ from ..detector import AnyDetector, load_detector
 from ..evaluation import image_scores, pixel_map, score_maps, summary, trivial
 from ..metrics import pixel_auroc_ap
 from ..plots import picture_rows, save_figure
+from ..runs.check import kinds_missing
 from grad_nb.runs.stages import (
     Run,
     contrastive_set,
@@ -263,6 +265,8 @@ def parse_variants(
     named = text if isinstance(text, Mapping) else _named_variants(text, preset)
     found = {}
     for name, changes in named.items():
+        if not isinstance(changes, (str, Mapping)):
+            raise ValueError(f"the changes of {name!r} are settings and their values, not {changes!r}")
         found[name] = parse_overrides(changes) if isinstance(changes, str) else dict(changes)
         override(preset, found[name])
     if not found:
@@ -270,7 +274,12 @@ def parse_variants(
     _check_names(list(found))
     return found
 
-# %% ../../nbs/study/06_ablation.ipynb #abl00013
+# %% ../../nbs/study/06_ablation.ipynb #ablspell
+def _one_spelling(overrides: str) -> str:
+    "Settings in one order with blanks between them, however they were typed."
+    return " ".join(f"{path}={value}" for path, value in sorted(parse_overrides(overrides).items()))
+
+# %% ../../nbs/study/06_ablation.ipynb #ablclass
 @dataclass(frozen=True)
 class Ablation:
     "Which variants are compared, on what."
@@ -331,7 +340,10 @@ def open_ablation(
     numbers = tuple(int(seed) for seed in chosen)
     if not numbers or len(set(numbers)) < len(numbers):
         raise ValueError(f"give at least one seed, and each once, not {list(numbers)}")
+    for seed in numbers:
+        checked_seed(seed)
     run = open_run(data, category, preset, numbers[0], runs, overrides, device, progress)
+    kinds_missing(run.category)  # an error if there is nothing to judge by
     found = parse_variants(variants, run.preset)
     kinds = {path.partition(".")[0] for changes in found.values() for path in changes}
     return Ablation(
@@ -340,7 +352,7 @@ def open_ablation(
         numbers,
         Path(folder),
         Path(runs),
-        overrides,
+        _one_spelling(overrides),
         override(SelectionConfig(), parse_overrides(selection)),
         "generator" if kinds == {"generator"} else "detector",
     )
@@ -1117,12 +1129,18 @@ def collect_results(
 
 # %% ../../nbs/study/06_ablation.ipynb #abl00053
 def _refuse_others(ablation: Ablation) -> None:
-    "`ValueError` if a variant was trained with other changes in the same folder: the tables would average the two."
+    "`ValueError` if a variant was trained with other settings in the same folder: it would be lost, or averaged."
     mine = {cell.folder / f"{cell.stage}.json" for cell in cells(ablation)}
     shared = {"kind": ablation.part, "preset": ablation.run.preset.name, "overrides": ablation.overrides}
     shared["category"] = ablation.run.category.name
-    for path in sorted(set(ablation.folder.rglob("*.json")) - mine):
+    for path in sorted(ablation.folder.rglob("*.json")):
         record = read_json(path)
+        if path in mine:
+            made_with = record.get("overrides", "") if isinstance(record, dict) else ablation.overrides
+            if _one_spelling(made_with) != ablation.overrides:
+                problem = f"{path} was made with {made_with or 'no changes for all'}"
+                raise ValueError(f"{problem} and would be lost; give another --folder, or move it away")
+            continue
         if not isinstance(record, dict) or any(record.get(name) != value for name, value in shared.items()):
             continue
         name = str(record.get("variant"))

@@ -55,7 +55,8 @@ def generate_seconds(
     few = min(config.sample_batch, config.n_samples, 16)
 
     def sample(steps: int) -> object:
-        fewer = replace(config, n_samples=few, sample_steps=steps, start=1.0, start_to=1.0, redraw=1.0)
+        T = max(config.T, steps)  # how many times there are does not matter to the seconds of one
+        fewer = replace(config, T=T, n_samples=few, sample_steps=steps, start=1.0, start_to=1.0, redraw=1.0)
         return generate(model, fewer, device=device, progress=False)
 
     trained = config.steps * seconds_of_a_step(train, device)

@@ -37,6 +37,7 @@ from ..core.devices import device_name, pick_device
 from ..core.files import fingerprint, lock, read_json, write_json
 from ..core.processes import end_with_parent
 from ..core.progress import Plan, plan_line, tell_plan, tqdm
+from ..core.seeds import checked_seed
 from ..datasets.readers import Category, DataError, read_category
 from ..datasets.trays import make_trays
 from ..grad import STAGE_SHARES
@@ -49,6 +50,7 @@ from grad_nb.runs.stages import (
     generate_key,
     open_run,
     parse_overrides,
+    split_normals,
     student_key,
     suited_settings,
 )
@@ -193,7 +195,11 @@ def category_jobs(
     except (OSError, DataError):  # a picture that cannot be read; other settings that cannot be are refused
         return by_its_check
     whole = first.folder.parent
-    several = [replace(first, seed=seed, folder=whole / f"seed{seed}") for seed in seeds]
+    several = [replace(first, seed=checked_seed(seed), folder=whole / f"seed{seed}") for seed in seeds]
+    try:
+        split_normals(first)
+    except DataError as e:
+        raise DataError(f"{name}: {e}") from None
     variants = list(table_4_presets(first.preset, first.category.layout)) if table4 else []
     chosen = several + [variant_run(run, variant) for run in several for variant in variants]
     room = sum(map(run_bytes, chosen))

@@ -9,6 +9,7 @@ __all__ = ['P', 'R', 'plain_errors', 'torch_cache', 'printable', 'PlainLines', '
 import contextlib
 import functools
 import inspect
+import io
 import logging
 import os
 import re
@@ -38,6 +39,7 @@ def plain_errors(
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        _open_streams()
         keep_memory()
         let_threads_sleep()
         torch_cache()
@@ -70,6 +72,15 @@ def plain_errors(
     return wrapped
 
 # %% ../../nbs/use/01_errors.ipynb #3f96c9a3p1
+def _open_streams() -> None:
+    "A stream that was closed by the caller leads to nothing, and one that cannot show a letter spells it."
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def _in_words(error: Exception) -> str:
     "What an error says, without the numbers of the system."
     if not isinstance(error, OSError) or error.filename is None or not error.strerror:

@@ -20,7 +20,7 @@ from typing import IO, Any
 import numpy as np
 
 from ..core.files import array_sha256, fingerprint, lock_file, open_plain
-from ..datasets.readers import IMAGE_SUFFIXES, DataError, UnavailableError, read_image
+from ..datasets.readers import IMAGE_SUFFIXES, DataError, UnavailableError, is_folder, read_image
 from ..grad import GRAD, Look
 
 # %% ../../nbs/use/03_watch.ipynb #watknown
@@ -79,7 +79,7 @@ def _picture_names(folder: Path) -> set[str]:
 
 def _is_picture(entry: os.DirEntry) -> bool:
     "Whether an entry of a folder is a picture by its name and kind: not hidden, and no folder."
-    return entry.name[0] != "." and not entry.is_dir()
+    return entry.name[0] != "." and not is_folder(entry)
 
 # %% ../../nbs/use/03_watch.ipynb #c03cd376
 Stamp = tuple[int, int]  # bytes, and time of the last change in nanoseconds
@@ -211,10 +211,19 @@ def _read_lines(file: IO[bytes], path: Path, model: str) -> set[tuple]:
     done = {_read_line(line, number, path, model) for number, line in enumerate(lines, 1)}
     start = b'{"name": "'
     rest = data[end:]
-    if not start.startswith(rest[: len(start)]):  # neither torn nor empty: the file is no journal
+    if not start.startswith(rest[: len(start)]) or _is_json(rest):  # neither torn nor empty
         _read_line(rest, len(lines) + 1, path, model)
     file.truncate(end)
     return done
+
+
+def _is_json(text: bytes) -> bool:
+    "Whether a text is whole: of a journal's line less than that is left when its process dies."
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _read_line(line: bytes, number: int, path: Path, model: str) -> tuple:

@@ -522,6 +522,11 @@ def test_jitter_stays_in_range_and_leaves_black_and_grey_colourless(seed, streng
     assert torch.allclose(jitter(x, torch.zeros(3), 1.0, 0.0, seed), x, atol=1e-5)
 
 
+def test_no_jitter_turns_colours_over():
+    factors = jitter_factors(torch.rand(4, 500, generator=seeded(0)), 1.0, 1.5)
+    assert factors.min() >= 0 and factors.max() > 2
+
+
 def test_jitter_comes_with_its_probability_per_picture():
     x = torch.full((4000, 3, 1, 1), 0.2)
     x[:, 1] = -0.3

@@ -163,6 +163,8 @@ def test_coordinates_follow_the_training_pictures():
     new, found = settled(asked, noise)
     assert not new.wrong_coordinates and not new.coordinates
     assert found == pytest.approx(position_auroc(noise, 64 // PLACE_OF))
+    blind, found = settled(DetectorConfig(coordinates=False), noise)
+    assert found is None and not blind.wrong_coordinates, "with wrong ones it would be the same patch"
 
 
 def test_parts_of_a_known_place_begin_with_noise(tmp_path):

@@ -5,6 +5,7 @@ Every training is done once, processes share the work, intervals can be checked 
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from sklearn.metrics import roc_auc_score
 
 from grad_nb.config import PRESETS, override, to_dict
 from grad_nb.core.files import lock, read_json, write_json
+from grad_nb.datasets.readers import DataError
 from grad_nb.runs.stages import load_normals, open_run
 from grad_nb.study.ablation import (
     KEYS,
@@ -168,6 +170,11 @@ def test_variants_are_what_they_are_called():
         ("{}", "at least one"),
         ('{"a +": {}, "A plus": {}}', "share the folder 'a-plus'"),
         ('{"ok": {}, "...": {}}', "'...' has no letter"),
+        ('{"a": 3}', "the changes of 'a' are settings and their values, not 3"),
+        ('{"a": null}', "the changes of 'a' are settings and their values, not None"),
+        ('{"a": ["detector.steps=5"]}', "the changes of 'a' are settings"),
+        ('{"a": {"levels_ad": [{"level": 34}]}}', "levels_ad are rows with level, size and generators"),
+        ('{"a": {"levels_ad": [3]}}', "levels_ad are rows with level, size and generators"),
     ],
 )
 def test_variants_that_cannot_be_are_named(text, said):
@@ -305,8 +312,23 @@ def test_a_variant_that_was_changed_is_not_averaged_with_what_it_was(data, tmp_p
     with pytest.raises(ValueError, match="is of a variant .* give another --folder, or move it away"):
         ablate(ablation)
     path.unlink()
-    write_json(first.folder / f"{first.stage}.json", record)
-    _refuse_others(ablation)  # that one is made anew
+    mine = first.folder / f"{first.stage}.json"
+    for spelling in (ablation.overrides, ",".join(TINY.split()[::-1])):
+        write_json(mine, record | {"overrides": spelling})
+        _refuse_others(ablation)  # that one is made anew
+    write_json(mine, record | {"overrides": TINY.replace("detector.steps=4", "detector.steps=5")})
+    with pytest.raises(ValueError, match="steps=5 .* would be lost; give another --folder, or move it away"):
+        ablate(ablation)
+
+
+def test_an_ablation_can_be_judged_and_has_seeds_that_there_are(data, tmp_path):
+    assert opened(data, tmp_path).overrides == opened(data, tmp_path, extra=" ").overrides
+    for seed in (-1, 2**32):
+        with pytest.raises(ValueError, match="seed must be a whole number from 0 to 4294967295"):
+            opened(data, tmp_path, seeds=(0, seed))
+    shutil.copytree(data / "trays" / "train" / "good", tmp_path / "data" / "flat")
+    with pytest.raises(DataError, match="has no test pictures"):
+        open_ablation(tmp_path / "data", "flat", "demo", (0,), TWO, TINY, tmp_path, tmp_path, "cpu", progress=False)
 
 
 def test_locked_pieces_are_left_to_the_process_that_has_them(tmp_path):

@@ -18,7 +18,7 @@ import torch
 from conftest import TINY
 from shared import ROOT
 
-from grad_nb.config import to_dict
+from grad_nb.config import GeneratorConfig, to_dict
 from grad_nb.core.files import read_json, write_json
 from grad_nb.core.progress import BARS, tell_plan
 from grad_nb.runs.stages import generate_key, open_run, split_normals, standardising
@@ -503,6 +503,11 @@ def test_the_time_of_a_stage_is_that_of_its_steps(monkeypatch):
     assert calibration.seconds_of_a_step(done.append) == 1.0 and done == [1, 1, 6, 2]
     now = iter([0.0, 100.0])
     assert calibration.seconds_of_a_step(done.append) == 100.0, "a long step is its own measure"
+
+
+def test_a_short_diffusion_is_measured_too():
+    sizes = dict(size=34, width=2, steps=2, batch=2, n_samples=2, T=1, sample_steps=1, bf16=False)
+    assert calibration.generate_seconds(GeneratorConfig(**sizes), 5) > 0
 
 
 @pytest.mark.slow

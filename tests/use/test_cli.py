@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -50,6 +51,14 @@ def run(*args, command="grad_predict", **kwargs) -> subprocess.CompletedProcess:
 
 def start(*args, command="grad_predict") -> list[str]:
     return [str(Path(sys.executable).parent / command), *map(str, args)]
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&-"])
+def test_a_closed_stream_is_no_verdict(model, trays, closed):
+    line = " ".join(map(shlex.quote, start(model, next((trays / "test/good").iterdir()), "--device", "cpu")))
+    done = subprocess.run(["bash", "-c", f"{line} {closed}"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert (len(done.stdout.splitlines()) == 2) == (">&- 2" not in closed)
 
 
 def called(capsys, *args, **kwargs) -> tuple[int, list[dict], str]:

@@ -24,6 +24,7 @@ from grad_nb.datasets.trays import draw_tray
 from grad_nb.detector import Detector
 from grad_nb.evaluation import MapStats
 from grad_nb.grad import GRAD
+from grad_nb.use import export
 from grad_nb.use.daily import grad_export
 from grad_nb.use.export import (
     FORMATS,
@@ -196,6 +197,14 @@ def test_onnx_types_and_batch_of_many(exported):
     model, path = exported
     scores, labels, maps = OnnxScorer(path, threads=1)(pictures(7))
     assert (scores.dtype, labels.dtype, maps.dtype) == (np.float32, np.bool_, np.float32) and maps.shape == (7, 80, 80)
+    assert largest_difference(model, OnnxScorer(path, threads=1), pictures(7)) < 1e-4
+
+
+def test_no_pictures_are_an_error_and_many_go_in_parts(exported, monkeypatch):
+    model, path = exported
+    with pytest.raises(ValueError, match="there are no pictures"):
+        OnnxScorer(path, threads=1)(pictures(3)[:0])
+    monkeypatch.setattr(export, "MOST", 2)
     assert largest_difference(model, OnnxScorer(path, threads=1), pictures(7)) < 1e-4
 
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from grad_nb.config import override, preset
-from grad_nb.datasets.readers import DataError
+from grad_nb.datasets.readers import DataError, picture_files
 from grad_nb.datasets.trays import draw_tray
 from grad_nb.grad import GRAD
 from grad_nb.use.daily import grad_predict
@@ -265,12 +265,20 @@ def test_a_dead_link_an_empty_file_and_other_files(model, inbox):
     (inbox / "notes.txt").write_text("x")
     (inbox / "folder.png").mkdir()
     (inbox / ".hidden.png").write_text("x")
+    (inbox / "circle.png").symlink_to("circle.png")
     rows = list(watch(model, inbox, every=0.001, patience=2, looks=9))
-    assert (
-        {Path(r["path"]).name for r in rows} == {"dead.png", "empty.png"}
-        and all("error" in r for r in rows)
-        and len(rows) == 2
-    )
+    assert sorted(Path(r["path"]).name for r in rows) == ["circle.png", "dead.png", "empty.png"]
+    assert all("error" in r for r in rows)
+    assert [path.name for path in picture_files(inbox)] == ["circle.png", "dead.png", "empty.png"]
+
+
+def test_a_journal_is_no_file_of_another_program(model, inbox):
+    other = inbox.parent / "mine.json"
+    text = '{"name": "line 4", "camera": "x"}'
+    other.write_text(text)
+    with pytest.raises(ValueError, match="line 1, is not a line of a journal"):
+        list(watch(model, inbox, other, every=0.001, looks=1))
+    assert other.read_text() == text
 
 
 def test_a_picture_that_changes_while_it_is_judged_waits(model, inbox, pictures, monkeypatch):
