@@ -118,7 +118,7 @@ def bad_pictures(folder: Path) -> dict[str, str]:
         "loop.png": "",
         "small.png": "64x20",
         "float.tif": "floating",
-        "bomb.png": "too large",
+        "bomb.png": "GRAD_NB_MAX_PIXELS",
         "x" * 300 + ".png": "",
         "nul\0.png": "",
         "gone/at all.png": "exist",

@@ -432,7 +432,7 @@ def picture_files(
         raise DataError(f"{folder} cannot be listed ({e.strerror}); check its permissions") from None
     return sorted(found, key=lambda p: p.name)
 
-
+# %% ../../nbs/datasets/01_readers.ipynb #rdfolder
 def _folders(folder: Path) -> list[Path]:
     "Folders in a folder, by name; hidden ones are left out. Empty if there is no folder."
     try:
