@@ -203,7 +203,7 @@ def pixel_map(
     S = score_map if isinstance(score_map, Tensor) else torch.from_numpy(np.array(score_map))
     if blur and config.positive_maps:
         S = S.clamp(min=0)
-    with torch.autocast(S.device.type, enabled=False):
+    with ops.full_precision():
         U = placing(S.shape[-1], size, input_size or input_size_of(S.shape[-1], size), config, blur).to(**ops.at(S))
         return U @ S.float() @ U.T
 

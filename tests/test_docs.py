@@ -243,7 +243,7 @@ TOLD = {"text/markdown": lambda shown: shown.data, "text/html": lambda table: ta
 
 
 @pytest.mark.parametrize(
-    ("notebook", "tables"), [("index", 3), ("findings/08_tables", 5), ("findings/09_any_part", 24)]
+    ("notebook", "tables"), [("index", 3), ("findings/08_tables", 5), ("findings/09_any_part", 25)]
 )
 def test_the_tables_of_a_page_are_what_the_records_say(monkeypatch, notebook, tables):
     path = NOTEBOOKS / f"{notebook}.ipynb"
