@@ -337,11 +337,9 @@ def open_ablation(
 ) -> Ablation:
     "Check data, settings and names before anything is trained. `ValueError` for what cannot be."
     chosen = seeds.replace(",", " ").split() if isinstance(seeds, str) else seeds
-    numbers = tuple(int(seed) for seed in chosen)
+    numbers = tuple(checked_seed(int(seed)) for seed in chosen)
     if not numbers or len(set(numbers)) < len(numbers):
         raise ValueError(f"give at least one seed, and each once, not {list(numbers)}")
-    for seed in numbers:
-        checked_seed(seed)
     run = open_run(data, category, preset, numbers[0], runs, overrides, device, progress)
     kinds_missing(run.category)  # an error if there is nothing to judge by
     found = parse_variants(variants, run.preset)
@@ -699,6 +697,7 @@ def _row(record: Mapping[str, Any], kind: str) -> dict[str, Any]:
     if kind == "trivial":
         return {name: record[name] for name in ("preset", "dataset", "category", "trivial")}
     row = {name: record[name] for name in (*KEYS, "order", "steps", "seconds", "device")} | {"record": record}
+    row["overrides"] = _one_spelling(row["overrides"])
     if kind == "generator":
         return row | record["report"]
     for name, (part, key) in METRICS.items():
@@ -1135,13 +1134,13 @@ def _refuse_others(ablation: Ablation) -> None:
     shared["category"] = ablation.run.category.name
     for path in sorted(ablation.folder.rglob("*.json")):
         record = read_json(path)
-        if path in mine:
-            made_with = record.get("overrides", "") if isinstance(record, dict) else ablation.overrides
-            if _one_spelling(made_with) != ablation.overrides:
-                problem = f"{path} was made with {made_with or 'no changes for all'}"
-                raise ValueError(f"{problem} and would be lost; give another --folder, or move it away")
+        if not isinstance(record, dict):
             continue
-        if not isinstance(record, dict) or any(record.get(name) != value for name, value in shared.items()):
+        record |= {"overrides": _one_spelling(record.get("overrides", ""))}
+        if path in mine and record["overrides"] != ablation.overrides:
+            problem = f"{path} was made with {record['overrides'] or 'no changes for all'}"
+            raise ValueError(f"{problem} and would be lost; give another --folder, or move it away")
+        if path in mine or any(record.get(name) != value for name, value in shared.items()):
             continue
         name = str(record.get("variant"))
         if name in ablation.variants and fingerprint(record["changes"]) != fingerprint(dict(ablation.variants[name])):

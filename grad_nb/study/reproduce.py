@@ -50,7 +50,6 @@ from grad_nb.runs.stages import (
     generate_key,
     open_run,
     parse_overrides,
-    split_normals,
     student_key,
     suited_settings,
 )
@@ -196,13 +195,12 @@ def category_jobs(
         return by_its_check
     whole = first.folder.parent
     several = [replace(first, seed=checked_seed(seed), folder=whole / f"seed{seed}") for seed in seeds]
-    try:
-        split_normals(first)
-    except DataError as e:
-        raise DataError(f"{name}: {e}") from None
     variants = list(table_4_presets(first.preset, first.category.layout)) if table4 else []
     chosen = several + [variant_run(run, variant) for run in several for variant in variants]
-    room = sum(map(run_bytes, chosen))
+    try:
+        room = sum(map(run_bytes, chosen))
+    except DataError as e:  # too few pictures, of which some are to be held out
+        raise DataError(f"{name}: {e}") from None
     jobs = [_check_job(data, name, whole.relative_to(batch), batch, first.data_sha256, room)]
     for seed, run in zip(seeds, several):
         own = values | {"data": data, "category": name, "seed": seed}

@@ -116,8 +116,10 @@ def _writable(path: str | Path) -> None:
     from grad_nb.core.files import is_protected
 
     try:
-        if not str(path).strip() or str(path).endswith(("/", os.sep)) or Path(path).is_dir():
-            raise IsADirectoryError(21, "it is a folder" if str(path).strip() else "the name is empty")
+        if not str(path).strip():
+            raise OSError(22, "the name is empty")
+        if str(path).endswith(("/", os.sep)) or Path(path).is_dir():
+            raise IsADirectoryError(21, "it is a folder")
         if Path(path).exists() and not Path(path).is_file():
             raise OSError(22, "it is no regular file")
         if is_protected(Path(path)):

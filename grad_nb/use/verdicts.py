@@ -18,7 +18,15 @@ import numpy as np
 from PIL import Image
 
 from ..core.files import csv_field, open_plain
-from ..datasets.readers import IMAGE_SUFFIXES, DataError, no_pictures, passed_over, picture_files, read_image
+from grad_nb.datasets.readers import (
+    IMAGE_SUFFIXES,
+    DataError,
+    is_folder,
+    no_pictures,
+    passed_over,
+    picture_files,
+    read_image,
+)
 from ..grad import GRAD
 from ..plots import heat_overlay, save_picture
 from .errors import printable
@@ -39,7 +47,7 @@ def expand(
         else:
             paths = [Path(name)] if str(name).strip() else []
         for path in paths:
-            inside = picture_files(path) if _is_folder(path) else [path]
+            inside = picture_files(path) if is_folder(path) else [path]
             if not inside:
                 raise DataError(no_pictures(path))
             found += inside
@@ -58,14 +66,6 @@ def _names_on_stdin() -> list[Path]:
     raw = getattr(sys.stdin, "buffer", None)
     text = sys.stdin.read() if raw is None else os.fsdecode(raw.read())  # as names on the command line are read
     return [Path(line) for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
-
-
-def _is_folder(path: Path) -> bool:
-    "Whether a path is a folder; no path that can be is none, and is reported when it is to be read."
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):
-        return False
 
 # %% ../../nbs/use/04_verdicts.ipynb #0064acb1
 def _map_name(name: str) -> str:

@@ -316,6 +316,11 @@ def test_a_variant_that_was_changed_is_not_averaged_with_what_it_was(data, tmp_p
     for spelling in (ablation.overrides, ",".join(TINY.split()[::-1])):
         write_json(mine, record | {"overrides": spelling})
         _refuse_others(ablation)  # that one is made anew
+    other = ablation.folder / "seed9" / "a.json"
+    write_json(other, record | {"overrides": ",".join(TINY.split()[::-1])})
+    with pytest.raises(ValueError, match="is of a variant .* give another --folder, or move it away"):
+        _refuse_others(ablation)
+    other.unlink()
     write_json(mine, record | {"overrides": TINY.replace("detector.steps=4", "detector.steps=5")})
     with pytest.raises(ValueError, match="steps=5 .* would be lost; give another --folder, or move it away"):
         ablate(ablation)

@@ -21,6 +21,7 @@ from shared import ROOT
 from grad_nb.config import GeneratorConfig, to_dict
 from grad_nb.core.files import read_json, write_json
 from grad_nb.core.progress import BARS, tell_plan
+from grad_nb.datasets.readers import DataError
 from grad_nb.runs.stages import generate_key, open_run, split_normals, standardising
 from grad_nb.study import calibration
 from grad_nb.study import reproduce as reproduce_module
@@ -503,6 +504,15 @@ def test_the_time_of_a_stage_is_that_of_its_steps(monkeypatch):
     assert calibration.seconds_of_a_step(done.append) == 1.0 and done == [1, 1, 6, 2]
     now = iter([0.0, 100.0])
     assert calibration.seconds_of_a_step(done.append) == 100.0, "a long step is its own measure"
+
+
+def test_a_category_with_too_few_pictures_is_named(data, tmp_path):
+    few = tmp_path / "mvtec_loco/juice_bottle"
+    shutil.copytree(data / "trays", few, ignore=shutil.ignore_patterns("trays.json", "validation"))
+    for file in sorted((few / "train/good").iterdir())[4:]:
+        file.unlink()
+    with pytest.raises(DataError, match="juice_bottle: 4 normal pictures are too few"):
+        plan_batch(tmp_path, "mvtec_loco", "paper", (0,), tmp_path / "runs", device="cpu")
 
 
 def test_a_short_diffusion_is_measured_too():
