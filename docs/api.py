@@ -1,6 +1,7 @@
 """The API reference: a page for each part, read from the text of its modules, with parameters as tables."""
 
 import ast
+import copy
 import inspect
 from pathlib import Path
 
@@ -37,10 +38,22 @@ def docstring(node: ast.AST) -> list[str]:
     return [clean(text).replace("\\|", "|"), ""] if text else []
 
 
+def signature(arguments: ast.arguments) -> str:
+    "The names of parameters as they are given: where a star stands, too; without annotations and defaults."
+    plain = copy.deepcopy(arguments)
+    for argument in ast.walk(plain):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    plain.defaults = []
+    plain.kw_defaults = [None] * len(plain.kwonlyargs)
+    for ordered in (plain.posonlyargs, plain.args):
+        ordered[:] = [argument for argument in ordered if argument.arg not in ("self", "cls")]
+    return ast.unparse(plain)
+
+
 def of_function(function: Definition, told: dict[int, str], name: str, level: int) -> list[str]:
     "A function or a method: signature, docstring, table, what it gives."
-    names = [argument.arg for argument in ast.walk(function.args) if isinstance(argument, ast.arg)]
-    shown = ", ".join(n for n in names if n not in ("self", "cls"))
+    shown = signature(function.args)
     lines = ["#" * level + f" {name}", "", f"```python\n{name}({shown})\n```", "", *docstring(function)]
     lines += table(list(parameters_of(function, told)))
     if given := returned(function, told):

@@ -34,6 +34,11 @@ def grey(im: Image.Image, white: float | None, kind: str | None) -> Image.Image:
     if white is None and im.mode == "I" and kind != "PNG":  # an older Pillow opens PNG of 16 bits so
         raise ValueError("it holds whole numbers of 32 bits; convert it to 8 or 16 bits")
     transparent = values == im.info.get("transparency", -1)
+    if white and np.mean(values > white) > 0.5:
+        print(
+            f"more than half of a picture is brighter than {white:g}, the white of the training pictures",
+            file=sys.stderr,
+        )
     values = np.floor(np.minimum(values / (white or 65535), 1) * 255 + 0.5)
     return Image.fromarray(np.where(transparent, 0, values).astype(np.uint8))
 
@@ -47,7 +52,7 @@ def read(path: str, size: int, white: float | None = None) -> np.ndarray:  # (si
         raise ValueError(f"it has {im.width}x{im.height} pixels; {MIN_SIDE}x{MIN_SIDE} are needed")
     if im.mode == "F" or im.mode.startswith("I"):
         im = grey(im, white, kind)
-    elif im.has_transparency_data:
+    elif im.has_transparency_data and not (im.mode == "RGBA" and not im.getchannel("A").getextrema()[1]):
         rgba = im.convert("RGBA")
         im = Image.new("RGB", im.size)
         im.paste(rgba, mask=rgba.getchannel("A"))

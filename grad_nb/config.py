@@ -13,6 +13,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
+from numbers import Integral
 from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
@@ -32,10 +33,14 @@ def _one_of(config: Any, name: str, *values: str) -> None:
 
 
 def _flags(config: Any) -> None:
-    "Refuse values of a configuration that are neither true nor false, where its defaults are."
+    "Refuse values of a configuration that are neither true nor false, or no whole numbers, where its defaults are."
     for f in fields(config):
-        if isinstance(f.default, bool) and not isinstance(getattr(config, f.name), bool):
-            raise ValueError(f"{f.name} is true or false, not {getattr(config, f.name)!r}")
+        value = getattr(config, f.name)
+        if isinstance(f.default, bool):
+            if not isinstance(value, bool):
+                raise ValueError(f"{f.name} is true or false, not {value!r}")
+        elif isinstance(f.default, int) and (isinstance(value, bool) or not isinstance(value, Integral)):
+            raise ValueError(f"{f.name} is a whole number, not {value!r}")
 
 
 def _shares(config: Any, *names: str) -> None:
@@ -72,7 +77,7 @@ class GeneratorConfig:
     bf16: bool = True  # mixed precision where the processor has it (our choice)
     light: int = -1  # of all pictures, evened out: 0 brightness, 1 and a gradient, 2 and a bulge, -1 = not (the paper)
     max_gain: float = 1.0  # of the grey levels of dark pictures, with even light; 1 = none (our choice)
-    start: float = 1.0  # earliest time, as a share of T, at which a noised real picture is taken; 1 = the paper
+    start: float = 1.0  # share of T from which on a noised real picture is taken, see `draw_from_real`; 1 = the paper
     start_to: float = 1.0  # latest such time (our choice)
     start_below: float = 1.0  # of `position_auroc`: parts of a known place begin with noise (our choice)
     redraw: float = 1.0  # share of a real picture that is drawn anew, in blobs; with start < 1 (our choice)
@@ -286,6 +291,8 @@ class Augmentation:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
                 raise ValueError(f"{name} is a Python number from 0 on, not {value!r}")
+        if self.jitter_p > 1:
+            raise ValueError(f"jitter_p is a probability, not {self.jitter_p}")
 
 
 _BOTH = "bottle carpet grid hazelnut leather screw tile wood zipper".split()  # Table 5

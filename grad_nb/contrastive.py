@@ -106,7 +106,7 @@ def loss_gradients(
     generator: torch.Generator,  # source of randomness
     micro_batch: int,  # pictures at a time: B, or fewer if the memory is too small for B
 ) -> Tensor:  # (B,) or (levels, B) losses, detached
-    "Loss and gradients of one step of Algorithm 1; those of micro-batches add up to those of the whole batch."
+    "Loss and gradients of one step of Algorithm 1; micro-batches, with times of their own, add up to one batch."
     model.zero_grad(set_to_none=True)
     losses = []
     for i in range(0, len(x_0), micro_batch):

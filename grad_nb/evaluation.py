@@ -108,7 +108,7 @@ def upsampling_matrix(
 ) -> Tensor:  # (size, cells) float64, each row sums to 1
     """Linear interpolation from cells to pixels, by the true geometry or stretched, with borders replicated.
 
-    With "patch" it is the mean of the cells whose patches cover a pixel.
+    With "patch" it is a mean of the cells whose patches cover a pixel, weighted by how near their middles are.
     """
     pixel = (torch.arange(size, dtype=torch.float64) + 0.5) / size  # from 0 to 1 along the picture
     if placement == "patch":

@@ -58,7 +58,7 @@ from .detector import AnyDetector, load_detector, new_detector
 from .evaluation import MapStats, fuse, score_levels
 from .explain import Explanation, PatchBank, evidence, make_bank
 from .student import Student, branches, load_student, make_student, student_maps, student_with
-from .training import make_detector, training_steps
+from .training import check_rows, make_detector, training_steps
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ class Prediction:
 
     scores: np.ndarray  # (N,) float64, higher = more anomalous
     labels: np.ndarray  # (N,) bool, True = anomalous: the score is above the model's offset_
-    maps: np.ndarray | None  # (N, S, S) float32 pixel maps on the scale of the scores, blurred; None if not asked for
+    maps: np.ndarray | None  # (N, S, S) float32 pixel maps, blurred, on a scale as in `fuse`; None if not asked for
     paths: tuple[Path, ...]  # the files; empty unless all pictures come from files
 
     def __repr__(self) -> str:
@@ -197,7 +197,7 @@ def colour_limits(
 
 def _colour_limits(peaks: np.ndarray, median: float, rate: float) -> tuple[float, float]:
     "The colour scale from the largest value of each map and the median of all of them; it spans a logit at least."
-    low = float(np.quantile(peaks, 1 - rate))
+    low = float(np.quantile(peaks, 1 - rate, method="higher"))  # no more than that share of the maps is above it
     return low, max(2 * low - median, low + LEAST_COLOURS)
 
 # %% ../nbs/15_grad.ipynb #9d87ccs0
@@ -1157,6 +1157,8 @@ class _Fitting(_Learning, _Changing):
         `DataError` for too few or broken pictures, `ValueError` for wrong settings or labels.
         """
         _check_parameters(self)
+        asked = _preset_of(self)
+        check_rows(asked.levels(self.layout), asked.detector)
         new = type(self)(**self.get_params())  # a fit that fails leaves this model as it was
         new._asked = self._asked
         new._learn(X, y)
@@ -1209,7 +1211,8 @@ def _uses(model: _Fitted) -> str:
         judge = f" One network of {count:,} parameters has learnt their maps and judges in their place."
     return (
         f"Trained on {seen}, each {_seen(model)}{light}, with preset `{model.preset_.name}` and "
-        f"seed {model.settings_['random_state']}. No anomalous picture was used. Detectors: {names}.{places}{judge}"
+        f"seed {model.settings_['random_state']}. No anomalous picture was learnt from. "
+        f"Detectors: {names}.{places}{judge}"
     )
 
 

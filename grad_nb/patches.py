@@ -143,7 +143,7 @@ def _read_chosen(pictures: Pictures, chosen: Tensor) -> Tensor:
 # %% ../nbs/06_patches.ipynb #patexp05
 @ops.operation
 def cut_patches(
-    groups: Sequence[CropParams],  # of one or several groups of equal size
+    groups: Sequence[CropParams],  # of one or several groups, with equally many crops for each picture
     side: int,  # of the crops, pixels
 ) -> Tensor:  # (crops of all groups, 5, side, side): RGB and coordinates
     "Patches from a few pictures: RandCrop(I ⊕ F), or RandCrop(I) ⊕ RandCrop(F) at wrong places."

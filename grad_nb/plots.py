@@ -747,6 +747,11 @@ def explanation_figure(
     return figure
 
 # %% ../nbs/16_plots.ipynb #6bd21f31
+def _shown_label(kind: str) -> str:
+    "A kind as text of a legend, which leaves out labels that begin with an underscore."
+    return as_text(f" {kind}" if kind.startswith("_") else kind)
+
+
 def score_histogram(
     scores: np.ndarray,  # (N,) image scores
     types: Sequence[str],  # (N,) "good" or the kind of anomaly
@@ -759,7 +764,7 @@ def score_histogram(
     edges = np.linspace(scores.min(), scores.max() + 1e-9, bins + 1).tolist()
     for kind in sorted(set(kinds), key=lambda k: (k != "good", k)):
         colour = "0.4" if kind == "good" else None
-        ax.hist(scores[kinds == kind], edges, density=True, alpha=0.5, label=as_text(kind), color=colour)
+        ax.hist(scores[kinds == kind], edges, density=True, alpha=0.5, label=_shown_label(kind), color=colour)
     ax.legend(fontsize=7)
     ax.set_xlabel("image score", fontsize=8)
     ax.set_ylabel("density of each type", fontsize=8)

@@ -421,7 +421,7 @@ def localisation(
     category: Category,  # with test pictures
     maps: np.ndarray,  # (N, S, S) pixel maps of the test pictures
 ) -> dict[str, float | None]:  # "au_pro" to 0.3, or "au_spro" to 0.05; empty without masks
-    "How well defects are located, at the size of the pictures: AU-PRO, or AU-sPRO for defects of LOCO."
+    "How well defects of all types together are located, at the size of the pictures: AU-PRO, or AU-sPRO for LOCO."
     if not category.has_masks:
         return {}
     samples = category.test
@@ -492,9 +492,10 @@ def evaluation_lines(
         f"F1                 {_shown(f['f1'])}  at the model's threshold {f['threshold']:.3f}",
         f"best F1            {_shown(f['best_f1'])}  at {f['best_threshold'] or 0:.3f}, chosen on these pictures",
     ]
-    for name, key in (("AU-PRO to 0.3", "au_pro"), ("AU-sPRO to 0.05", "au_spro")):
+    pooled = "  all types together; the published figures are the mean over types"
+    for name, key, more in (("AU-PRO to 0.3", "au_pro", ""), ("AU-sPRO to 0.05", "au_spro", pooled)):
         if key in f:
-            lines.append(f"{name:<19}{_shown(f[key])}")
+            lines.append(f"{name:<19}{_shown(f[key])}{more}")
     lines += ["", f"{'':<12}{'called normal':>14}{'called anomalous':>18}"]
     lines += [f"{'normal':<12}{c['passed']:>14}{c['false_alarms']:>18}"]
     lines += [f"{'anomalous':<12}{c['missed']:>14}{c['found']:>18}", *_rate_lines(f), ""]

@@ -93,6 +93,22 @@ def test_transparent_pixels_are_black(tmp_path):
     assert abs(grey - (x[..., 0] * (alpha / 255))[..., None]).max() <= 1
 
 
+def test_an_alpha_of_0_everywhere_hides_no_picture(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (40, 40, 4), dtype=np.uint8)
+    x[..., 3] = 0
+    assert np.array_equal(read_image(save(x, tmp_path / "x.png")), x[..., :3])
+
+
+def test_a_picture_far_brighter_than_white_is_told_of(tmp_path, caplog):
+    x = np.full((40, 40), 30_000, np.uint16)
+    path = save(x, tmp_path / "x.png")
+    assert read_image(path, white=4095).min() == 255
+    assert "more than half of a picture is brighter than 4095" in caplog.text
+    caplog.clear()
+    x[8:] = 4000  # overexposed in places, as pictures are
+    assert read_image(save(x, tmp_path / "y.png"), white=4095)[0].min() == 255 and not caplog.text
+
+
 def test_transparent_edges_do_not_bleed_when_resized(tmp_path):
     x = np.full((64, 64, 4), 255, np.uint8)
     x[:, 32:, 3] = 0  # the right half is hidden white

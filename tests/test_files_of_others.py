@@ -115,6 +115,13 @@ def test_an_executed_notebook_says_what_and_not_where(tmp_path):
     shown = json.loads(text)
     assert shown["cells"][0]["outputs"][0]["text"][:2] == ["…/parts", "…/parts/a.png"]
     assert shown["cells"][0]["outputs"][0]["text"][-1] == "plain" and shown["cells"][0]["n"] == 1.5
+    picture = {"image/png": "ab/d=", "text/plain": "/d"}  # a picture is no text, whatever its letters say
+    (tmp_path / "n.ipynb").write_text(json.dumps({"cells": [{"outputs": [{"data": picture}]}]}))
+    leave_out_places(tmp_path / "n.ipynb", {"data": "/d"})
+    assert json.loads((tmp_path / "n.ipynb").read_text())["cells"][0]["outputs"][0]["data"] == {
+        "image/png": "ab/d=",
+        "text/plain": "…/d",
+    }
 
 
 def test_scores_are_numbers(saved):

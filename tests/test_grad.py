@@ -54,7 +54,7 @@ def model(trays) -> GRAD:
 def test_colours_span_something_where_the_maps_of_normal_pictures_are_empty():
     assert colour_limits(np.zeros((4, 8, 8), np.float32), 0.1) == (0.0, 1.0)
     low, high = colour_limits(np.arange(256, dtype=np.float32).reshape(4, 8, 8), 0.5)
-    assert low == 159.0 and high == 2 * 159.0 - 127.5
+    assert low == 191.0 and high == 2 * 191.0 - 127.5, "the value of a map, and two maps of four are above or at it"
 
 
 def test_every_form_of_input_scores_alike(model, trays):

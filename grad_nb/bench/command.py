@@ -45,7 +45,7 @@ def _check_together(model: str, data: str, quick: bool, compiled: bool) -> None:
 def grad_bench(
     device: str = "auto",  # "auto", "cpu" or "cuda"
     batch: int = 1,  # pictures judged together
-    runs: int = 30,  # timed runs of each row
+    runs: int = 30,  # timed runs of each row; of whole ways to a verdict at most 15, of peers at most 10
     threads: int = 0,  # threads of CPU work, 0 = torch's default
     preset: str = "fast",  # whose training and sampling steps are timed: "paper", "fast" or "demo"
     quick: store_true = False,  # the detectors and the way to a verdict only, and at most five runs

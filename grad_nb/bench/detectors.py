@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import grad_nb.inference.levels  # noqa: F401  offers the fast way to score batches
+from ..accel.backends import wants_bfloat16
 from grad_nb.bench.operations import (
     bound_of,
     ceilings,
@@ -165,8 +166,12 @@ def _verdict_stages(
     score = partial(fuse, maps, sizes, stats, side, with_maps=False)
     yield _Stage("score", "float32", score, 0.0, place * len(sizes))
     yield _Stage("score and map", "float32", partial(fuse, maps, sizes, stats, side), 0.0, 2 * place * len(sizes))
-    forms, precision = [prepared(net, size) for net, size in zip(nets, sizes)], arithmetic(nets, sizes)
-    gflop = 2e-9 * batch * sum(fast_operations(form) for form in forms)
+    half = wants_bfloat16()  # then torch does the work, by the layers as they stand
+    forms, precision = [prepared(net, size) for net, size in zip(nets, sizes)], arithmetic(nets, sizes, half)
+    counts = [fast_operations(form) for form in forms]
+    if half:
+        counts = [sum(count_operations(net, size).values()) for net, size in zip(nets, sizes)]
+    gflop = 2e-9 * batch * sum(counts)
     megabytes = resizing + sum(fast_bytes(form, batch) for form in forms) / 1e6 + place * len(sizes)
     yield _Stage("bytes to score and label", precision, partial(judged, False), gflop, megabytes)
     megabytes += place * len(sizes)

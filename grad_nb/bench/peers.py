@@ -126,13 +126,13 @@ class Terms:
 
 # %% ../../nbs/bench/08_peers.ipynb #_pee0021
 GRAD_HERE = {
-    "GRAD here": (False, 1.0, False),
-    "GRAD here, one detector": (True, 1.0, False),
-    "GRAD here, half the width": (False, 0.5, False),
-    "GRAD here, one detector of half the width": (True, 0.5, False),
-    "GRAD here, one network": (False, 1.0, True),
-    "GRAD here, one network of one level": (True, 1.0, True),
-}  # name → the first level alone, share of the detectors' width, one network in place of the detectors
+    "GRAD here": (False, 1.0, False, "paper"),
+    "GRAD here, one detector": (True, 1.0, False, "paper"),
+    "GRAD here, half the width": (False, 0.5, False, "fast"),
+    "GRAD here, one detector of half the width": (True, 0.5, False, "fast"),
+    "GRAD here, one network": (False, 1.0, True, "fast"),
+    "GRAD here, one network of one level": (True, 1.0, True, "fast"),
+}  # name → the first level alone, share of the width, one network in place of the detectors, the preset it is of
 
 
 def grad_here(
@@ -140,8 +140,8 @@ def grad_here(
     terms: Terms,  # what is the same for all
 ) -> GRAD:  # with random weights
     "The model that a row of GRAD times."
-    alone, share, one_network = GRAD_HERE[name]
-    return random_model(terms.sizes[:1] if alone else terms.sizes, share * terms.width, one_network, terms.device)
+    alone, share, one_network, of = GRAD_HERE[name]
+    return random_model(terms.sizes[:1] if alone else terms.sizes, share * terms.width, one_network, terms.device, of)
 
 # %% ../../nbs/bench/08_peers.ipynb #_pee0007
 class FromBytes(nn.Module):
@@ -154,20 +154,22 @@ class FromBytes(nn.Module):
         "Keep the model."
         super().__init__()
         self.model = model
+        self.layout = torch.contiguous_format
 
     def forward(
         self,
         pictures: torch.Tensor,  # (B, S, S, 3) uint8
     ) -> tuple[torch.Tensor, torch.Tensor]:  # scores (B,), maps (B, 1, S, S)
         "Scores and maps."
-        x = pictures.permute(0, 3, 1, 2).float() / 255
+        x = (pictures.permute(0, 3, 1, 2).float() / 255).contiguous(memory_format=self.layout)
         found = self.model(x)
         return found.pred_score, found.anomaly_map
 
-
+# %% ../../nbs/bench/08_peers.ipynb #_pee0007b
 def eager(
     model: nn.Module,  # of anomalib
     terms: Terms,  # size of the pictures, and where it computes
+    batch: int = 1,  # pictures judged together
 ) -> Callable:  # bytes (B, S, S, 3) → scores and maps, as arrays
     "A peer in PyTorch, in the memory layout in which it is the faster."
     device = torch.device(terms.device)
@@ -178,31 +180,50 @@ def eager(
         with torch.inference_mode():
             return [found.cpu().numpy() for found in whole(torch.from_numpy(pictures).to(device))]
 
-    def ms(layout: torch.memory_format) -> float:
-        "How long one picture takes."
+    def lay_out(layout: torch.memory_format) -> None:
+        "Weights and pictures in a memory layout."
+        whole.layout = layout
         whole.to(memory_format=layout)
-        return best_ms(lambda: judge(np.zeros((1, terms.size, terms.size, 3), np.uint8)), 3, device)
 
-    whole.to(memory_format=min((torch.channels_last, torch.contiguous_format), key=ms))
+    def ms(layout: torch.memory_format) -> float:
+        "How long a batch takes."
+        lay_out(layout)
+        return best_ms(lambda: judge(np.zeros((batch, terms.size, terms.size, 3), np.uint8)), 3, device)
+
+    lay_out(min((torch.channels_last, torch.contiguous_format), key=ms))
     return judge
 
 # %% ../../nbs/bench/08_peers.ipynb #_pee0008
-def export_peer(
-    model: nn.Module,  # of anomalib, on the CPU
-    file: Path,  # ends in .xml
-    size: int,  # side of the pictures, pixels
-) -> list[Exported]:
-    "A peer's files for OpenVINO in both precisions; the 8 bits as nncf makes them without being told anything."
+def _for_onnx_runtime(model: nn.Module, file: Path, size: int) -> Iterator[Exported]:
+    "A peer's file for ONNX Runtime."
+    name = "pictures"
+    example = (torch.from_numpy(random_pictures(1, size)),)
+    axes = {name: {0: "batch"}}
+    with _quiet(), _unlogged(), torch.no_grad():
+        torch.onnx.export(
+            FromBytes(model).eval(),
+            example,
+            file,
+            dynamo=False,
+            input_names=[name],
+            dynamic_axes=axes,
+            opset_version=17,
+        )
+    yield Exported("ONNX Runtime", "float32", file)
+
+# %% ../../nbs/bench/08_peers.ipynb #_pee0008b
+def _for_openvino(model: nn.Module, file: Path, size: int) -> Iterator[Exported]:
+    "A peer's files for OpenVINO; the 8 bits as nncf makes them without being told anything."
     import openvino
 
-    made = [Exported("OpenVINO", "float32", file)]
     with _quiet(), _unlogged():
         graph = openvino.convert_model(
             FromBytes(model).eval(), example_input=torch.from_numpy(random_pictures(1, size))
         )
         openvino.save_model(graph, str(file), compress_to_fp16=False)
+    yield Exported("OpenVINO", "float32", file)
     if importlib.util.find_spec("nncf") is None:
-        return made
+        return
     import nncf
 
     small = file.with_name(f"{file.stem}-int8.xml")
@@ -211,7 +232,19 @@ def export_peer(
         graph = openvino.Core().read_model(str(file))
         graph.reshape([1, size, size, 3])
         openvino.save_model(nncf.quantize(graph, told, subset_size=8), str(small), compress_to_fp16=False)
-    return [*made, Exported("OpenVINO", "int8", small)]
+    yield Exported("OpenVINO", "int8", small)
+
+# %% ../../nbs/bench/08_peers.ipynb #_pee0008c
+def export_peer(
+    model: nn.Module,  # of anomalib, on the CPU
+    folder: Path,  # where the files go
+    size: int,  # side of the pictures, pixels
+) -> Iterator[Exported]:
+    "A peer's files for each runtime that is installed here; in 8 bits for OpenVINO, see above."
+    if importlib.util.find_spec("openvino") is not None:
+        yield from _for_openvino(model, folder / "model.xml", size)
+    if importlib.util.find_spec("onnxruntime") is not None:
+        yield from _for_onnx_runtime(model, folder / "model.onnx", size)
 
 # %% ../../nbs/bench/08_peers.ipynb #_pee0016
 def ours_in_all_forms(
@@ -220,7 +253,7 @@ def ours_in_all_forms(
 ) -> Iterator[Contender]:
     "GRAD: the library's form and, on a CPU, the exported ones."
     on_cpu = terms.device == "cpu"
-    for i, (name, (alone, _, _)) in enumerate(GRAD_HERE.items()):
+    for i, (name, (alone, *_)) in enumerate(GRAD_HERE.items()):
         if alone and len(terms.sizes) == 1:
             continue
         model = grad_here(name, terms)
@@ -236,11 +269,12 @@ def peer_in_all_forms(
     terms: Terms,  # what is the same for all
     folder: Path,  # where the exported files go
 ) -> Iterator[Contender]:
-    "A peer: PyTorch and, on a CPU with OpenVINO, that."
+    "A peer: PyTorch and, on a CPU, the exported forms."
     model = build_peer(name, terms.size)
     yield Contender(name, "PyTorch", float32_name(terms.device))
-    if terms.device == "cpu" and importlib.util.find_spec("openvino") is not None:
-        for made in export_peer(model, folder / f"{name}.xml", terms.size):
+    if terms.device == "cpu":
+        (folder / name).mkdir()
+        for made in export_peer(model, folder / name, terms.size):
             yield Contender(name, made.way, made.precision, str(made.file))
 
 # %% ../../nbs/bench/08_peers.ipynb #_pee0017
@@ -284,7 +318,7 @@ def opened(
         return open_exported(made, torch.get_num_threads(), batch)
     if contender.method in GRAD_HERE:
         return predicted(grad_here(contender.method, terms))
-    return eager(build_peer(contender.method, terms.size), terms)
+    return eager(build_peer(contender.method, terms.size), terms, batch)
 
 # %% ../../nbs/bench/08_peers.ipynb #_pee0019
 PATIENCE = 300.0  # seconds in which another process must have judged its first picture (our choice)
@@ -342,7 +376,7 @@ def _peer_times(
             judge = opened(one, terms, batch)
             judge(draw())
         except Exception as e:  # whatever it is, the others go on
-            failed.append(one.names | {"error": _why(e)})
+            failed.append(one.names | {"batch": batch, "error": _why(e)})
         else:
             ways[one] = judge
     named = {one.name: judge for one, judge in ways.items()}
@@ -368,7 +402,7 @@ def _one_by_one(
             with beside_another(one, terms) if beside else contextlib.nullcontext():
                 seconds |= _peer_times([one], terms, batch, runs, False, failed)
         except RuntimeError as e:
-            failed.append(one.names | {"error": _why(e)})
+            failed.append(one.names | {"batch": batch, "processes": processes, "error": _why(e)})
     return seconds
 
 # %% ../../nbs/bench/08_peers.ipynb #_pee0020

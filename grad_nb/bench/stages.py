@@ -7,7 +7,7 @@ __all__ = ['time_per_step', 'detector_work', 'bench_stages', 'bench_terms']
 
 # %% ../../nbs/bench/03_stages.ipynb #bsta0002
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from .operations import bound_of, layer_bytes, operations, threads_of
-from ..config import Augmentation, DetectorConfig, GeneratorConfig, Level, Preset
-from ..contrastive import generate, train_patchdiff
+from ..config import Augmentation, DetectorConfig, GeneratorConfig, Level, Preset, trained_levels
+from ..contrastive import generate, train_patchdiff, train_shared
 from ..core.devices import bf16_supported, device_name, float32_name, pick_device
 from ..core.latency import Latency, step_seconds, steps_to_compare
 from ..core.progress import tqdm
 from ..detector import Decoder, Detector
-from ..patchdiff import new_patchdiff
+from ..patchdiff import SharedPatchDiff, new_patchdiff
 from ..patches import PATCH, STRIDE
 from ..training import train_detector
 
@@ -82,29 +82,48 @@ class _Job:
     work: np.ndarray  # GFLOP and megabytes of one step
 
 
-def _generator_jobs(level: int, config: GeneratorConfig, device: torch.device, pictures: np.ndarray) -> list[_Job]:
-    "Training and sampling of one PatchDiff."
-    model, name = new_patchdiff(level, config), f"PatchDiff {level}"
+def _passed(model: nn.Module, n: int, side: int) -> np.ndarray:
+    "GFLOP and megabytes of one forward pass of n pictures."
+    x, t = torch.empty(n, 5, side, side, device="meta"), torch.zeros(n, dtype=torch.int64, device="meta")
+    return _work(model, x, t)
 
-    def passed(n: int, side: int) -> np.ndarray:
-        "Of one forward pass of n pictures."
-        x, t = torch.empty(n, 5, side, side, device="meta"), torch.zeros(n, dtype=torch.int64, device="meta")
-        return _work(model, x, t)
 
-    def train(n: int) -> object:
-        "So many steps on random pictures."
-        return train_patchdiff(pictures, level, replace(config, steps=n), 0, device, progress=False)
+def _sampling_job(level: int, config: GeneratorConfig, device: torch.device) -> _Job:
+    "Sampling of one PatchDiff."
+    model = new_patchdiff(level, config)
 
     def sample(n: int) -> object:
         "One batch in so many steps."
         from_noise = replace(config, n_samples=config.sample_batch, sample_steps=n, start=1.0, start_to=1.0, redraw=1.0)
         return generate(model, from_noise, 0, device, False)
 
-    training, sampling = passed(config.batch, config.crop or config.size), passed(config.sample_batch, config.size)
-    return [
-        _Job(f"{name}, training", train, config.batch, "pictures", config.bf16, 3 * training),
-        _Job(f"{name}, sampling", sample, config.sample_batch, "pictures", config.bf16, sampling),
-    ]
+    work = _passed(model, config.sample_batch, config.size)
+    return _Job(f"PatchDiff {level}, sampling", sample, config.sample_batch, "pictures", config.bf16, work)
+
+# %% ../../nbs/bench/03_stages.ipynb #bstagen2
+def _generator_jobs(
+    levels: Sequence[int], config: GeneratorConfig, device: torch.device, pictures: np.ndarray
+) -> Iterator[_Job]:
+    "Training and sampling of the PatchDiffs of a preset; those with a shared trunk are trained once."
+    side, rest = config.crop or config.size, (config.batch, "pictures", config.bf16)
+    if config.shared:
+        model = SharedPatchDiff(levels, config.width, config.fourier)
+
+        def train_all(n: int) -> object:
+            "So many steps on random pictures."
+            return train_shared(pictures, levels, replace(config, steps=n), 0, device, progress=False)
+
+        yield _Job("shared PatchDiff, training", train_all, *rest, 3 * _passed(model, config.batch, side))
+    for level in levels:
+        if not config.shared:
+
+            def train(n: int, level: int = level) -> object:
+                "So many steps on random pictures."
+                return train_patchdiff(pictures, level, replace(config, steps=n), 0, device, progress=False)
+
+            work = 3 * _passed(new_patchdiff(level, config), config.batch, side)
+            yield _Job(f"PatchDiff {level}, training", train, *rest, work)
+        yield _sampling_job(level, config, device)
 
 # %% ../../nbs/bench/03_stages.ipynb #bsta0003
 def _detector_job(row: Level, config: DetectorConfig, device: torch.device, rng: np.random.Generator) -> _Job:
@@ -152,14 +171,16 @@ def bench_stages(
     progress: bool = True,  # show a progress bar
     limits: Mapping[str, float] | None = None,  # what `ceilings` gave: then each row says how close it is to them
 ) -> list[dict]:  # a row for each training and each sampling
-    "Time of one step of every training and sampling of a preset, on random pictures; every row carries its protocol."
+    """Time of one step of every training and sampling of a preset, on random pictures; every row has its protocol.
+
+    What a detector of level 1 takes, which is trained within seconds, is left out.
+    """
     device, rng = pick_device(device) if isinstance(device, str) else device, np.random.default_rng(0)
     generator, side = preset.generator, preset.generator.size
     pictures = rng.integers(0, 256, (generator.batch, side, side, 3), dtype=np.uint8)
-    jobs = []
-    for level in preset.generator_levels(layout):
-        jobs += _generator_jobs(level, generator, device, pictures)
-    jobs += [_detector_job(row, preset.detector, device, rng) for row in preset.levels(layout)]
+    levels = trained_levels(preset.generator_levels(layout))
+    jobs = list(_generator_jobs(levels, generator, device, pictures))
+    jobs += [_detector_job(row, preset.detector, device, rng) for row in preset.levels(layout) if row.level > 1]
     with threads_of(threads):
         named = tqdm(jobs, "stages", disable=not progress)
         return [{"stage": job.stage, **_job_row(job, steps, runs, device, limits)} for job in named]

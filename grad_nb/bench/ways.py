@@ -11,7 +11,7 @@ import copy
 import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,10 +20,12 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ..accel.backends import wants_bfloat16
 from .operations import threads_of, time_in_turns
-from ..config import DetectorConfig, EvalConfig, GeneratorConfig, Level, Preset
+from ..config import Level, Preset, preset
 from ..core.devices import bf16_supported, device_name
 from ..core.latency import Latency, latency
+from ..datasets.light import fit_light
 from ..datasets.readers import Category, load_images
 from ..detector import Detector
 from ..evaluation import MapStats, image_auroc
@@ -47,13 +49,17 @@ def random_model(
     width: float = 1.0,  # multiple of the channels of Table 8
     one_network: bool = False,  # a student judges in place of the detectors
     device: str | torch.device = "cpu",  # where it computes
+    of: str = "paper",  # preset whose light and whose way from maps to a score it has
 ) -> GRAD:  # with random weights, as if it had been fitted
     "A model to be timed, not to be believed."
     side = max(sizes)
+    given = preset(of)
     levels = tuple(Level(34 * side // size, size, ()) for size in sizes)
-    parts = GeneratorConfig(size=side), DetectorConfig(width=width), EvalConfig(map_size=side)
+    generator = replace(given.generator, size=side, crop=0)
+    parts = generator, replace(given.detector, width=width), replace(given.evaluation, map_size=side)
     chosen = Preset("random", *parts, levels, levels, one_network=one_network)
     model = GRAD(chosen, device=str(device), progress=False)
+    model.light_ = fit_light(random_pictures(8, side), generator.light, max_gain=generator.max_gain)
     with torch.random.fork_rng(devices=[]):
         model.detectors_ = [Detector(width).eval().requires_grad_(False) for _ in sizes]
         model.student_ = Student(levels, side).eval().requires_grad_(False) if one_network else None
@@ -107,7 +113,7 @@ def model_precision(
     "How a model's own way computes."
     if model.student_ is not None:
         return "float32"
-    return arithmetic(model.detectors_, [row.size for row in model.levels_])
+    return arithmetic(model.detectors_, [row.size for row in model.levels_], wants_bfloat16())
 
 # %% ../../nbs/bench/04_ways.ipynb #bway0008
 @dataclass(frozen=True)
@@ -145,6 +151,18 @@ def export_all(
         yield Exported("OpenVINO", "int8", small)
 
 # %% ../../nbs/bench/04_ways.ipynb #bway0013
+def _in_onnx_runtime(file: Path, threads: int) -> Callable:
+    "A graph of one input in ONNX Runtime."
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors only
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda x: session.run(None, {name: x})
+
+
 def open_exported(
     exported: Exported,  # a model's file
     threads: int,  # of the runtime
@@ -152,7 +170,7 @@ def open_exported(
 ) -> Callable:  # bytes (B, S, S, 3) → what the file gives, as arrays
     "An exported model in its runtime, in float32 even where the processor has bfloat16. `ImportError` without it."
     if exported.way == "ONNX Runtime":
-        return OnnxScorer(exported.file, threads)
+        return _in_onnx_runtime(exported.file, threads)
     import openvino
 
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
@@ -193,9 +211,10 @@ def bench_ways(
     width: float = 1.0,  # multiple of the channels of Table 8
     one_network: bool = False,  # a student judges in place of the detectors
     compiled: bool = False,  # also compile with torch
+    of: str = "paper",  # preset whose light and whose way from maps to a score it has
 ) -> list[dict]:  # a row for each way, the library's first
     "Latency on the CPU of the ways from bytes to score, label and map, in turns; random weights."
-    model, side, rng = random_model(sizes, width, one_network), max(sizes), np.random.default_rng(0)
+    model, side, rng = random_model(sizes, width, one_network, of=of), max(sizes), np.random.default_rng(0)
     draw = partial(rng.integers, 0, 256, (batch, side, side, 3), dtype=np.uint8)
     same = rng.integers(0, 256, (4, side, side, 3), dtype=np.uint8)
     with threads_of(threads), tempfile.TemporaryDirectory() as folder:

@@ -87,7 +87,7 @@ def _whole_bench(settings: Preset, device: torch.device, batch: int, threads: in
         "stages": bench_stages(settings, device=device, threads=threads, limits=limits),
         "terms": bench_terms(settings.detector, size, device=device, threads=threads, limits=limits),
         "ways": bench_ways(batch=batch, threads=threads, runs=runs, compiled=compiled) if on_cpu else [],
-        "one_network": bench_ways(batch=batch, threads=threads, runs=runs, one_network=True) if on_cpu else [],
+        "one_network": bench_ways((256, 128, 64), batch, threads, runs, one_network=True, of="fast") if on_cpu else [],
     }
 
 # %% ../../nbs/bench/12_whole.ipynb #bcom0005

@@ -40,7 +40,7 @@ def _polynomials(side: int, order: int) -> Tensor:
 
 
 def _log_brightness(
-    x: Tensor,  # (B, 3, S, S) in 0..255
+    x: Tensor,  # (B, 3, S, S) whole numbers in 0..255
 ) -> Tensor:  # (B, SIDE * SIDE) float64
     "Logarithms of the mean brightness of each cell."
     size = x.shape[-1]
@@ -48,7 +48,8 @@ def _log_brightness(
     pixel = torch.arange(size, dtype=torch.float64)
     low, high = torch.maximum(pixel, edge[:-1, None]), torch.minimum(pixel + 1, edge[1:, None])
     share = (high - low).clamp(min=0) * SIDE / size  # of each pixel in each cell
-    grey = share @ x.double().mean(1) @ share.T
+    mean = x.float().sum(1).double() / 3  # exact: sums of whole numbers
+    grey = share @ mean @ share.T
     return torch.log(grey + DARK).flatten(1)
 
 # %% ../../nbs/datasets/05_light.ipynb #lightc02

@@ -211,6 +211,9 @@ def _deep_to_grey(im: Image.Image, white: float | None) -> Image.Image:
         if im.mode == "I" and im.format != "PNG":  # an older Pillow opens PNG of 16 bits so
             raise ValueError("it holds whole numbers of 32 bits, whose white is unknown")
         white = _usual_white(values.max())
+    if np.mean(values > white) > 0.5:
+        said = "if it comes from a camera of more bits, scale it to the others"
+        log.warning("more than half of a picture is brighter than %g, the white of its data set; %s", white, said)
     grey = np.floor(np.minimum(values / white, 1.0) * 255 + 0.5)
     return Image.fromarray(np.where(transparent, 0, grey).astype(np.uint8))
 
@@ -238,10 +241,13 @@ def _check_deep_colour(im: Image.Image, name: str, white: float | None) -> None:
 
 
 def _to_rgb(im: Image.Image, white: float | None = None) -> Image.Image:
-    "A picture of any mode as 8-bit RGB, transparent pixels over black."
+    """A picture of any mode as 8-bit RGB, transparent pixels over black.
+
+    An alpha channel that is 0 everywhere hides nothing: some cameras leave their fourth byte so.
+    """
     if _is_deep_grey(im):
         im = _deep_to_grey(im, white)
-    elif im.has_transparency_data:
+    elif im.has_transparency_data and not (im.mode == "RGBA" and not im.getchannel("A").getextrema()[1]):
         rgba, im = im.convert("RGBA"), Image.new("RGB", im.size)
         im.paste(rgba, mask=rgba.getchannel("A"))
     return im.convert("RGB")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..accel.backends import choice, wants_bfloat16
+from ..accel.backends import choice
 from ..accel.native import call
 from ..accel.winograd import unstrided
 from ..coords import coord_map, with_coords
@@ -230,10 +230,10 @@ class InBfloat16(nn.Module):
 def arithmetic(
     detectors: Sequence[nn.Module],  # on the CPU
     sizes: Sequence[int],  # side of each detector's pictures, pixels
-    bf16: bool = False,  # as asked of `score_map`
+    bf16: bool = False,  # as given to `score_map`
 ) -> str:  # one of `PRODUCTS`, or "bf16"; "float32" only where all of them compute in it
     "How `score_map` computes on this CPU."
-    if bf16 or wants_bfloat16():
+    if bf16:
         return "bf16"
     forms = [prepared(d, size) for d, size in zip(detectors, sizes) if has_fast_form(d)]
     found = {precision_of(form) for form in forms} - {"float32"}

@@ -113,7 +113,7 @@ def leave_out_places(
         if isinstance(value, list):
             return [without(each) for each in value]
         if isinstance(value, dict):
-            return {key: without(each) for key, each in value.items()}
+            return {key: each if key.startswith("image/") else without(each) for key, each in value.items()}
         return value
 
     content = json.loads(Path(notebook).read_text(encoding="utf-8"))

@@ -26,7 +26,7 @@ from ..core.progress import tqdm
 # %% ../../nbs/runs/01_stages.ipynb #876e4aa8b
 import grad_nb.inference.levels  # noqa: F401  offers the fast way to score batches
 from .. import metrics
-from ..accel.backends import choice
+from ..accel.backends import choice, wants_bfloat16
 from grad_nb.config import (
     LARGEST_SIDE,
     Level,
@@ -66,7 +66,7 @@ from ..detector import AnyDetector, load_detector
 from ..evaluation import MapStats, fuse, image_scores, score_maps, summary, trivial
 from ..inference.scorer import arithmetic
 from ..student import load_student, make_student, multiplications, student_maps
-from ..training import make_detector
+from ..training import check_rows, make_detector
 
 # %% ../../nbs/runs/01_stages.ipynb #a13c04b6
 def parse_overrides(
@@ -169,6 +169,7 @@ def open_run(
     found = read_category(data, category)
     where = str(pick_device(device))
     settings = suited_settings(found, preset_name, overrides)
+    check_rows(settings.levels(found.layout), settings.detector)
     folder = Path(runs) / settings.name / dataset_name(found) / found.name / f"seed{seed}"
     return Run(found, settings, seed, folder, data_sha256(found, progress=progress), where, progress)
 
@@ -310,7 +311,7 @@ def _detect(run: Run, row: Level) -> tuple[dict, list[str]]:
     (run.folder / f"detector-{tag}.checkpoint").unlink(missing_ok=True)
     figures["parts"]["score"] = round(time.perf_counter() - start, 2)
     on_cpu = torch.device(run.device).type == "cpu"
-    figures["products"] = arithmetic([detector], [row.size]) if on_cpu else float32_name(run.device)
+    figures["products"] = arithmetic([detector], [row.size], wants_bfloat16()) if on_cpu else float32_name(run.device)
     return figures, files
 
 # %% ../../nbs/runs/01_stages.ipynb #b2679780

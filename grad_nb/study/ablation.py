@@ -6,9 +6,9 @@
 __all__ = ['OFF', 'ON', 'TABLE_4', 'REMOVED', 'ADDED', 'SETS', 'METRICS', 'SHARED', 'KEYS', 'MEANS', 'GENERATOR_COLUMNS', 'slug',
            'parse_variants', 'Ablation', 'home', 'Cell', 'open_ablation', 'cells', 'cell_key', 'cell_done',
            'figures_on_test', 'train_cell', 'judge_generator', 'Piece', 'pieces', 'run_pieces', 'read_results',
-           'seed_interval', 'pictures_interval', 'image_metric', 'compare', 'common_seeds', 'rank_correlation',
-           'ablation_chart', 'table_4_figures', 'compare_generators', 'curve_chart', 'picture_sheets', 'tables_of',
-           'collect_results', 'ablate']
+           'seed_interval', 'pictures_interval', 'image_metric', 'compare', 'in_order', 'common_seeds',
+           'rank_correlation', 'ablation_chart', 'table_4_figures', 'compare_generators', 'curve_chart',
+           'picture_sheets', 'tables_of', 'collect_results', 'ablate']
 
 # %% ../../nbs/study/06_ablation.ipynb #abl00004
 import json
@@ -33,7 +33,7 @@ from ..config import PRESETS, Preset, augmentation, override, to_dict
 from ..contrastive import drop_checkpoints, read_changes
 from ..core.files import fingerprint, lock, read_array, read_json, write_json
 from ..core.seeds import checked_seed
-from ..core.stages import run_stage, stage_done
+from ..core.stages import run_stage, stage_done, stage_record
 from ..datasets.light import Light, even_light
 from ..datasets.readers import load_images, load_masks
 from ..datasets.trays import make_trays
@@ -865,6 +865,18 @@ def compare(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/study/06_ablation.ipynb #abl00036
+def in_order(
+    found: pd.DataFrame,  # what `read_results` gave
+    variants: Collection[str],  # the first is what the others are compared with
+) -> pd.DataFrame:
+    "These variants alone, in this order: a record keeps the place that its variant had when it was trained."
+    if found.empty:
+        return found
+    place = {name: i for i, name in enumerate(variants)}
+    mine = found[found.variant.isin(place)]
+    return mine.assign(order=mine.variant.map(place))
+
+
 def common_seeds(
     found: pd.DataFrame,  # what `read_results` gave
 ) -> pd.DataFrame:  # the same without other seeds; all of them where the variants have none in common
@@ -1098,7 +1110,7 @@ def tables_of(
     "The tables of the ablations in a folder."
     found, drawn = (read_results(folder, kind) for kind in ("detector", "generator"))
     if variants:
-        found, drawn = (rows[rows.variant.isin(variants)] if len(rows) else rows for rows in (found, drawn))
+        found, drawn = (in_order(rows, variants) for rows in (found, drawn))
     tables = {}
     if len(found):
         tables["ablation"] = compare(found, reference).set_index("variant").map(_as_text)
@@ -1132,6 +1144,8 @@ def _refuse_others(ablation: Ablation) -> None:
     mine = {cell.folder / f"{cell.stage}.json" for cell in cells(ablation)}
     shared = {"kind": ablation.part, "preset": ablation.run.preset.name, "overrides": ablation.overrides}
     shared["category"] = ablation.run.category.name
+    measured = {"data_sha256": ablation.run.data_sha256, "selection_config": asdict(ablation.selection)}
+    said = {"data_sha256": "pictures", "selection_config": "settings of the selection"}
     for path in sorted(ablation.folder.rglob("*.json")):
         record = read_json(path)
         if not isinstance(record, dict):
@@ -1146,6 +1160,22 @@ def _refuse_others(ablation: Ablation) -> None:
         if name in ablation.variants and fingerprint(record["changes"]) != fingerprint(dict(ablation.variants[name])):
             problem = f"{path} is of a variant {name!r} that changes {record['changes']}, not {ablation.variants[name]}"
             raise ValueError(f"{problem}; give another --folder, or move it away")
+        for what, value in measured.items():
+            if name in ablation.variants and record.get(what, value) != value:
+                problem = f"{path} was made with other {said[what]}, and means over both say nothing"
+                raise ValueError(f"{problem}; give another --folder, or move it away")
+
+# %% ../../nbs/study/06_ablation.ipynb #abl0053b
+def _refuse_other_sets(ablation: Ablation) -> None:
+    "`ValueError` if a run has contrastive sets of other settings in the place of these: they would be lost."
+    if ablation.part == "generator":
+        return
+    for cell in cells(ablation):
+        for level in cell.run.level(cell.level).generators:
+            path = cell.run.folder / f"generate-{level:02d}.json"
+            if path.is_file() and not stage_record(path.parent, path.stem, generate_key(cell.run, level)):
+                problem = f"{path} is of a contrastive set of other settings, pictures or code, which would be lost"
+                raise ValueError(f"{problem}; give another --runs, or move {path.parent} away")
 
 
 def ablate(
@@ -1154,6 +1184,7 @@ def ablate(
 ) -> dict[str, pd.DataFrame]:  # the tables of its folder
     "Run what is left of an ablation and write its tables beside the records; of generators also what they draw."
     _refuse_others(ablation)
+    _refuse_other_sets(ablation)
     run_pieces(pieces(ablation), say)
     made = tables_of(ablation.folder, variants=ablation.variants)
     write_tables(ablation.folder, made)

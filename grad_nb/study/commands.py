@@ -92,7 +92,7 @@ def grad_reproduce(
     device: str = "auto",  # "auto", "cpu" or "cuda"; with --executor "cuda" asks for GPUs that may not be here
     bench: str = "",  # file of grad_bench --json-file, for Table 3
     executor: str = "",  # "slurm" for a cluster
-    options: str = "",  # more options of snakemake, in one line
+    options: str = "",  # more options of snakemake, in one line; with = before them: --options="--forceall"
     retries: int = 1,  # how often a failed notebook is tried again
     table4: store_true = False,  # also the rows of Table 4, which `paper` has without being asked
     no_table4: store_true = False,  # not the rows of Table 4

@@ -102,7 +102,8 @@ def changed_settings(
     if recorded.name not in PRESETS:
         return {}
     may = _by_itself(recorded.name)
-    return {path: value for path, value in _by_path(recorded).items() if all(value != own[path] for own in may)}
+    known = _by_path(recorded)
+    return {path: value for path, value in known.items() if all(path not in own or value != own[path] for own in may)}
 
 # %% ../../nbs/study/00_records.ipynb #recbes2c
 def is_beside_a_run(

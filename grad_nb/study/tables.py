@@ -229,7 +229,7 @@ def _changes_of(result: Mapping[str, Any], without: Sequence[str]) -> str:
 
 def _settings_notes(mine: pd.DataFrame) -> list[str]:
     "What was run with other settings than its preset has, and results whose stages were made again since."
-    runs = mine[(mine.file != "") & ~mine.beside].drop_duplicates("file")
+    runs = mine[mine.file != ""].drop_duplicates("file")
     several = runs.variant.nunique() > 1  # a table whose lines name the parts
     results = {file: read_json(file) for file in runs.file}
     changes = runs.file.map(lambda file: _changes_of(results[file], LOSS_PARTS if several else ()))
@@ -237,16 +237,37 @@ def _settings_notes(mine: pd.DataFrame) -> list[str]:
     for words, part in runs.groupby(changes, sort=True):
         if words:
             notes.append(f"{_listed(part.category)}, seeds {_listed(part.seed)}: run with {words}")
-    for file, category in zip(runs.file, runs.category):
+    own = runs[~runs.beside]  # a row of Table 4 has no stages of its own
+    for file, category in zip(own.file, own.category):
         if changed := changed_stages(Path(file).parent, results[file]):
             notes.append(f"{category}: {', '.join(changed)} changed since {file} was written; run its table again")
     return notes
 
 # %% ../../nbs/study/01_tables.ipynb #tabnote3
-def _notes(found: pd.DataFrame, dataset: str, categories: Sequence[str]) -> list[str]:
-    "What must stand below a table: preset, seeds, devices, categories that were not run, notes of the runs."
-    datasets = [dataset, "trays"] if dataset == "mvtec_loco" else [dataset]
-    mine = found[found.dataset.isin(datasets)]
+def _missing_notes(there: pd.DataFrame, mine: pd.DataFrame, categories: Sequence[str]) -> list[str]:
+    "What an average lacks: categories, or seeds of some; `there` are runs with other parts than their preset's too."
+    missing = [name for name in categories if name not in set(mine.category)]
+    other = [name for name in missing if name in set(there.category)]
+    notes = []
+    if never := [name for name in missing if name not in other]:
+        notes.append(f"not run: {', '.join(never)}; so there is no average")
+    if other:
+        notes.append(f"run with other parts than its preset has, and left out: {', '.join(other)}")
+    seeds = [set(mine[mine.category == name].seed) for name in categories]
+    shared = set.intersection(*seeds)
+    if not missing and not shared:
+        notes.append("no seed has all categories, so there is no average")
+    elif not missing and any(own != shared for own in seeds):
+        notes.append(f"the average is over the seeds that all categories have: {', '.join(map(str, sorted(shared)))}")
+    return notes
+
+
+def _notes(found: pd.DataFrame, dataset: str, categories: Sequence[str], own: bool = True) -> list[str]:
+    "What must stand below a table: preset, seeds, devices, what is missing, notes of the runs; `own` as in `COLUMNS`."
+    there = found[(found.dataset == dataset) & found.category.isin(categories)]
+    if dataset == "mvtec_loco":
+        there = pd.concat([there, found[found.dataset == "trays"]])
+    mine = there[there.own] if own else there
     notes = [
         "AUROC in percent; ours: mean ± standard deviation over seeds; "
         "a dash: not run, or not published; n/a: not defined"
@@ -255,9 +276,7 @@ def _notes(found: pd.DataFrame, dataset: str, categories: Sequence[str]) -> list
         return [*notes, f"nothing of {dataset} has been run"]
     devices = mine.device.map(lambda names: re.split(r", (?![^(]*\))", names)).explode()  # stages may differ in theirs
     notes.append(f"run here: preset {_listed(mine.preset)}, seeds {_listed(mine.seed)}, on {_listed(devices)}")
-    missing = [name for name in categories if name not in set(mine.category)]
-    if missing:
-        notes.append(f"not run: {', '.join(missing)}; so there is no average")
+    notes += _missing_notes(there, mine, categories)
     for _, part in mine[mine.file != ""].groupby(["dataset", "category", "variant", "beside"]):
         if len({_settings_of(file) for file in part.file.unique()}) > 1:
             run = f"{part.dataset.iloc[0]}/{part.category.iloc[0]}"
@@ -272,7 +291,7 @@ def table_1(
 ) -> pd.DataFrame:  # text, notes in `.attrs["notes"]`
     """Table 1: image AUROC on MVTec LOCO by category.
 
-    The rows are the categories, the average, and other data in the LOCO layout; the columns are the methods. Ours are
+    The rows are the categories, the average, and the trays; the columns are the methods. Ours are
     means of the logical and the structural AUROC, with the pooled AUROC beside them. That the published figures are
     such means is an assumption: those of published baselines are.
     """
@@ -290,7 +309,7 @@ def table_1(
     pooled = [cell(values(found, dataset, chosen, "image_auroc")) for dataset, chosen in groups.values()]
     table.insert(table.columns.get_loc(HERE["GRAD"]) + 1, f"{HERE['GRAD']}, pooled", pooled)
     assumed = "figures are means of the logical and the structural AUROC; we assume so of the published ones"
-    table.attrs["notes"] = [assumed, *_notes(found[found.own], "mvtec_loco", names)]
+    table.attrs["notes"] = [assumed, *_notes(found, "mvtec_loco", names)]
     return table.rename_axis(index="category", columns=None)
 
 # %% ../../nbs/study/01_tables.ipynb #4788db89
@@ -306,7 +325,7 @@ def table_2(
     table = pd.DataFrame(grids).map(_text).rename(index={"GRAD": "GRAD (paper)"})
     for method, title in HERE.items():
         table.loc[title] = [cell(values(found, "mvtec_ad", names, metric, method)) for metric in metrics.values()]
-    table.attrs["notes"] = _notes(found[found.own], "mvtec_ad", names)
+    table.attrs["notes"] = _notes(found, "mvtec_ad", names)
     return table.rename_axis(index="method")
 
 
@@ -326,7 +345,7 @@ def table_10(
             chosen = names if row == "average" else [row]
             column.append(" / ".join(cell(values(found, "mvtec_ad", chosen, metric, method)) for metric in metrics))
         table[title] = column
-    table.attrs["notes"] = ["pixel / image", *_notes(found[found.own], "mvtec_ad", names)]
+    table.attrs["notes"] = ["pixel / image", *_notes(found, "mvtec_ad", names)]
     return table.rename_axis(index="category", columns=None)
 
 # %% ../../nbs/study/01_tables.ipynb #b953af13
@@ -460,7 +479,7 @@ def table_4(
     whole = dataset == "mvtec_loco" and set(names) == set(published_categories(1))
     beside = "" if whole else "; the published averages are over the five categories of MVTec LOCO"
     rows = found[found.variant.isin(VARIANTS.values())]
-    told = _notes(found if rows.empty else rows, dataset, names)
+    told = _notes(found if rows.empty else rows, dataset, names, own=False)
     table.attrs["notes"] = [f"averages here over {', '.join(names)}{beside}", *told]
     return table.fillna("-").rename_axis(index="variant")
 

@@ -111,6 +111,12 @@ def card_path(
     return Path(model).with_name(f"{Path(model).name}.md")
 
 
+def _is_there(model: str) -> None:
+    "`FileNotFoundError` if a model does not exist, before a folder is made for what comes of it."
+    if not Path(model).exists():
+        raise FileNotFoundError(f"{model} does not exist")
+
+
 def _writable(path: str | Path) -> None:
     "`ValueError` if a file cannot be written."
     from grad_nb.core.files import is_protected
@@ -165,7 +171,7 @@ def _is_card(path: Path) -> bool:
         return f.read(6) == b"# GRAD"
 
 # %% ../../nbs/use/05_daily.ipynb #fitbefor2
-def _before_fit(model: str, category: str) -> Path:
+def _before_fit(model: str, category: str, option: str = "--model") -> Path:
     "Where the card goes; `ValueError` for a category that is none, and for files that cannot be written."
     from grad_nb.datasets.readers import OFFICIAL
 
@@ -179,7 +185,7 @@ def _before_fit(model: str, category: str) -> Path:
     if Path(model).is_file() and _is_card(Path(model)):
         raise ValueError(f"{model} is the card of a model and would be overwritten; give another file for the model")
     if card.exists() and not _is_card(card):
-        raise ValueError(f"{card} is there and is no model card; give another --model, or move it away")
+        raise ValueError(f"{card} is there and is no model card; give another {option}, or move it away")
     return card
 
 # %% ../../nbs/use/05_daily.ipynb #fitroom1
@@ -232,11 +238,15 @@ def grad_calibrate(
     from grad_nb.verdicts import has_labels, labelled_folder
 
     target = output or model
-    card = _before_fit(target, "")
+    _is_there(model)
+    card = _before_fit(target, "", "--output")
     fitted = GRAD.load(model, device).set_params(progress=not quiet)
     before = fitted.offset_
     if picture_files(pictures) and not has_labels(pictures):
         fitted.calibrate(pictures, false_alarm_rate=false_alarm_rate)
+    elif false_alarm_rate is not None:
+        problem = f"{pictures} holds defects too, and its threshold is that of the best F1"
+        raise ValueError(f"{problem}; leave --false-alarm-rate out, or give the folder of good pictures alone")
     else:
         found = labelled_folder(pictures)
         for note in found.notes:
@@ -324,6 +334,13 @@ def _check_watching(model: str, watch: str | None, journal: str | None, every: f
         raise ValueError(f"--every must be a number of seconds above 0, not {every}")
     if journal is not None:
         check_output(journal, model)
+    elif watch and Path(watch).is_dir():
+        from grad_nb.use.watch import journal_path
+
+        try:
+            check_output(journal_path(watch), model)
+        except ValueError as e:
+            raise ValueError(f"the journal {e} to --journal") from None
 
 # %% ../../nbs/use/05_daily.ipynb #3c98d629
 @call_parse
@@ -348,6 +365,7 @@ def grad_export(
         raise ValueError(f"format must be {' or '.join(FORMATS)}, not {format!r}")
     suffix, write, reader = FORMATS[format]
     path = Path(output or f"{model.removesuffix('.grad')}{suffix}")
+    _is_there(model)
     for file in (path, path.with_suffix(".bin")) if "openvino" in format else (path,):  # its weights stand beside it
         check_output(file, model)
     fitted = GRAD.load(model, "cpu")

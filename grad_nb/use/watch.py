@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECHECKED', 'SETTLED', 'RELISTED', 'Stamp', 'MOST_DEATHS', 'Known', 'stamp_of', 'look', 'being_written',
-           'JournalFile', 'Journal', 'Left', 'Progress', 'model_key', 'watch']
+           'JournalFile', 'Journal', 'Left', 'Progress', 'model_key', 'journal_path', 'watch']
 
 # %% ../../nbs/use/03_watch.ipynb #afa44bd1
 import json
@@ -184,7 +184,9 @@ class Journal(JournalFile):
 
     def untold(self) -> list[dict]:
         "The lines that were written and perhaps not told, as the process was killed or its reader broke off."
-        self.file.seek(self.progress.told)
+        self.file.seek(0)
+        told = self.file.read(self.progress.told).rfind(b"\n") + 1  # of a journal that was edited since, a whole line
+        self.file.seek(told)
         return [json.loads(line) for line in self.file.read().splitlines()]
 
     def add(
@@ -393,6 +395,16 @@ def _judge(
         if seen[path][1] >= patience and stamp_of(path) == seen[path][0]:
             yield path, {"error": error}, None
 
+# %% ../../nbs/use/03_watch.ipynb #watchjrn
+def journal_path(
+    folder: str | Path,  # that is watched
+) -> Path:
+    "Where the journal of a watch goes if nobody says: beside the folder."
+    where = Path(os.path.abspath(folder))
+    if not where.name:
+        raise ValueError(f"of {where} cannot be written beside it; give a file")
+    return where.with_name(f"{where.name}.journal.jsonl")
+
 # %% ../../nbs/use/03_watch.ipynb #bbbc0f45
 def watch(
     model: GRAD,  # fitted
@@ -414,8 +426,7 @@ def watch(
         raise DataError(f"{folder} is not a folder; make it, or check the path")
     if not 0 < every < float("inf"):
         raise ValueError(f"every must be a number of seconds above 0, not {every}")
-    where = Path(os.path.abspath(folder))
-    with Journal(journal or where.with_name(f"{where.name}.journal.jsonl"), model_key(model)) as kept:
+    with Journal(journal or journal_path(folder), model_key(model)) as kept:
         for row in kept.untold():
             yield _row_of(folder, row)
         kept.progress.tell(kept.size())

@@ -224,7 +224,7 @@ def test_the_card_says_what_the_model_is(model, tmp_path):
     assert (
         f"{train} normal pictures, and {held} held out" in card
         and train + held == 10
-        and "No anomalous picture was used" in card
+        and "No anomalous picture was learnt from" in card
         and "do not see where" not in card
     )
     for name, number in model.versions_.items():

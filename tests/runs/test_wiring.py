@@ -108,7 +108,7 @@ def test_a_detector_learns_from_its_own_sets_and_from_no_held_out_picture(run, m
     monkeypatch.setattr(
         room, "_score", lambda run, detector, row, samples, light: scored.append(samples) or np.zeros((0, 1, 1))
     )
-    monkeypatch.setattr(room, "arithmetic", lambda detectors, sizes: "int16")
+    monkeypatch.setattr(room, "arithmetic", lambda detectors, sizes, bf16: "int16")
     assert room.detect_stage(run, 64)["products"] == "int16"
     assert (
         seen["sets"] == [5, 9]
@@ -133,7 +133,7 @@ def test_sets_and_their_changes_come_from_the_run_that_made_them(run, monkeypatc
     monkeypatch.setattr(room, "load_detector", lambda path: (None, {}))
     lights = []
     monkeypatch.setattr(room, "_score", lambda *args: lights.append(args[-1]) or np.zeros((0, 1, 1)))
-    monkeypatch.setattr(room, "arithmetic", lambda detectors, sizes: "int16")
+    monkeypatch.setattr(room, "arithmetic", lambda detectors, sizes, bf16: "int16")
     room.detect_stage(other, 64)
     assert {place for place in asked if not isinstance(place, str)} == {other.made}
     assert asked.count("normals") == 1 and "the changes" in asked, "training pictures are read once"

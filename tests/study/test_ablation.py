@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,13 +24,14 @@ from sklearn.metrics import roc_auc_score
 from grad_nb.config import PRESETS, override, to_dict
 from grad_nb.core.files import lock, read_json, write_json
 from grad_nb.datasets.readers import DataError
-from grad_nb.runs.stages import load_normals, open_run
+from grad_nb.runs.stages import generate_key, load_normals, open_run
 from grad_nb.study.ablation import (
     KEYS,
     METRICS,
     SETS,
     TABLE_4,
     Piece,
+    _refuse_other_sets,
     _refuse_others,
     ablate,
     ablation_chart,
@@ -41,6 +42,7 @@ from grad_nb.study.ablation import (
     compare,
     compare_generators,
     curve_chart,
+    in_order,
     loss_curve,
     open_ablation,
     parse_variants,
@@ -324,6 +326,39 @@ def test_a_variant_that_was_changed_is_not_averaged_with_what_it_was(data, tmp_p
     write_json(mine, record | {"overrides": TINY.replace("detector.steps=4", "detector.steps=5")})
     with pytest.raises(ValueError, match="steps=5 .* would be lost; give another --folder, or move it away"):
         ablate(ablation)
+
+
+def test_results_of_other_pictures_or_of_another_selection_are_not_averaged_with_these(data, tmp_path):
+    ablation = opened(data, tmp_path)
+    name, changes = next(iter(ablation.variants.items()))
+    record = {"kind": ablation.part, "preset": ablation.run.preset.name, "overrides": ablation.overrides}
+    record |= {"category": ablation.run.category.name, "variant": name, "changes": dict(changes)}
+    path = ablation.folder / "seed9" / "a.json"
+    alike = {"data_sha256": ablation.run.data_sha256, "selection_config": asdict(ablation.selection)}
+    write_json(path, record | alike)
+    _refuse_others(ablation)
+    for other, said in ({"data_sha256": "0"}, "pictures"), ({"selection_config": {}}, "settings of the selection"):
+        write_json(path, record | alike | other)
+        with pytest.raises(ValueError, match=f"a.json was made with other {said}.* give another --folder"):
+            _refuse_others(ablation)
+
+
+def test_contrastive_sets_of_other_settings_are_not_replaced(data, tmp_path):
+    ablation = opened(data, tmp_path)
+    cell = cells(ablation)[0]
+    level = cell.run.level(cell.level).generators[0]
+    path = cell.run.folder / f"generate-{level:02d}.json"
+    write_json(path, {"fingerprint": generate_key(cell.run, level), "outputs": {}})
+    _refuse_other_sets(ablation)
+    write_json(path, {"fingerprint": "0", "outputs": {}})
+    with pytest.raises(ValueError, match="which would be lost; give another --runs"):
+        ablate(ablation)
+
+
+def test_the_first_variant_that_is_asked_for_is_the_reference_whatever_was_trained_before():
+    found = pd.DataFrame({"variant": ["all", "none", "more"], "order": [3, 0, 1]})
+    assert list(in_order(found, ["all", "none"]).sort_values("order").variant) == ["all", "none"]
+    assert in_order(found[:0], ["all"]).empty
 
 
 def test_an_ablation_can_be_judged_and_has_seeds_that_there_are(data, tmp_path):

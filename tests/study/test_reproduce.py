@@ -19,7 +19,7 @@ from conftest import TINY
 from shared import ROOT
 
 from grad_nb.config import GeneratorConfig, to_dict
-from grad_nb.core.files import read_json, write_json
+from grad_nb.core.files import file_sha256, read_json, write_json
 from grad_nb.core.progress import BARS, tell_plan
 from grad_nb.datasets.readers import DataError
 from grad_nb.runs.stages import generate_key, open_run, split_normals, standardising
@@ -311,6 +311,33 @@ def test_what_is_left_is_what_is_not_done_with_these_settings(data, tmp_path):
     assert again == {"detect": 1, "table": 1} | {
         name: 1 for name in LAST if any(job["notebook"] == name for job in other["jobs"])
     }
+
+
+def test_a_job_whose_files_were_changed_after_its_record_is_not_done(data, tmp_path):
+    batch = planned(data, tmp_path)
+    job = next(job for job in batch["jobs"] if job["notebook"] == "detect")
+    folder, record = Path(batch["folder"]), Path(batch["folder"]) / job["record"]
+    record.parent.mkdir(parents=True, exist_ok=True)
+    weights = record.with_name("weights")
+    weights.write_text("a")
+    write_json(record, {"fingerprint": "f", "outputs": {"weights": file_sha256(weights)}})
+    write_json(folder / job["marker"], {"key": job["key"], "record": "f"})
+    later = record.stat().st_mtime + 10
+    os.utime(weights, (later, later))
+    assert job_done(folder, job), "the same file, touched"
+    weights.write_text("b")
+    os.utime(weights, (later, later))
+    assert not job_done(folder, job), "an interrupted run with other settings has begun to write"
+
+
+def test_a_cluster_gets_threads_that_do_not_depend_on_this_machine(data, tmp_path, monkeypatch):
+    where = {"data": data, "dataset": "trays", "preset": "demo", "seeds": (0,), "runs": tmp_path, "overrides": TINY}
+    plans = []
+    for cores in (1, 128):
+        monkeypatch.setattr(reproduce_module, "cpu_count", lambda cores=cores: cores)
+        plans.append(plan_batch(**where, device="cuda", executor="slurm")["threads"])
+        assert plan_batch(**where, device="cpu")["threads"]["speed"] == cores, "nothing runs beside it"
+    assert plans[0] == plans[1] and set(plans[0].values()) == {reproduce_module.CLUSTER_THREADS}
 
 
 def test_the_estimate_guesses_first_and_then_knows(data, tmp_path):

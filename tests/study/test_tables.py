@@ -247,8 +247,28 @@ def test_an_average_needs_every_category_with_the_same_seed(tmp_path):
     assert table_10(collect(tmp_path)).loc["average", "GRAD here"] == "80.7 ± 0.0 / 91.7 ± 1.4"
     (tmp_path / "paper/mvtec_ad/pill/seed1/result.json").unlink()
     assert list(table_2(collect(tmp_path)).loc["GRAD here"]) == ["80.7", "90.7"], "seed 1 is not whole any more"
+    said = table_2(collect(tmp_path)).attrs["notes"]
+    assert "the average is over the seeds that all categories have: 0" in said
     (tmp_path / "paper/mvtec_ad/wood/seed0/result.json").unlink()
     assert list(table_2(collect(tmp_path)).loc["GRAD here"]) == ["-", "-"]
+    assert "no seed has all categories, so there is no average" in table_2(collect(tmp_path)).attrs["notes"]
+
+
+def test_what_is_left_out_of_a_table_is_told_of_and_other_parts_are_not(tmp_path):
+    result(tmp_path, "mvtec_loco", "pushpins", 0, 0.9)
+    result(tmp_path, "mvtec_loco", "juice_bottle", 0, 0.9, alpha_1=0.0)
+    result(tmp_path, "mvtec_ad", "my_part", 7, 0.9, pixel=0.8)
+    result(tmp_path, "mvtec_ad", "bottle", 0, 0.9, pixel=0.8)
+    said = table_1(collect(tmp_path)).attrs["notes"]
+    assert "run with other parts than its preset has, and left out: juice_bottle" in said
+    assert any(note.startswith("not run: breakfast_box, screw_bag") for note in said)
+    said = " ".join(table_10(collect(tmp_path)).attrs["notes"])
+    assert "seeds 0, on" in said and "my_part" not in said
+
+
+def test_the_tables_of_runs_with_a_detector_of_level_1_can_be_made():
+    tables = all_tables(collect(ROOT / "results" / "level-1"), "demo")
+    assert any("level_1=True" in note for note in tables["table_10"].attrs["notes"]), list(tables)
 
 
 def test_undefined_is_not_a_number_and_spoils_the_average(tmp_path):
