@@ -2341,6 +2341,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'grad_nb.use.export.largest_difference': ( 'use/export.html#largest_difference',
                                                                                'grad_nb/use/export.py'),
                                     'grad_nb.use.export.metadata': ('use/export.html#metadata', 'grad_nb/use/export.py'),
+                                    'grad_nb.use.export.onnx_session': ('use/export.html#onnx_session', 'grad_nb/use/export.py'),
                                     'grad_nb.use.export.random_pictures': ('use/export.html#random_pictures', 'grad_nb/use/export.py'),
                                     'grad_nb.use.export.read_normals': ('use/export.html#read_normals', 'grad_nb/use/export.py'),
                                     'grad_nb.use.export.resize_matrix': ('use/export.html#resize_matrix', 'grad_nb/use/export.py'),

@@ -36,6 +36,7 @@ from grad_nb.use.export import (
     DetectorViews,
     OnnxScorer,
     Scorer,
+    onnx_session,
     random_pictures,
     to_int8,
     to_onnx,
@@ -153,12 +154,7 @@ def export_all(
 # %% ../../nbs/bench/04_ways.ipynb #bway0013
 def _in_onnx_runtime(file: Path, threads: int) -> Callable:
     "A graph of one input in ONNX Runtime."
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # errors only
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    session = onnx_session(file, threads)
     name = session.get_inputs()[0].name
     return lambda x: session.run(None, {name: x})
 

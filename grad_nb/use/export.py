@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OPSET', 'MOST', 'Given', 'FILE_KINDS', 'FORMATS', 'resize_matrix', 'float32_below', 'Frame', 'Resize', 'ApartFirst',
            'DetectorViews', 'StudentView', 'Scorer', 'TileScorer', 'metadata', 'to_onnx', 'to_torch', 'to_int8',
-           'read_normals', 'to_openvino', 'to_openvino_int8', 'OnnxScorer', 'OpenvinoScorer', 'TorchScorer',
-           'random_pictures', 'largest_difference', 'difference_words']
+           'read_normals', 'to_openvino', 'to_openvino_int8', 'onnx_session', 'OnnxScorer', 'OpenvinoScorer',
+           'TorchScorer', 'random_pictures', 'largest_difference', 'difference_words']
 
 # %% ../../nbs/use/02_export.ipynb #2ba4f6d4
 import contextlib
@@ -627,6 +627,19 @@ class _Exported:
         return scores, scores > float(self.meta["threshold"]), maps
 
 # %% ../../nbs/use/02_export.ipynb #51713859
+def onnx_session(
+    path: str | Path,  # any ONNX file
+    threads: int = 0,  # threads of the runtime, 0 = its default
+) -> Any:  # an `InferenceSession` on the CPU, which tells of errors only
+    "A graph in ONNX Runtime. `ImportError` without it, and its own errors for a file that it cannot run."
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors only
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
 class OnnxScorer(_Exported):
     "An exported model in ONNX Runtime: bytes in, scores, labels and maps out."
 
@@ -637,15 +650,10 @@ class OnnxScorer(_Exported):
     ):
         "Open the file. `ImportError` without onnxruntime, `ValueError` for a file that is not such a model."
         _needs("onnxruntime")
-        import onnxruntime as ort
-
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path} does not exist; make it with grad_export")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3  # errors only
         try:
-            self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self.session = onnx_session(path, threads)
         except Exception as e:
             raise ValueError(f"{path} is not an ONNX file that can be run ({str(e).splitlines()[0]})") from None
         self.meta = self.session.get_modelmeta().custom_metadata_map

@@ -184,8 +184,11 @@ class Journal(JournalFile):
 
     def untold(self) -> list[dict]:
         "The lines that were written and perhaps not told, as the process was killed or its reader broke off."
-        self.file.seek(0)
-        told = self.file.read(self.progress.told).rfind(b"\n") + 1  # of a journal that was edited since, a whole line
+        told = self.progress.told
+        self.file.seek(max(0, told - 1))
+        if told and self.file.read(1) != b"\n":  # the journal was edited since: back to the beginning of a line
+            self.file.seek(0)
+            told = self.file.read(told).rfind(b"\n") + 1
         self.file.seek(told)
         return [json.loads(line) for line in self.file.read().splitlines()]
 

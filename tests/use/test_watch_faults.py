@@ -107,6 +107,17 @@ def test_a_row_that_was_written_and_not_told_is_told_by_the_next(model, inbox):
     assert list(watch(model, inbox, every=0.001, looks=1)) == []
 
 
+def test_a_journal_that_was_edited_is_told_from_the_beginning_of_a_line(model, inbox):
+    put(inbox / "a.png"), put(inbox / "b.png", 1)
+    rows = list(watch(model, inbox, every=0.001, looks=3))
+    journal = inbox.parent / "in.journal.jsonl"
+    first = journal.read_bytes().index(b"\n") + 1
+    for told, expected in [(0, rows), (3, rows), (first, rows[1:]), (first + 4, rows[1:]), (10**6, [])]:
+        mark = {"reading": None, "told": told, "deaths": []}
+        journal.with_name(f"{journal.name}.reading").write_text(json.dumps(mark) + "\n")
+        assert list(watch(model, inbox, every=0.001, looks=1)) == expected, told
+
+
 @pytest.mark.parametrize("error", [PermissionError(13, "no"), OSError(5, "I/O"), MemoryError("no room")])
 def test_what_cannot_be_opened_is_told_once_and_tried_again(model, inbox, monkeypatch, error):
     "Permissions change neither size nor time of a file."
